@@ -1,0 +1,155 @@
+"""The viewer in a real JupyterLab, in a real browser: what a user sees after moving a slider or clicking a button."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = ROOT / "artifacts"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+CELL = """
+import numpy as np
+from diffx2ct.phantom import phantom
+from diffx2ct.visualize import view
+hu, _, info = phantom(0, size=48)
+truth = hu.numpy()
+generated = (truth + np.roll(truth, 1, 0) + np.roll(truth, 1, 2)) / 3
+d, h, w = np.meshgrid(*[np.linspace(-1, 1, 48)] * 3, indexing="ij")
+coverage = 1 * (abs(d) < 0.9 + 0.2 * h) + (abs(d) < 0.9 + 0.2 * w)
+view({"truth": truth, "generated": generated, "spread": abs(generated - truth) / 2, "coverage": coverage}, mm=info["mm"])
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab of its own, with settings, kernels and history in a temporary folder; yields its address."
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'diffx2ct[test]'")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    tmp, port = tmp_path_factory.mktemp("lab"), free_port()
+    work = tmp / "work"
+    work.mkdir()
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nbformat.write(notebook, work / "viewer.ipynb")
+    for plugin, text in (("notebook-extension/tracker", '{"autoStartDefaultKernel": true}'), ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}')):
+        file = tmp / "settings" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "run", "IPYTHONDIR": "ipython", "JUPYTERLAB_WORKSPACES_DIR": "spaces", "JUPYTERLAB_SETTINGS_DIR": "settings"}
+    env = os.environ | {k: str(tmp / v) for k, v in folders.items()} | {"JUPYTER_PATH": str(Path(sys.prefix) / "share/jupyter"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = f"--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --ServerApp.root_dir={work} --IdentityProvider.token="
+    with open(tmp / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options.split()], env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield wait_for(f"http://127.0.0.1:{port}/", server, tmp / "log")
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def wait_for(address, server, log, seconds=30):
+    "The address, as soon as the server answers there."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(address + "api", timeout=2).close()
+            return address
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    "The viewer's notebook, opened and run."
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS.split())
+        page = browser.new_page(viewport={"width": 1440, "height": 1300})
+        page.set_default_timeout(30_000)
+        page.goto(lab + "lab/tree/viewer.ipynb")
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
+        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+        page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        page.wait_for_selector(".dx img")
+        page.wait_for_function("[...document.querySelectorAll('.dx img')].filter(i => i.naturalWidth > 0).length >= 3")
+        yield page
+        browser.close()
+
+
+def pictures(page):
+    "The addresses of the pictures in sight; each new picture gets a new one."
+    return page.eval_on_selector_all(".dx img", "images => images.filter(i => i.offsetParent).map(i => i.src)")
+
+
+def changed(page, before, count=3):
+    "The pictures in sight, as soon as `count` of them are not those of `before`."
+    end = time.monotonic() + 15
+    while time.monotonic() < end:
+        now = pictures(page)
+        if len(now) >= len(before) and sum(n not in before for n in now) >= count:
+            return now
+        page.wait_for_timeout(50)
+    pytest.fail("the pictures did not change")
+
+
+@pytest.mark.browser
+def test_viewer_in_the_browser(page):
+    SHOTS.mkdir(exist_ok=True)
+    viewer = page.locator(".dx")
+
+    def shoot(name):
+        page.wait_for_function("[...document.querySelectorAll('.dx img')].every(i => i.complete)")
+        viewer.screenshot(path=SHOTS / f"viewer_{name}.png")
+
+    def inked():  # is there a picture of the slice, not only a black square?
+        return page.evaluate("""() => { const i = document.querySelector('.dx img'), c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
+            const x = c.getContext('2d'); x.drawImage(i, 0, 0); return new Set(x.getImageData(0, 0, c.width, c.height).data).size }""")
+
+    before = pictures(page)
+    assert len(before) == 3 and inked() > 20
+    shoot("start")
+
+    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").nth(2)          # two handles of the window come first
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    before = changed(page, before)
+    assert "voxel (25, 24, 24)" in viewer.inner_text()
+
+    viewer.get_by_role("button", name="mediastinum", exact=True).click()
+    before = changed(page, before)
+    shoot("mediastinum")
+
+    for name in ("generated", "difference", "spread", "coverage"):
+        viewer.get_by_role("button", name=name, exact=True).click()
+        before = changed(page, before)
+        shoot(name)
+    assert "no beam" in viewer.inner_text()
+
+    viewer.get_by_role("button", name="difference", exact=True).click()
+    before = changed(page, before)
+    viewer.locator("select").select_option("truth")
+    before = changed(page, before)
+    assert len(before) == 6
+    shoot("compared")
+    page.screenshot(path=SHOTS / "viewer_page.png")
