@@ -52,7 +52,7 @@ def write_atomic(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="".join(path.suffixes[-2:]))
     except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
     os.close(handle)
     tmp = Path(name)
@@ -473,7 +473,7 @@ class CTPairs(torch.utils.data.Dataset):
     ):
         self.pt, self.drr = Path(c.PT_DATA_DIR), Path(c.DRR_DIR)
         if not self.pt.is_dir(): raise UserError(f"DATA.PT_DATA_DIR {self.pt} is not a folder; make it with diffx2ct_prepare, or leave it out to train on phantoms")
-        self.cases = cases if cases is not None else sorted(p.stem for p in self.pt.glob("*.pt"))
+        self.cases = cases if cases is not None else sorted(p.stem for p in self.pt.glob("[!.]*.pt"))
         if not self.cases: raise UserError(f"DATA.PT_DATA_DIR {self.pt} holds no .pt file; fill it with diffx2ct_prepare")
         self.volumes, self.views = {}, {}
         for case in self.cases: self.open(case, (c.TARGET_VOLUME_SIZE,) * 3, (c.TARGET_DRR_SIZE,) * 2)

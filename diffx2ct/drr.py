@@ -137,8 +137,8 @@ class Lifting(nn.Module):
     ) -> Tensor:  # (B, 2, C, d, h, w)
         "Each view's features along its rays."
         f = features.unsqueeze(-3)
-        ap = self.ap_rows @ f[:, 0] @ self.ap_cols.mT      # (B, C, K, d, w)
-        lat = self.lat_rows @ f[:, 1] @ self.lat_cols.mT   # (B, C, K, d, h)
+        ap = self.ap_rows.to(f) @ f[:, 0] @ self.ap_cols.mT.to(f)      # (B, C, K, d, w)
+        lat = self.lat_rows.to(f) @ f[:, 1] @ self.lat_cols.mT.to(f)   # (B, C, K, d, h)
         shape = (*features.shape[:1], features.shape[2], *self.shape)
         return torch.stack([ap.transpose(2, 3).expand(shape), lat.permute(0, 1, 3, 4, 2).expand(shape)], 1)
 

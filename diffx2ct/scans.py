@@ -11,7 +11,7 @@ __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor
            'settings', 'same', 'plain', 'todo', 'prepare', 'parser', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
-import argparse, contextlib, gzip, hashlib, math, os, re, shlex, struct, sys, zipfile
+import argparse, contextlib, gzip, hashlib, math, os, re, shlex, struct, sys, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -99,7 +99,7 @@ def whole_nifti(
             while block := f.read(1 << 22):
                 there += len(block)
                 if kind in (16, 64) and not np.isfinite(np.frombuffer(block[:len(block) // 8 * 8], f"{order}f{bits // 8}")).all(): holes = True
-    except (EOFError, OSError, gzip.zlib.error) as e:
+    except (EOFError, OSError, zlib.error) as e:
         raise UserError(f"{path} cannot be read to its end ({e}); it is truncated or no {suffix_of(path)} file, so copy or download it again") from None
     need = int(offset) * (head[344:347] == b"n+1") + math.prod(max(n, 1) for n in dims[1:dims[0] + 1]) * bits // 8
     if there < need and head[344:347] == b"n+1": raise UserError(f"{path} is truncated: {there} of {need} bytes are there; copy or download it again")
@@ -293,7 +293,7 @@ def open_npz(
     lacking = {"volumes_hu_zyx", "ids", "spacing_mm"} - set(getattr(packed, "files", ()))
     if lacking: raise UserError(f"{path} has no key {sorted(lacking)[0]!r}; it needs volumes_hu_zyx (cases, z, y, x), ids and spacing_mm")
     try: volumes, ids, mm = packed["volumes_hu_zyx"], [str(i) for i in packed["ids"]], float(packed["spacing_mm"])
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, gzip.zlib.error): raise UserError(f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error): raise UserError(f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again") from None
     if volumes.ndim != 4 or len(set(volumes.shape[1:])) != 1 or len(ids) != len(volumes) or mm <= 0: raise UserError(f"{path} holds volumes {volumes.shape} for {len(ids)} ids at {mm:g} mm; one cube for each id is needed")
     return volumes, ids, mm
 
@@ -583,7 +583,7 @@ def todo(
     overwrite: bool,  # replace cases that are there
 ) -> list[Scan]:
     "The scans that are not cases of the folder yet."
-    if old is None and any((out/"volumes").glob("*.pt")): raise UserError(f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out")
+    if old is None and any((out/"volumes").glob("[!.]*.pt")): raise UserError(f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out")
     rest = []
     for s in scans:
         known = old["cases"].get(s.case) if old else None
@@ -603,6 +603,7 @@ def prepare(
     old = read_manifest(out/"drrs")
     cases, rest = dict(old["cases"]) if old else {}, todo(scans, out, old, a.overwrite)
     projector = Projector(geometry(s["geometry"], s["size"] * s["mm"]), s["size"], s["mm"], s["pixels"])
+    for leftover in [*out.glob("volumes/.*.pt"), *out.glob("drrs/**/.*.pt"), *out.glob("drrs/.*.json")]: leftover.unlink(missing_ok=True)  # of a run that was killed
     list_cases = lambda: write_manifest(out/"drrs", s["geometry"], s["size"], s["mm"], s["pixels"], tuple(s["hu_window"]), cases)
     for scan in tqdm(rest, unit="case", disable=None, leave=False):
         how = dict(table=a.table or ("keep" if scan.cube else "remove"), centre=a.centre or ("volume" if scan.cube else "body"), threshold=a.air_threshold)
