@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import diffx2ct
-from .data import Config, UserError, sentence, write_atomic
+from .data import Config, UserError, sentence, write_atomic, write_pt
 from .diffusion import Denoiser, build
 from .drr import Geometry
 from pydantic import ValidationError
@@ -42,7 +42,10 @@ def save_model(
     "Write averaged (and raw) weights with their description in the header."
     tensors = {f"ema.{k}": v for k, v in ema.state_dict().items()} | ({f"raw.{k}": v for k, v in raw.named_parameters()} if raw else {})
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    return write_atomic(path, lambda p: save_file(tensors, p, {"diffx2ct": json.dumps(meta)}))
+    def write(p):
+        try: save_file(tensors, p, {"diffx2ct": json.dumps(meta)})
+        except SafetensorError as e: raise OSError(0, str(e).rpartition("error: ")[2]) from None  # such as a full disk
+    return write_atomic(path, write)
 
 def save_checkpoint(
     folder: str | Path,
@@ -53,8 +56,9 @@ def save_checkpoint(
 ) -> None:
     "Write a new pair of files, then remove the older pairs."
     folder = Path(folder)
-    write_atomic(folder/f"training_{step:06d}.pt", lambda p: torch.save({"step": step, **state}, p))
+    write_atomic(folder/f"training_{step:06d}.pt", lambda p: write_pt({"step": step, **state}, p))
     save_model(folder/f"model_{step:06d}.safetensors", ema, meta, denoiser)
+    for dead in folder.glob(".tmp-*"): dead.unlink()  # of a process that was killed while writing
     for old in (*folder.glob("model_*.safetensors"), *folder.glob("training_*.pt")):
         if old.stem.rpartition("_")[2] != f"{step:06d}": old.unlink()
 

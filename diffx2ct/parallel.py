@@ -154,7 +154,7 @@ def show_plan(
     depth = [int(b.lstrip("downup")) if b[-1].isdigit() else 0 for b in plan]
     if "mid" in plan: depth[list(plan).index("mid")] = max(depth) + 1
     for x, (b, d) in enumerate(plan.items()):
-        u.scatter(x, -depth[x], s=max(6, 9000 * costs[b] / total), color=f"C{d}", marker="s")
+        u.scatter(x, -depth[x], s=max(6, 5000 * costs[b] / total), color=f"C{d}", marker="s", alpha=0.8)
         u.annotate(f"{b}\n{costs[b] / 1e6:.0f} MB", (x, -depth[x]), ha="center", va="center", fontsize=7)
     u.set(xlim=(-1, len(plan)), ylim=(-max(depth) - 0.8, 0.8)); u.axis("off"); u.set_title("bytes kept, by block", fontsize=9)
     for d in range(n):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['AMP', 'Data', 'make_phantoms', 'open_data', 'Draw', 'steps_per_epoch', 'draw', 'Crops', 'Bases', 'clip_threshold',
            'plot_norms', 'lr_factor', 'Diverged', 'forward_loss', 'train_step', 'validate', 'prepare_run',
-           'start_wandb', 'train_run', 'Stop', 'pictures', 'open_study', 'suggest', 'current', 'try_lock', 'link',
-           'next_trial', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main', 'train_alone',
-           'best_trial', 'search_and_tell']
+           'start_wandb', 'train_devices', 'train_run', 'Stop', 'deaf', 'pictures', 'check_study', 'open_study',
+           'suggest', 'current', 'try_lock', 'link', 'next_trial', 'run_trial', 'search', 'save_plots', 'show_result',
+           'parser', 'main', 'train_alone', 'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
 import argparse, fcntl, json, math, os, re, shutil, signal, sqlite3, sys, time, warnings
@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .checkpoint import describe, load_model, load_training, save_checkpoint, save_model
+from .checkpoint import describe, load_model, load_training, model_file, read_header, save_checkpoint, save_model
 from .data import (CTPairs, Config, UserError, check_config, command, crop, crop_origin, density, load_config, patient_of, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import Denoiser, build, loss_terms, phase_weights
 from .drr import Geometry, Projector, geometry
@@ -59,7 +59,7 @@ def make_phantoms(
         x = to_unit(phantom(i, d.TARGET_VOLUME_SIZE, mm)[0], window)
         save_case(names[i], x, A(density(x[None, None], window))[0], folder/"volumes", folder/"drrs")
     there = sorted(p.stem for p in (folder/"volumes").glob("*.pt"))
-    if missing: write_manifest(folder/"drrs", dict(kind=g.kind, sad_mm=g.sad_mm, sdd_mm=g.sdd_mm, panel_mm=g.panel_mm), d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE, window, {n: dict(source="procedural phantom") for n in there})
+    if missing or not (folder/"drrs/manifest.json").exists(): write_manifest(folder/"drrs", dict(kind=g.kind, sad_mm=g.sad_mm, sdd_mm=g.sdd_mm, panel_mm=g.panel_mm), d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE, window, {n: dict(source="procedural phantom") for n in there})
     return folder
 
 def open_data(
@@ -249,7 +249,14 @@ def start_wandb(c: Config, group: str, name: str, job: str) -> Any:
     mode = os.environ.get("WANDB_MODE") or c.WANDB
     if mode == "auto": mode = "online" if wandb.api.api_key else "offline"
     if mode == "disabled": return None
-    return wandb.init(project=c.PROJECT_NAME, group=group, name=name, job_type=job, id=re.sub(r"[^\w-]", "-", f"{group}-{name}-{job}"), resume="allow", config=c.model_dump(), mode=mode, settings=wandb.Settings(silent=True))
+    try: return wandb.init(project=c.PROJECT_NAME, group=group, name=name, job_type=job, id=re.sub(r"[^\w-]", "-", f"{group}-{name}-{job}"), resume="allow", config=c.model_dump(), mode=mode, settings=wandb.Settings(silent=True))
+    except Exception as e: raise UserError(f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to online, offline or disabled") from None
+
+def train_devices(c: Config) -> list[torch.device]:
+    "The devices of DEVICES, checked against the machine and AMP."
+    devices = devices_of(c.DEVICES)
+    if c.TRAINING.AMP == "fp16" and devices[0].type != "cuda": raise UserError("TRAINING.AMP fp16 needs a GPU; use bf16 or off")
+    return devices
 
 # %% ../nbs/04_train_optuna.ipynb #8670f6ad
 def train_run(
@@ -262,8 +269,7 @@ def train_run(
 ) -> float:  # best validation PSNR, dB
     "Train from the settings, or from where the folder's checkpoint stands, to the last epoch."
     denoiser = prepare_run(c, data)
-    devices = devices_of(c.DEVICES)
-    if c.TRAINING.AMP == "fp16" and devices[0].type != "cuda": raise UserError("TRAINING.AMP fp16 needs a GPU; use bf16 or off")
+    devices = train_devices(c)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(c.MODEL.EMA_DECAY))
     ema = average.module.requires_grad_(False)
     saved = load_training(folder, denoiser, ema)
@@ -277,13 +283,15 @@ def train_run(
         optimizer.load_state_dict(saved["optimizer"]); scaler.load_state_dict(saved["scaler"]); average.n_averaged.fill_(saved["averaged"])
         h, start = saved["history"], saved["step"]
     per = steps_per_epoch(c, len(data.train)); total = per * c.EPOCHS
+    if start > total: raise UserError(f"{folder} has been trained for {start} steps already, more than the {total} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
+    if saved: print(f"{title}: going on from step {start} of {total}")
     def save(step):
         epoch = step // per
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), averaged=int(average.n_averaged), history=h)
         save_checkpoint(folder, step, denoiser, ema, state, describe(ema, c, step=step, epoch=epoch, metrics=dict(protocol="unit", psnr=h["best"], method="expected"), **meta))
     bases, micro = Bases(denoiser), c.TRAINING.GRADIENT_ACCUMULATION_STEPS
     draws = [d for step in range(start, total) for d in draw(c, len(data.train), step)]
-    items = iter(DataLoader(Crops(data.train, draws, c.TRAINING.PATCH_SIZE), batch_size=None, num_workers=c.NUM_WORKERS))
+    items = iter(DataLoader(Crops(data.train, draws, c.TRAINING.PATCH_SIZE), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
     bar = tqdm(range(start, total), desc=title, initial=start, total=total, unit="step")
     with Stop() as stop:
         for step in bar:
@@ -295,6 +303,7 @@ def train_run(
             epoch, done = divmod(step + 1, per)
             if not done and (epoch % c.TRAINING.VALIDATION_FREQ == 0 or epoch == c.EPOCHS):
                 value = validate(ema, data, c)
+                if not math.isfinite(value): raise Diverged(f"the validation PSNR is {value}")
                 h["values"].append([epoch, value]); log["psnr"] = value
                 if value > h["best"]:
                     h["best"] = value
@@ -322,6 +331,10 @@ class Stop:
     def __exit__(self, *args):
         for s, old in self.old.items(): signal.signal(s, old)
 
+def deaf(worker: int) -> None:
+    "Reading processes leave Ctrl-C to the training process, which still needs them for the step."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+
 def pictures(ema: Denoiser, data: Data, c: Config, epoch: int, done: int) -> dict:
     "MPR of the first validation case for W&B, at the end of every VISUALIZATION_FREQ-th epoch."
     if done or epoch % c.TRAINING.VISUALIZATION_FREQ and epoch != c.EPOCHS: return {}
@@ -331,21 +344,37 @@ def pictures(ema: Denoiser, data: Data, c: Config, epoch: int, done: int) -> dic
     return {"MPR": wandb.Image(picture(x, case, ema.window, (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX)), caption=f"{case.name}, epoch {epoch}")}
 
 # %% ../nbs/04_train_optuna.ipynb #6564134f
-def open_study(
+def check_study(
     name: str,  # also the file's name
-    c: Config,  # reads OPTUNA.STORAGE, PRUNER, STARTUP_TRIALS
-) -> optuna.Study:
-    "Create a study or go on with it."
+    c: Config,  # reads OPTUNA.STORAGE
+) -> bool:  # whether there is a file to go on with
+    "Refuse a name that is no file name, and a file that is no study; writes nothing."
     if not re.fullmatch(r"\w[\w.-]*", name): raise UserError(f"study name {name!r} must be letters, digits, '.', '_' and '-', beginning with a letter or digit, since it names a file")
-    url, file = c.OPTUNA.STORAGE or f"sqlite:///{name}.db", Path(f"{name}.db")
+    file = Path(f"{name}.db")
     if not c.OPTUNA.STORAGE and file.exists():
         try:
             with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db: tables = {row[0] for row in db.execute("select name from sqlite_master where type = 'table'")}
         except sqlite3.DatabaseError: raise UserError(f"{file} is not an SQLite database; move it away or choose another --study_name") from None
         if tables and "studies" not in tables: raise UserError(f"{file} is a database but not an Optuna study; move it away or choose another --study_name")
+    return file.exists()
+
+def open_study(
+    name: str,
+    c: Config,  # reads OPTUNA.STORAGE, PRUNER, STARTUP_TRIALS, PARAMS
+    create: bool = True,  # False: it must be there
+) -> optuna.Study:
+    "Create a study or go on with it."
+    url, absent = c.OPTUNA.STORAGE or f"sqlite:///{name}.db", UserError(f"there is no study {name} yet; run the search first, without --retrain_best")
+    if not check_study(name, c) and not c.OPTUNA.STORAGE and not create: raise absent
     pruner = {"median": optuna.pruners.MedianPruner(c.OPTUNA.STARTUP_TRIALS), "hyperband": optuna.pruners.HyperbandPruner(max_resource=c.EPOCHS), "none": optuna.pruners.NopPruner()}[c.OPTUNA.PRUNER]
-    try: return optuna.create_study(storage=url, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True)
+    try: study = optuna.create_study(storage=url, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=url, study_name=name, pruner=pruner)
+    except KeyError: raise absent from None
     except Exception as e: raise UserError(f"the study's storage {url if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs") from None
+    for t in study.get_trials(deepcopy=False):
+        for key, d in t.distributions.items():
+            r = c.OPTUNA.PARAMS.get(key)
+            if r and getattr(d, "choices", None) != (r.choices and tuple(map(json.dumps, r.choices))): raise UserError(f"OPTUNA.PARAMS.{key}: its choices are not those of trial {t.number} of study {name}; restore them, or use another --study_name")
+    return study
 
 def suggest(
     trial: optuna.trial.BaseTrial,
@@ -388,13 +417,21 @@ def next_trial(
     root: Path,  # checkpoints/<study>
 ) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
     "An interrupted trial, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
-    trials = study.get_trials(deepcopy=False)
-    for t in trials:
-        if t.state == optuna.trial.TrialState.RUNNING and (lock := try_lock(root/f"trial_{t.number}")): return optuna.trial.Trial(study, t._trial_id), lock
-    if len(trials) >= c.OPTUNA.N_TRIALS: return None
-    study.sampler = optuna.samplers.TPESampler(seed=c.SEED + len(trials), n_startup_trials=max(4, c.OPTUNA.STARTUP_TRIALS))
-    trial = study.ask()
-    return trial, try_lock(root/f"trial_{trial.number}")
+    def state(number): return study.get_trials(deepcopy=False)[number].state
+    def sampler(number): return optuna.samplers.TPESampler(seed=c.SEED + number, n_startup_trials=max(4, c.OPTUNA.STARTUP_TRIALS))
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root/"lock", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # one process at a time looks for work, until `turn` is closed
+        trials = study.get_trials(deepcopy=False)
+        for t in trials:
+            if t.state != optuna.trial.TrialState.RUNNING or not (lock := try_lock(root/f"trial_{t.number}")): continue
+            study.sampler = sampler(t.number)
+            if state(t.number) == optuna.trial.TrialState.RUNNING: return optuna.trial.Trial(study, t._trial_id), lock
+            lock.close()  # somebody alive has just ended it
+        if len(trials) >= c.OPTUNA.N_TRIALS: return None
+        study.sampler = sampler(len(trials))
+        trial = study.ask()
+        return trial, try_lock(root/f"trial_{trial.number}")
 
 # %% ../nbs/04_train_optuna.ipynb #00754dc2
 def run_trial(
@@ -407,17 +444,18 @@ def run_trial(
         if epoch not in told: trial.report(value, epoch)
         if trial.should_prune(): raise optuna.TrialPruned(f"{value:.2f} dB after epoch {epoch} is below the median of earlier trials")
     link(folder)
-    settings = suggest(trial, c)
-    run = start_wandb(settings, study.study_name, f"trial_{trial.number}", "trial")
-    ended = dict(state=optuna.trial.TrialState.FAIL)
+    run, ended = None, dict(state=optuna.trial.TrialState.FAIL)
     try:
+        try: settings = suggest(trial, c)
+        except UserError as e: raise optuna.TrialPruned(f"its values contradict each other: {e}") from None
+        run = start_wandb(settings, study.study_name, f"trial_{trial.number}", "trial")
         value = train_run(settings, data, folder, dict(study=study.study_name, trial=trial.number), report, run, f"trial {trial.number}")
         ended = dict(values=value)
     except (optuna.TrialPruned, Diverged) as e:
         trial.set_user_attr("pruned", str(e)); ended = dict(state=optuna.trial.TrialState.PRUNED)
         tqdm.write(f"trial {trial.number} pruned: {e}")
         if run: run.summary["pruned"] = str(e)
-    except KeyboardInterrupt: ended = None; raise
+    except (KeyboardInterrupt, UserError): ended = None; raise
     except Exception as e: trial.set_user_attr("failed", f"{type(e).__name__}: {e}"); raise
     finally:
         if ended: study.tell(trial, **ended)
@@ -449,9 +487,9 @@ def save_plots(study: optuna.Study, root: Path) -> list[Path]:
         plt.close(fig)
     return saved
 
-def show_result(folder: Path, data: Data, most: int = 4) -> str:
+def show_result(folder: Path, data: Data, device: str = "cpu", most: int = 4) -> str:
     "Write MPR pictures of validation cases, and say how the model stands against the floors."
-    model = load_model(folder, str(devices_of("auto")[0]))
+    model = load_model(folder, device)
     c, d = model.config, model.denoiser
     figures = {m: validate(d, data, c, m) for m in ("mean", "consistent_mean", "expected")}
     for i in range(min(most, len(data.valid))):
@@ -489,15 +527,14 @@ def main(argv: list[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = a.config or ("config.yml" if Path("config.yml").exists() else None)
     c = load_config(config, a.profile, [*a.sets, *([f"OPTUNA.N_TRIALS={a.n_trials}"] if a.n_trials is not None else [])])
-    devices_of(c.DEVICES)
-    root = Path("checkpoints")/a.study_name
-    study = open_study(a.study_name, c) if not a.no_search else None
-    if a.no_search and not re.fullmatch(r"\w[\w.-]*", a.study_name): raise UserError(f"study name {a.study_name!r} must be letters, digits, '.', '_' and '-', since it names a folder")
-    data = open_data(c)
+    device, root = train_devices(c)[0], Path("checkpoints")/a.study_name
+    check_study(a.study_name, c)
+    study = open_study(a.study_name, c, create=False) if a.retrain_best else None
+    data = open_data(c)                                       # nothing is written before this is known to be good
     print(f"data: {len(data.train)} training and {len(data.valid)} validation cases at {c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams" + ("" if data.line_integrals else ", display-domain views"))
-    if a.no_search or a.retrain_best: folder = train_alone(a.study_name, study, c, data, root)
-    else: folder = search_and_tell(study, c, data, root)
-    if folder: print(show_result(folder, data), f"next: ./run_visualize.sh --checkpoint_dir {folder}", sep="\n")
+    try: folder = train_alone(a.study_name, study, c, data, root) if a.no_search or a.retrain_best else search_and_tell(open_study(a.study_name, c), c, data, root)
+    except optuna.exceptions.StorageInternalError as e: raise UserError(f"study {a.study_name} cannot be read or written ({str(e.__cause__ or e).splitlines()[0]}); mend that, and the same command goes on") from None
+    if folder: print(show_result(folder, data, str(device)), f"next: ./run_visualize.sh --checkpoint_dir {folder}", sep="\n")
 
 # %% ../nbs/04_train_optuna.ipynb #c465aef7
 def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, root: Path) -> Path:
@@ -509,6 +546,9 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
         c = suggest(optuna.trial.FixedTrial(best.params), c)
         c.EPOCHS = max(1, round(c.EPOCHS * c.OPTUNA.RETRAIN_FACTOR))
         c.TRAINING.LOSS_PHASE_EPOCHS = [round(e * c.OPTUNA.RETRAIN_FACTOR) for e in c.TRAINING.LOSS_PHASE_EPOCHS]
+        if next(folder.glob("model_*.safetensors"), None):
+            there = Config.model_validate(read_header(model_file(folder))["config"])
+            if any(current(there, key) != current(c, key) for key in best.params): raise UserError(f"{folder} was trained with other values than trial {best.number}, which is the best now; move {folder} away to train again")
     lock = try_lock(folder)
     if lock is None: raise UserError(f"another process is training in {folder}; wait for it, or use another --study_name")
     link(folder)

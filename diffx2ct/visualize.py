@@ -7,7 +7,7 @@ __all__ = ['INKS', 'LEVELS', 'COLOURS', 'BEAMS', 'MARGIN', 'ORDER', 'STYLE', 'HI
            'kind_of', 'palette', 'Layer', 'layer', 'enlarge', 'frame', 'box', 'png', 'draw_slice', 'save_nifti',
            'load_nifti', 'read_volume', 'read_volumes', 'control', 'Viewer', 'scale_bar', 'view', 'picture', 'table',
            'histogram', 'draw_volumes', 'draw_views', 'page', 'report_figure', 'save_report', 'case_volumes', 'parser',
-           'chosen_cases', 'run_case', 'main']
+           'held_out', 'run_case', 'main', 'log_case']
 
 # %% ../nbs/05_visualize.ipynb #0d81fd33
 import argparse
@@ -33,14 +33,14 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from .checkpoint import Model, load_model
-from .data import PLANES, WINDOWS, Case, CTPairs, UserError, command, density, load_tensor, planes, split_cases, to_hu, to_unit, write_atomic
+from .data import PLANES, WINDOWS, Case, Config, UserError, command, density, load_tensor, planes, show_mpr, to_hu, write_atomic
 from .drr import coverage as beam_count
 from .drr import to_display
 from .metrics import PROTOCOLS
 from .metrics import metrics as compare
-from .phantom import phantom
 from .reconstruct import METHODS, reconstruct, samples
 from .scans import as_image, as_tensor, check_file, extent, hushed, orient, resample
+from .train import AMP, open_data, start_wandb
 
 # %% ../nbs/05_visualize.ipynb #4cc801f1
 INKS = {"axial": "#ff6b6b", "coronal": "#5fd38d", "sagittal": "#62a8ff"}  # colour of each plane's title and of its line in the others
@@ -574,6 +574,8 @@ def save_report(
     fig = report_figure(truth, {"generated": generated}, views, metrics, reprojected=reprojected, coverage=volumes.get("coverage"), mm=mm, **how)
     if truth is not None: volumes["difference"] = generated - truth
     for name, values in volumes.items(): save_nifti(values, mm, folder / f"{name}.nii.gz", centre)
+    rows = {n: volumes[n] for n in ("truth", "generated", "difference") if n in volumes}
+    show_mpr({n: torch.as_tensor(v) for n, v in rows.items()}, how.get("window", (-1000, 600)) if not isinstance(how.get("window"), str) else WINDOWS[how["window"]], views=torch.as_tensor(views), path=folder / "mpr.png")
     write_atomic(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
     write_atomic(folder / "report.png", lambda p: fig.savefig(p, dpi=110))
     return folder
@@ -599,14 +601,18 @@ def case_volumes(
 # %% ../nbs/05_visualize.ipynb #d179f7e9
 def parser() -> argparse.ArgumentParser:
     "The options of `diffx2ct_visualize`."
-    p = argparse.ArgumentParser("diffx2ct_visualize", description="Reconstruct cases with a checkpoint; write volumes, a report page and metrics.")
+    p = argparse.ArgumentParser("diffx2ct_visualize", formatter_class=argparse.RawDescriptionHelpFormatter, description="Reconstruct held-out cases with a checkpoint; write MPR pictures, volumes, a report page and metrics, and log them to W&B.",
+        epilog="""examples:
+  ./run_visualize.sh --checkpoint_dir checkpoints/trial_0
+  ./run_visualize.sh --checkpoint_dir checkpoints/best --cases 3 --method sample --seed 7
+  ./run_visualize.sh --checkpoint_dir checkpoints/best --ap AP.pt --lat LAT.pt --name patient7""")
     p.add_argument("--checkpoint_dir", required=True, help="folder that diffx2ct_train wrote, or one model file")
-    p.add_argument("--out", help="folder for the results; default: visualize in the checkpoint folder")
+    p.add_argument("--out", help="folder for the results; default: visualizations in the checkpoint folder")
     p.add_argument("--case", action="append", help="name of a held-out case, may be repeated; default: the first ones")
     p.add_argument("--cases", type=int, default=1, help="how many held-out cases, where none is named")
     p.add_argument("--ap", help="frontal view of a new patient, .pt (P, P) in mm of water")
     p.add_argument("--lat", help="lateral view of a new patient, .pt (P, P) in mm of water")
-    p.add_argument("--name", default="new", help="name of the new patient's folder")
+    p.add_argument("--name", default="new", help="name of the new patient")
     p.add_argument("--method", default="expected", choices=METHODS, help="what is shown; default: expected")
     p.add_argument("--samples", type=int, default=4, help="samples for the spread (and for mean_of_k); 0 leaves it out")
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the settings")
@@ -617,43 +623,35 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../nbs/05_visualize.ipynb #9e375e4d
-def chosen_cases(
-    config,  # settings the model was trained with
-    projector,  # its geometry
-    window: tuple[float, float],  # HU of 0 and 1
-    names: list[str] | None = None,  # held-out cases wanted; default: the first `count`
+def held_out(
+    c: Config,  # settings the model was trained with
+    names: list[str] | None = None,  # cases wanted; default: the first `count`
     count: int = 1,
 ) -> list[Case]:
-    "Held-out cases: from the prepared folder, or the embedded phantoms."
-    d = config.DATA
-    known = [f"phantom_{i:03d}" for i in range(d.PHANTOMS)] if d.PT_DATA_DIR is None else sorted(p.stem for p in Path(d.PT_DATA_DIR).glob("*.pt"))
-    if not known: raise UserError(f"DATA.PT_DATA_DIR {d.PT_DATA_DIR} holds no .pt file; give two views by --ap and --lat, or prepare the data again")
-    held = split_cases(known, config)[1]
+    "Validation cases by name, or the first ones."
+    valid = open_data(c).valid
     for name in names or []:
-        if name not in held: raise UserError(f"--case {name}: is not among the {len(held)} held-out cases ({', '.join(held[:4])} ...); choose one of these")
-    wanted = names or held[:count]
-    if d.PT_DATA_DIR is not None: return list(CTPairs(d, wanted))
-    units = [to_unit(phantom(int(name.rsplit("_")[-1]), projector.size, projector.mm)[0], window)[None] for name in wanted]
-    return [Case(name, unit, projector(density(unit[None], window))[0]) for name, unit in zip(wanted, units)]
+        if name not in valid.cases: raise UserError(f"--case {name} is not among the {len(valid)} held-out cases ({', '.join(valid.cases[:4])} ...); choose one of these")
+    return [valid[valid.cases.index(name)] for name in names or valid.cases[:count]]
 
 # %% ../nbs/05_visualize.ipynb #09517da9
 def run_case(
     model: Model,
     case: Case,
     a: argparse.Namespace,  # options, see `parser`
+    out: Path,  # folder to write
     limits: tuple[float, float],  # HU shown black and white
-) -> Path:  # the folder written
+) -> dict:  # metrics; empty without a truth
     "Reconstruct one case, write its folder and print a line."
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update={} if a.steps is None else {"STEPS": a.steps})
-    patch = min(model.config.TRAINING.PATCH_SIZE, net.A.size)
-    shown = reconstruct(net, case.views, a.method, c, max(a.samples, 1), a.seed, patch).cpu()
-    many = samples(net, case.views, list(range(a.seed, a.seed + a.samples)), c, patch).cpu() if a.samples else shown[None]
+    patch, amp = min(model.config.TRAINING.PATCH_SIZE, net.A.size), AMP[model.config.TRAINING.AMP]
+    shown = reconstruct(net, case.views, a.method, c, max(a.samples, 1), a.seed, patch, amp).cpu()
+    many = samples(net, case.views, list(range(a.seed, a.seed + a.samples)), c, patch, amp).cpu() if a.samples else shown[None]
     volumes, again, figures = case_volumes(case, shown, many, deepcopy(net.A).cpu(), net.window, a.protocol)
     if not net.line_integrals: again = to_display(again)[0]
-    out = Path(a.out or model.path.parent / "visualize") / case.name
     save_report(out, volumes, case.views, net.A.mm, figures, again, window=limits, unit="mm" if net.line_integrals else "", title=f"{case.name}, {a.method}")
-    print(f"{case.name}: {out}/report.png", *(f"{k} {figures[k]:.4g}" for k in ("psnr", "ssim", "mae_hu") if k in figures), sep="  ")
-    return out
+    print(f"{case.name}, {a.method}: {out}/mpr.png, report.png, generated.nii.gz", *(f"{k} {figures[k]:.4g}" for k in ("psnr", "ssim", "mae_hu") if k in figures), *([f"({a.protocol} protocol)"] if figures else []), sep="  ")
+    return figures
 
 # %% ../nbs/05_visualize.ipynb #70dedb6b
 @command
@@ -669,6 +667,17 @@ def main(argv: list[str]):
     net, d = model.denoiser, model.config.DATA
     for view in views:
         if view.shape != (net.A.pixels,) * 2: raise UserError(f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size")
-    cases = [Case(a.name, None, torch.stack(views))] if views else chosen_cases(model.config, net.A, net.window, a.case, a.cases)
-    for case in cases: out = run_case(model, case, a, limits or limits_of((d.VIS_WINDOW_MIN, d.VIS_WINDOW_MAX)))
+    cases = [Case(a.name, None, torch.stack(views))] if views else held_out(model.config, a.case, a.cases)
+    top, figures, step = Path(a.out or model.path.parent / "visualizations"), {}, model.meta.get("step", 0)
+    run = start_wandb(model.config, str(model.meta.get("study")), f"trial_{model.meta.get('trial')}", "visualize")
+    for case in cases:
+        out = top / case.name if len(cases) > 1 else top
+        figures[case.name] = run_case(model, case, a, out, limits or limits_of((d.VIS_WINDOW_MIN, d.VIS_WINDOW_MAX)))
+        if run: log_case(run, case.name, out, figures[case.name], step)
+    if run: run.finish()
     print(f'look closer in a notebook:  from diffx2ct.visualize import view; view("{out}")')
+
+def log_case(run, name: str, folder: Path, figures: dict, step: int):
+    "Pictures and figures of a case to W&B."
+    import wandb
+    run.log({f"{name}/{p}": wandb.Image(str(folder / f"{p}.png")) for p in ("mpr", "report")} | {f"{name}/{k}": v for k, v in figures.items() if k != "protocol"} | {"step": step})
