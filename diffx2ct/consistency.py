@@ -82,6 +82,6 @@ def disagreement(
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> Tensor:  # (B,)
-    "Relative residual that is left when the views are explained as well as any volume (HU range aside) can."
+    "Relative residual that is left when the views are explained as well as any volume (HU range aside) can; says nothing for cone beams."
     air = torch.full((len(y), 1, *(A.size,) * 3), (-1000 - window[0]) / (window[1] - window[0]), device=y.device)
-    return residual(nearest(air, y, A, window, steps=20), y, A, window)
+    return residual(nearest(air, y, A, window, steps=20, damping=1e-3), y, A, window)

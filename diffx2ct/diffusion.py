@@ -92,11 +92,12 @@ class Denoiser(nn.Module):
 
     def base(self,
         views: Tensor,  # (B, 2, P, P)
+        consistency: str = "on",  # soft: meet doubtful views half-way
     ) -> Tensor:  # (B, 1, D, H, W) unit volume
         "The volume states are measured from."
         if self.base_kind == "none": return torch.full_like(self.mean, 0.5).expand(len(views), -1, -1, -1, -1)
         mean = self.mean.expand(len(views), -1, -1, -1, -1)
-        return consistent(mean, views, self.A, self.window) if self.base_kind == "consistent_mean" else mean
+        return consistent(mean, views, self.A, self.window, damping=0.3 if consistency == "soft" else 0.0) if self.base_kind == "consistent_mean" else mean
 
     def encode(self,
         views: Tensor,  # (B, 2, P, P)

@@ -52,7 +52,7 @@ def samples(
 ) -> Tensor:  # (len(seeds), 1, D, H, W) unit volumes
     "Volumes that would explain the views, one for each seed."
     views = views[None].to(denoiser.mean.device)
-    base = denoiser.base(views)
+    base = denoiser.base(views, c.CONSISTENCY)
     denoise = settled(denoiser, views, base, patch or base.shape[-1], c, amp)
     out = []
     for seed in seeds:
@@ -89,9 +89,9 @@ def reconstruct(
     if method not in METHODS: raise UserError(f"method {method!r} is not known; use one of {', '.join(METHODS)}")
     if method == "mean": return denoiser.mean[0].clone()
     v = views[None].to(denoiser.mean.device)
-    if method == "consistent_mean": return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50)[0]
+    if method == "consistent_mean": return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=0.3 if c.CONSISTENCY == "soft" else 0.0)[0]
     if method == "expected":
-        base = denoiser.base(v)
+        base = denoiser.base(v, c.CONSISTENCY)
         x = base + denoiser.scale * settled(denoiser, v, base, patch or base.shape[-1], c, amp)(torch.zeros_like(base), 1.0)
         return finish(denoiser, x, v, c.CONSISTENCY)[0]
     many = samples(denoiser, views, list(range(seed, seed + (1 if method == "sample" else k))), c, patch, amp)

@@ -51,9 +51,9 @@ class TimeEmbedding(nn.Module):
 
 # %% ../nbs/02_unet.ipynb #38e3383c
 def convolve(layer: nn.Conv3d, h: Tensor) -> Tensor:
-    "A 3x3x3 convolution; in full precision where the grid is smaller than 4 voxels."
-    if min(h.shape[-3:]) >= 4: return layer(h)
-    with torch.autocast(h.device.type, enabled=False): return layer(h.float())
+    "A 3x3x3 convolution; on a CPU in full precision where the grid is smaller than 4 voxels."
+    if h.device.type != "cpu" or min(h.shape[-3:]) >= 4: return layer(h)
+    with torch.autocast("cpu", enabled=False): return layer(h.to(layer.weight.dtype))
 
 class ResBlock(nn.Module):
     "Two 3x3x3 convolutions, modulated by time and by lifted features."
@@ -194,10 +194,10 @@ class UNet(nn.Module):
 class SavedBytes:
     "Context manager: bytes autograd keeps for the backward pass, each storage once, parameters left out."
     def __init__(self, *modules: nn.Module):
-        self.seen, self.bytes = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}, 0
+        self.seen, self.bytes = {p.untyped_storage() for m in modules for p in m.parameters()}, 0
     def pack(self, t: Tensor) -> Tensor:
-        key = t.untyped_storage().data_ptr()
-        if key not in self.seen: self.seen.add(key); self.bytes += t.untyped_storage().nbytes()
+        storage = t.untyped_storage()
+        if storage not in self.seen: self.seen.add(storage); self.bytes += storage.nbytes()
         return t
     def __enter__(self):
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
