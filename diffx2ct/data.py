@@ -141,9 +141,9 @@ class TrainingConfig(Section):
     "How a trial trains (chapter 04)."
     ENCODER: Literal["resnet", "convnext", "efficientnet"] = "resnet"
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [4, 2]
+    LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [10, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()
-    FULL_NOISE_RATIO: Ratio = 0.25
+    FULL_NOISE_RATIO: Ratio = 0.5
     FLIP_AXES: list[Literal["D", "H", "W"]] = []
     LEARNING_RATE: Positive = 1e-3
     WEIGHT_DECAY: Weight = 0.01
@@ -194,7 +194,7 @@ class OptunaConfig(Section):
     STARTUP_TRIALS: Annotated[int, Field(ge=0)] = 2
     RETRAIN_FACTOR: Positive = 3.0
     PARAMS: dict[str, Range] = {
-        "TRAINING.LEARNING_RATE": Range(low=3e-4, high=3e-3, log=True), "TRAINING.CLIP_PERCENTILE": Range(low=50, high=99),
+        "TRAINING.LEARNING_RATE": Range(low=3e-4, high=2e-3, log=True), "TRAINING.CLIP_PERCENTILE": Range(low=50, high=99),
         "TRAINING.LOSS_WEIGHTS.SSIM": Range(low=0.0, high=0.5), "TRAINING.LOSS_WEIGHTS.FOURIER": Range(low=0.0, high=0.5)}
 
 class Config(Section):
@@ -203,7 +203,7 @@ class Config(Section):
     SEED: Annotated[int, Field(ge=0, lt=2 ** 31)] = 0
     DEVICES: str | list[str] = "auto"
     WANDB: Literal["auto", "online", "offline", "disabled"] = "auto"
-    EPOCHS: Count = 10
+    EPOCHS: Count = 14
     BATCH_SIZE: Count = 2
     VALIDATION_SPLIT: Annotated[float, Field(gt=0, lt=1)] = 0.2
     MAX_GRAD_NORM: Positive = 1.0

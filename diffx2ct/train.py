@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AMP', 'Data', 'make_phantoms', 'open_data', 'Draw', 'steps_per_epoch', 'draw', 'Crops', 'Bases', 'clip_threshold',
-           'plot_norms', 'lr_factor', 'Diverged', 'forward_loss', 'train_step', 'validate', 'prepare_run',
+           'plot_norms', 'lr_factor', 'Diverged', 'forward_loss', 'train_step', 'validate', 'prepare_run', 'wandb_mode',
            'start_wandb', 'train_devices', 'train_run', 'Stop', 'deaf', 'pictures', 'check_study', 'open_study',
-           'suggest', 'current', 'try_lock', 'link', 'next_trial', 'run_trial', 'search', 'save_plots', 'show_result',
-           'parser', 'main', 'train_alone', 'best_trial', 'search_and_tell']
+           'suggest', 'current', 'start_values', 'try_lock', 'link', 'next_trial', 'run_trial', 'search', 'save_plots',
+           'show_result', 'parser', 'main', 'train_alone', 'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
 import argparse, fcntl, json, math, os, re, shutil, signal, sqlite3, sys, time, warnings
@@ -243,12 +243,17 @@ def prepare_run(c: Config, data: Data) -> Denoiser:
     denoiser.scale.copy_(torch.stack(errors).mean().sqrt().clamp(min=1e-3))
     return denoiser
 
+def wandb_mode(c: Config) -> str:
+    "What the variable WANDB_MODE says, else the setting WANDB."
+    mode = os.environ.get("WANDB_MODE") or c.WANDB
+    if mode not in (known := ("auto", "online", "offline", "disabled")): raise UserError(f"the environment variable WANDB_MODE is {mode!r}; use one of {', '.join(known)}")
+    return mode
+
 def start_wandb(c: Config, group: str, name: str, job: str) -> Any:
     "A W&B run: online with a key or a login, else offline; WANDB_MODE wins. `None` when disabled."
+    if (mode := wandb_mode(c)) == "disabled": return None
     import wandb
-    mode = os.environ.get("WANDB_MODE") or c.WANDB
     if mode == "auto": mode = "online" if wandb.api.api_key else "offline"
-    if mode == "disabled": return None
     try: return wandb.init(project=c.PROJECT_NAME, group=group, name=name, job_type=job, id=re.sub(r"[^\w-]", "-", f"{group}-{name}-{job}"), resume="allow", config=c.model_dump(), mode=mode, settings=wandb.Settings(silent=True))
     except Exception as e: raise UserError(f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to online, offline or disabled") from None
 
@@ -273,7 +278,7 @@ def train_run(
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(c.MODEL.EMA_DECAY))
     ema = average.module.requires_grad_(False)
     saved = load_training(folder, denoiser, ema)
-    for model in (denoiser, ema): distribute(model, devices)
+    for model in (denoiser, ema): distribute(model, devices, patch=c.TRAINING.PATCH_SIZE)
     average.n_averaged = average.n_averaged.to(devices[0])
     optimizer = torch.optim.AdamW(denoiser.parameters(), c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=c.TRAINING.AMP == "fp16")
@@ -308,10 +313,11 @@ def train_run(
                 if value > h["best"]:
                     h["best"] = value
                     save_model(folder/"best.safetensors", ema, describe(ema, c, step=step + 1, epoch=epoch, metrics=dict(protocol="unit", psnr=value, method="expected"), **meta))
-            if not done and (epoch % c.TRAINING.CHECKPOINT_FREQ == 0 or epoch == c.EPOCHS) or stop.asked: save(step + 1)
+            asked = stop.asked  # may change at any moment; what is saved here is what is left here
+            if not done and (epoch % c.TRAINING.CHECKPOINT_FREQ == 0 or epoch == c.EPOCHS) or asked: save(step + 1)
             bar.set_postfix(loss=f"{log['loss']:.3f}", psnr=f"{h['best']:.2f} dB" if h["values"] else "-")
             if run: run.log(log | {"lr": optimizer.param_groups[0]["lr"], "epoch": epoch} | pictures(ema, data, c, epoch, done), step=step + 1)
-            if stop.asked: raise KeyboardInterrupt
+            if asked: raise KeyboardInterrupt
             if "psnr" in log: report(log["psnr"], epoch)
     plot_norms(h["norms"], h["thresholds"], folder/"gradients.png")
     return h["best"]
@@ -328,12 +334,13 @@ class Stop:
         try: self.old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError: self.old = {}  # not in the main thread: signals are somebody else's
         return self
-    def __exit__(self, *args):
+    def __exit__(self, kind, *args):
         for s, old in self.old.items(): signal.signal(s, old)
+        if self.asked and kind in (None, optuna.TrialPruned, Diverged): raise KeyboardInterrupt  # asked too late for the loop, but before the next trial
 
 def deaf(worker: int) -> None:
-    "Reading processes leave Ctrl-C to the training process, which still needs them for the step."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    "Take a reading process out of the group that Ctrl-C goes to: the training process still needs it for the step."
+    os.setpgrp()
 
 def pictures(ema: Denoiser, data: Data, c: Config, epoch: int, done: int) -> dict:
     "MPR of the first validation case for W&B, at the end of every VISUALIZATION_FREQ-th epoch."
@@ -367,9 +374,13 @@ def open_study(
     url, absent = c.OPTUNA.STORAGE or f"sqlite:///{name}.db", UserError(f"there is no study {name} yet; run the search first, without --retrain_best")
     if not check_study(name, c) and not c.OPTUNA.STORAGE and not create: raise absent
     pruner = {"median": optuna.pruners.MedianPruner(c.OPTUNA.STARTUP_TRIALS), "hyperband": optuna.pruners.HyperbandPruner(max_resource=c.EPOCHS), "none": optuna.pruners.NopPruner()}[c.OPTUNA.PRUNER]
-    try: study = optuna.create_study(storage=url, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=url, study_name=name, pruner=pruner)
+    here = os.open(".", os.O_RDONLY)  # locked, since two processes that make the same tables at once fail
+    try:
+        fcntl.flock(here, fcntl.LOCK_EX)
+        study = optuna.create_study(storage=url, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=url, study_name=name, pruner=pruner)
     except KeyError: raise absent from None
     except Exception as e: raise UserError(f"the study's storage {url if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs") from None
+    finally: os.close(here)
     for t in study.get_trials(deepcopy=False):
         for key, d in t.distributions.items():
             r = c.OPTUNA.PARAMS.get(key)
@@ -396,11 +407,19 @@ def current(c: Config, key: str) -> Any:
     for part in key.split("."): c = getattr(c, part)
     return c
 
+def start_values(c: Config) -> dict:
+    "The settings' own values where the search space holds them: a search begins where its user stands."
+    now = {k: current(c, k) for k in c.OPTUNA.PARAMS}
+    held = lambda v, r: v in r.choices if r.choices is not None else r.low <= v <= r.high and not r.step
+    return {k: json.dumps(now[k]) if r.choices is not None else now[k] for k, r in c.OPTUNA.PARAMS.items() if held(now[k], r)}
+
 # %% ../nbs/04_train_optuna.ipynb #5ccd3b34
 def try_lock(folder: Path) -> Any | None:
     "Hold a trial's lock; `None` if a living process has it."
-    folder.mkdir(parents=True, exist_ok=True)
-    f = open(folder/"lock", "w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder/"lock", "w")
+    except OSError as e: raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError: f.close(); return None
     return f
@@ -408,9 +427,10 @@ def try_lock(folder: Path) -> Any | None:
 def link(folder: Path) -> None:
     "Point `checkpoints/<name>` at a folder of a study."
     place, target = folder.parent.parent/folder.name, Path(folder.parent.name)/folder.name
-    if place.is_symlink() or not place.exists():
-        new = place.with_name(f".{place.name}.{os.getpid()}"); new.unlink(missing_ok=True)
-        new.symlink_to(target); new.replace(place)
+    if place.exists() and not place.is_symlink(): return
+    new = place.with_name(f".{place.name}.{os.getpid()}")
+    try: new.unlink(missing_ok=True); new.symlink_to(target); new.replace(place)
+    except OSError: pass  # a disk without links
 
 def next_trial(
     study: optuna.Study, c: Config,
@@ -419,17 +439,18 @@ def next_trial(
     "An interrupted trial, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
     def state(number): return study.get_trials(deepcopy=False)[number].state
     def sampler(number): return optuna.samplers.TPESampler(seed=c.SEED + number, n_startup_trials=max(4, c.OPTUNA.STARTUP_TRIALS))
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root/"lock", "w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # one process at a time looks for work, until `turn` is closed
+    while not (turn := try_lock(root)): time.sleep(0.05)  # one process at a time looks for work
+    with turn:
         trials = study.get_trials(deepcopy=False)
         for t in trials:
             if t.state != optuna.trial.TrialState.RUNNING or not (lock := try_lock(root/f"trial_{t.number}")): continue
             study.sampler = sampler(t.number)
             if state(t.number) == optuna.trial.TrialState.RUNNING: return optuna.trial.Trial(study, t._trial_id), lock
             lock.close()  # somebody alive has just ended it
-        if len(trials) >= c.OPTUNA.N_TRIALS: return None
-        study.sampler = sampler(len(trials))
+        begun = [t for t in trials if t.state != optuna.trial.TrialState.WAITING]
+        if len(begun) >= c.OPTUNA.N_TRIALS: return None
+        if not trials: study.enqueue_trial(start_values(c))
+        study.sampler = sampler(len(begun))
         trial = study.ask()
         return trial, try_lock(root/f"trial_{trial.number}")
 
@@ -528,7 +549,7 @@ def main(argv: list[str]) -> None:
     config = a.config or ("config.yml" if Path("config.yml").exists() else None)
     c = load_config(config, a.profile, [*a.sets, *([f"OPTUNA.N_TRIALS={a.n_trials}"] if a.n_trials is not None else [])])
     device, root = train_devices(c)[0], Path("checkpoints")/a.study_name
-    check_study(a.study_name, c)
+    check_study(a.study_name, c); wandb_mode(c)
     study = open_study(a.study_name, c, create=False) if a.retrain_best else None
     data = open_data(c)                                       # nothing is written before this is known to be good
     print(f"data: {len(data.train)} training and {len(data.valid)} validation cases at {c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams" + ("" if data.line_integrals else ", display-domain views"))

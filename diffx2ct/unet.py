@@ -68,7 +68,6 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(emb, 2 * cout)
         self.lift = nn.Conv3d(lift, 2 * cout, 1) if lift else None
         self.skip = nn.Conv3d(cin, cout, 1) if cin != cout else nn.Identity()
-        nn.init.zeros_(self.conv2.weight); nn.init.zeros_(self.conv2.bias)
 
     def forward(self,
         h: Tensor,  # (B, cin, d, h, w)

@@ -118,7 +118,7 @@ def test_a_search_from_nothing(searched):
         link = root/f"checkpoints/trial_{n}"
         assert link.is_symlink() and link.resolve() == root/f"checkpoints/s/trial_{n}" and not os.readlink(link).startswith("/")
     pictures = list((root/f"checkpoints/trial_{best.number}/visualizations").glob("*_mpr.png"))
-    assert len(pictures) == 2 and "WANDB" not in os.listdir(root) and not (root/"wandb").exists()
+    assert len(pictures) == 2 and not (root/"wandb").exists()
     for path in pictures: good_picture(path)
     for name in ("history", "importances"): good_picture(root/f"checkpoints/s/{name}.png")
 
@@ -136,7 +136,6 @@ def test_retrain_best(searched):
     said = train(root, "--study_name", "s", "--retrain_best", "--n_trials", "2")
     assert "best validation PSNR" in said and "pictures: checkpoints/s/best/visualizations" in said
     assert (root/"checkpoints/s/best/model_000018.safetensors").exists()              # 1.5 times 6 epochs of 2 steps
-    assert "best: going on from step 18 of 18" in train(root, "--study_name", "s", "--retrain_best")
 
 
 def test_kill_9_in_mid_trial_leaves_no_trace(here, searched):
@@ -215,7 +214,7 @@ def test_cone_beams_small_patches_and_wandb_offline_without_a_key(tmp_path):
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows = history_of(run)
     assert run.name == "run-cone-single-single.wandb" and b"mine" in run.read_bytes()
-    assert [r["_step"] for r in rows] == [1, 2] and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows) and rows[-1]["MPR"]["_type"] == "image-file"
+    assert [r["_step"] for r in rows] == [1, 2] and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows) and rows[-1]["MPR._type"] == "image-file"
     assert f"this model {rows[-1]['psnr']:.2f} dB" in said
     (picture,) = run.parent.glob("files/media/images/MPR*.png")
     good_picture(picture)
@@ -243,7 +242,7 @@ def test_run_visualize_writes_beside_the_checkpoint(searched):
 
 def test_own_scans_from_file_to_picture(tmp_path):
     for i in range(6): save_nifti(phantom(i, 32, 10.0)[0], 10.0, tmp_path/f"scans/p{i}.nii.gz")
-    go(tmp_path, "scans", "--out", "mine", "--size", "16", command="diffx2ct_prepare")
+    go(tmp_path, "scans", "--out", "mine", "--size", "16", "--centre", "volume", command="diffx2ct_prepare")
     (tmp_path/"tiny.yml").write_text(TINY)
     said = train(tmp_path, "--no_search", "--study_name", "own", "--set", "EPOCHS=2", "--set", "DATA.PT_DATA_DIR=mine/volumes", "--set", "DATA.DRR_DIR=mine/drrs", "--set", "DATA.VALIDATION_CASES=[p1, p4]")
     assert "4 training and 2 validation cases at 16^3, 20 mm, parallel beams\n" in said and not (tmp_path/"data").exists()
@@ -251,7 +250,7 @@ def test_own_scans_from_file_to_picture(tmp_path):
     go(tmp_path, "--checkpoint_dir", "checkpoints/own/single", "--case", "p4", "--samples", "2", command="diffx2ct_visualize")
     truth = good_volume(tmp_path/"checkpoints/own/single/visualizations/truth.nii.gz", 20.0)
     scan = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/"scans/p4.nii.gz"))).astype(float)
-    assert np.corrcoef(truth.ravel(), scan.clip(-1024, 1500).reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5)).ravel())[0, 1] > 0.7   # not mirrored, not turned
+    assert np.corrcoef(truth.ravel(), scan.clip(-1024, 1500).reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5)).ravel())[0, 1] > 0.95   # not mirrored, not turned
 
 def test_real_chests_from_file_to_picture(tmp_path, ct_dir):
     go(tmp_path, ct_dir/"lidc_idri_0001.nii.gz", ct_dir/"lung_dx_a0001_dicom", "--out", "chests", "--size", "32", command="diffx2ct_prepare")
