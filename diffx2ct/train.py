@@ -12,6 +12,7 @@ __all__ = ['AMP', 'Data', 'make_phantoms', 'open_data', 'Draw', 'steps_per_epoch
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
 import argparse, fcntl, json, math, os, re, shutil, signal, sqlite3, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,8 @@ def train_run(
     draws = [d for step in range(start, total) for d in draw(c, len(data.train), step)]
     items = iter(DataLoader(Crops(data.train, draws, c.TRAINING.PATCH_SIZE), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
     bar = tqdm(range(start, total), desc=title, initial=start, total=total, unit="step")
-    with Stop() as stop:
+    with Stop() as stop, ExitStack() as at_end:
+        at_end.callback(getattr(items, "_shutdown_workers", lambda: None))  # left to the garbage collector it can take ten seconds
         for step in bar:
             for group in optimizer.param_groups: group["lr"] = c.TRAINING.LEARNING_RATE * lr_factor(step, total, c.TRAINING.WARMUP_STEPS)
             denoiser.train()
