@@ -34,6 +34,7 @@ def command(
     "Wrap a console command: `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
+        if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         try: return main(sys.argv[1:] if argv is None else argv)
         except UserError as e:
             print(f"diffx2ct: {e}", file=sys.stderr)
