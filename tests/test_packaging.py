@@ -37,3 +37,15 @@ def test_every_command_is_a_function_of_the_package():
     for target in PROJECT["scripts"].values():
         module, function = target.split(":")
         assert re.search(rf"^def {function}\(", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.M), target
+
+def test_every_setting_is_read_by_some_chapter():
+    from diffx2ct.data import Config, LossWeights, Section
+
+    def leaves(section):
+        for key, value in section:
+            if isinstance(value, LossWeights): continue  # read as a whole, by name, in phase_weights
+            if isinstance(value, Section): yield from leaves(value)
+            else: yield key
+
+    code = "\n".join(p.read_text() for p in (ROOT / "diffx2ct").glob("*.py"))
+    assert not [key for key in leaves(Config()) if not re.search(rf"\.{key}\b", code)]

@@ -165,6 +165,7 @@ def test_a_stopped_run_saves_and_goes_on(here, searched, number):
     assert "going on from step" in train(here, *how) and states(here, "s") == ["COMPLETE"]
     assert tensors(here/"checkpoints/s/trial_0") == tensors(searched[0]/"checkpoints/s/trial_0")   # whoever reads the crops
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(here):
     both = [start(here, "--study_name", "s", "--n_trials", "3", "--set", "EPOCHS=3") for _ in range(2)]
     said = [p.communicate(timeout=200) for p in both]
@@ -252,6 +253,7 @@ def test_own_scans_from_file_to_picture(tmp_path):
     scan = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/"scans/p4.nii.gz"))).astype(float)
     assert np.corrcoef(truth.ravel(), scan.clip(-1024, 1500).reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5)).ravel())[0, 1] > 0.95   # not mirrored, not turned
 
+@pytest.mark.slow
 def test_real_chests_from_file_to_picture(tmp_path, ct_dir):
     go(tmp_path, ct_dir/"lidc_idri_0001.nii.gz", ct_dir/"lung_dx_a0001_dicom", "--out", "chests", "--size", "32", command="diffx2ct_prepare")
     (tmp_path/"tiny.yml").write_text(TINY.replace("SIZE: 16", "SIZE: 32"))
