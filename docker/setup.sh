@@ -70,7 +70,6 @@ launch_in_docker() { # DRY_RUN COMMAND [ARG...]
   shift
   uid=${DIFFX2CT_UID:-$(id -u)} gid=${DIFFX2CT_GID:-$(id -g)}
   if [ "$uid" = 0 ]; then uid=${SUDO_UID:-1000} gid=${SUDO_GID:-1000}; fi # never root in the container
-  if [ "$1" = diffx2ct_visualize ]; then line+=(--service-ports); fi
   line=(env "DIFFX2CT_UID=$uid" "DIFFX2CT_GID=$gid" "${line[@]}" diffx2ct "$@")
   if [ "$dry" ]; then printf '%q ' "${line[@]}" | sed 's/ $//'; echo; return; fi
   docker compose version >/dev/null 2>&1 || fail "docker compose was not found; install Docker with its compose plugin and the NVIDIA container toolkit, or leave --docker out"
