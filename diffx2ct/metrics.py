@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .data import to_hu
@@ -52,12 +51,9 @@ def ssim(
     size: int = 7,  # edge of the uniform window
 ) -> float:
     "Structural similarity with a uniform window and range 1."
+    from monai.metrics import SSIMMetric
     a, b = (v.float()[None, None] if axis is None else v.float().movedim(axis, 0)[:, None] for v in (a, b))
-    mean = lambda v: (F.avg_pool3d if axis is None else F.avg_pool2d)(v, size, 1)
-    n = size ** (3 if axis is None else 2)
-    ma, mb = mean(a), mean(b)
-    va, vb, ab = ((mean(p) - q) * n / (n - 1) for p, q in ((a * a, ma * ma), (b * b, mb * mb), (a * b, ma * mb)))
-    return (((2 * ma * mb + 1e-4) * (2 * ab + 9e-4)) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).mean().item()
+    return SSIMMetric(spatial_dims=a.ndim - 2, data_range=1.0, kernel_type="uniform", win_size=size)(a, b).mean().item()
 
 # %% ../nbs/00e_metrics.ipynb #1c914f0a
 def metrics(
