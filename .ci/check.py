@@ -24,7 +24,7 @@ def run(*args: str, timeout: float = TIMEOUT) -> tuple[bool, float, str]:
     "Run a command: did it succeed, how many seconds did it take, what did it say."
     start = time.time()
     try:
-        p = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+        p = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", timeout=timeout)
         return p.returncode == 0, time.time() - start, p.stdout
     except subprocess.TimeoutExpired as e:
         return False, time.time() - start, f"{(e.stdout or b'').decode(errors='replace')}\nstopped after {timeout:.0f} s"

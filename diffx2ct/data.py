@@ -142,11 +142,11 @@ class TrainingConfig(Section):
     "How a trial trains (chapter 04)."
     ENCODER: Literal["resnet", "convnext", "efficientnet"] = "resnet"
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [10, 1]
+    LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [12, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()
     FULL_NOISE_RATIO: Ratio = 0.5
     FLIP_AXES: list[Literal["D", "H", "W"]] = []
-    LEARNING_RATE: Positive = 1e-3
+    LEARNING_RATE: Positive = 7e-4
     WEIGHT_DECAY: Weight = 0.01
     WARMUP_STEPS: Annotated[int, Field(ge=0)] = 10
     GRADIENT_ACCUMULATION_STEPS: Count = 1
@@ -204,7 +204,7 @@ class Config(Section):
     SEED: Annotated[int, Field(ge=0, lt=2 ** 31)] = 0
     DEVICES: str | list[str] = "auto"
     WANDB: Literal["auto", "online", "offline", "disabled"] = "auto"
-    EPOCHS: Count = 14
+    EPOCHS: Count = 16
     BATCH_SIZE: Count = 2
     VALIDATION_SPLIT: Annotated[float, Field(gt=0, lt=1)] = 0.2
     MAX_GRAD_NORM: Positive = 1.0

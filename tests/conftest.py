@@ -26,7 +26,7 @@ def run_cmd(
     args = [str(a) for a in args]
     if (BIN / args[0]).exists(): args[0] = str(BIN / args[0])
     merged = {k: v for k, v in (os.environ | env).items() if v is not None}
-    return subprocess.run(args, cwd=cwd, env=merged, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(args, cwd=cwd, env=merged, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout)
 
 
 @pytest.fixture(scope="session")

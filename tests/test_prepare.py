@@ -18,7 +18,7 @@ WINDOW = (-1024.0, 1500.0)
 
 def run(*args, code=0):
     "Run the command; returns its output, or its one sentence."
-    p = subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), *map(str, args)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    p = subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), *map(str, args)], capture_output=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert p.returncode == code, (p.returncode, p.stdout, p.stderr)
     assert "Traceback" not in p.stderr
     if code == 2: assert p.stderr.startswith("diffx2ct: ") and p.stderr.count("\n") == 1, p.stderr

@@ -43,7 +43,7 @@ def train(cwd: Path, *args, **how) -> str: return go(cwd, "--config", "tiny.yml"
 
 def start(cwd: Path, *args) -> subprocess.Popen:
     "Start training in a process group of its own, as a terminal does."
-    return subprocess.Popen([BIN/"diffx2ct_train", "--config", "tiny.yml", *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([BIN/"diffx2ct_train", "--config", "tiny.yml", *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
 
 def wait_for(pattern: str, folder: Path, p: subprocess.Popen):
     "Until a file is there."
