@@ -203,6 +203,7 @@ class Config(Section):
     PROJECT_NAME: Annotated[str, Field(min_length=1)] = "diffx2ct"
     SEED: Annotated[int, Field(ge=0, lt=2 ** 31)] = 0
     DEVICES: str | list[str] = "auto"
+    PLAN: Literal["balanced", "seed3"] = "balanced"
     WANDB: Literal["auto", "online", "offline", "disabled"] = "auto"
     EPOCHS: Count = 16
     BATCH_SIZE: Count = 2

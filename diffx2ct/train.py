@@ -279,7 +279,7 @@ def train_run(
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(c.MODEL.EMA_DECAY))
     ema = average.module.requires_grad_(False)
     saved = load_training(folder, denoiser, ema)
-    for model in (denoiser, ema): distribute(model, devices, patch=c.TRAINING.PATCH_SIZE)
+    for model in (denoiser, ema): distribute(model, devices, c.PLAN, c.TRAINING.PATCH_SIZE)
     average.n_averaged = average.n_averaged.to(devices[0])
     optimizer = torch.optim.AdamW(denoiser.parameters(), c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=c.TRAINING.AMP == "fp16")
