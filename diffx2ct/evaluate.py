@@ -24,7 +24,7 @@ from .diffusion import Denoiser
 from .drr import geometry
 from .metrics import PROTOCOLS, bootstrap, metrics
 from .parallel import devices_of
-from .reconstruct import METHODS, reconstruct
+from .reconstruct import METHODS, methods_of, reconstruct
 from .train import AMP, open_data
 
 # %% ../nbs/04a_evaluate.ipynb #6be6b604
@@ -216,7 +216,7 @@ protocols: unit (the HU window of the settings, range 1), x2ct (HU -1024 to 1476
 A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Embedded phantoms that are missing are made, in data/.""")
     p.add_argument("--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file")
     p.add_argument("--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)")
-    p.add_argument("--methods", nargs="+", metavar="M", default=list(METHODS), help="which of the methods below (default: all)")
+    p.add_argument("--methods", nargs="+", metavar="M", help="which of the methods below (default: all the model has)")
     p.add_argument("--protocol", choices=list(PROTOCOLS), default="unit", help="how volumes are compared, see below (default: %(default)s)")
     p.add_argument("--k", type=int, default=4, help="samples of mean_of_k (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap (default: %(default)s)")
@@ -231,7 +231,7 @@ A folder must have been prepared with the checkpoint's geometry, size, mm and HU
 # %% ../nbs/04a_evaluate.ipynb #89edb915
 def check_options(a: argparse.Namespace) -> torch.device:
     "`UserError` for what argparse cannot know; the device."
-    for m in a.methods:
+    for m in a.methods or ():
         if m not in METHODS: raise UserError(f"--methods {m} is not known; use some of {', '.join(METHODS)}")
     for name, value, least in (("k", a.k, 1), ("steps", a.steps, 1), ("seed", a.seed, 0)):
         if value is not None and not least <= value < 2 ** 32: raise UserError(f"--{name} {value} must be a number from {least} to {2 ** 32 - 1}")
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> None:
     cases = open_cases(model, a.data, a.cases)
     learnt = trained_on(cases.cases, model.config) if a.data else []
     if learnt: print(f"diffx2ct: {len(learnt)} of {len(cases)} cases are of patients this checkpoint was trained on ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)}); their figures flatter", file=sys.stderr)
-    result = evaluate(model, cases, list(dict.fromkeys(a.methods)), a.protocol, a.k, a.seed, a.steps, a.consistency)
+    result = evaluate(model, cases, list(dict.fromkeys(a.methods or methods_of(model.denoiser))), a.protocol, a.k, a.seed, a.steps, a.consistency)
     result["settings"] |= dict(data=Path(a.data).resolve().name if a.data else "validation cases of the checkpoint", device=a.device, trained_on=learnt)
     print(table(result))
     if a.json: print(f"\nfigures: {write_atomic(a.json, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False)))}")

@@ -33,7 +33,7 @@ from .drr import Geometry, Projector, geometry
 from .metrics import psnr
 from .parallel import devices_of, distribute
 from .phantom import phantom
-from .reconstruct import picture, reconstruct
+from .reconstruct import methods_of, picture, reconstruct
 
 # %% ../nbs/04_train_optuna.ipynb #c4b1f170
 @dataclass
@@ -514,12 +514,12 @@ def show_result(folder: Path, data: Data, device: str = "cpu", most: int = 4) ->
     "Write MPR pictures of validation cases, and say how the model stands against the floors."
     model = load_model(folder, device)
     c, d = model.config, model.denoiser
-    figures = {m: validate(d, data, c, m) for m in ("mean", "consistent_mean", "expected")}
+    names = {"mean": "mean training volume", "consistent_mean": "consistent mean", "expected": "this model"}
+    figures = ", ".join(f"{name} {validate(d, data, c, m):.2f} dB" for m, name in names.items() if m in methods_of(d))
     for i in range(min(most, len(data.valid))):
         x = reconstruct(d, data.valid[i].views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
         picture(x, data.valid[i], d.window, (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX), folder/"visualizations"/f"{data.valid[i].name}_mpr.png")
-    return (f"PSNR (unit protocol, {len(data.valid)} validation cases): mean training volume {figures['mean']:.2f} dB, consistent mean {figures['consistent_mean']:.2f} dB, "
-            f"this model {figures['expected']:.2f} dB\npictures: {folder/'visualizations'}")
+    return f"PSNR (unit protocol, {len(data.valid)} validation cases): {figures}\npictures: {folder/'visualizations'}"
 
 # %% ../nbs/04_train_optuna.ipynb #22d12077
 def parser() -> argparse.ArgumentParser:
