@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AMP', 'Data', 'make_phantoms', 'open_data', 'Draw', 'steps_per_epoch', 'draw', 'Crops', 'Bases', 'clip_threshold',
-           'plot_norms', 'lr_factor', 'Diverged', 'forward_loss', 'train_step', 'validate', 'prepare_run', 'wandb_mode',
-           'start_wandb', 'train_devices', 'train_run', 'Stop', 'deaf', 'pictures', 'check_study', 'open_study',
-           'suggest', 'current', 'start_values', 'try_lock', 'link', 'next_trial', 'run_trial', 'search', 'save_plots',
-           'show_result', 'parser', 'main', 'train_alone', 'best_trial', 'search_and_tell']
+           'plot_norms', 'lr_factor', 'Diverged', 'bf16_pays', 'forward_loss', 'train_step', 'validate', 'prepare_run',
+           'wandb_mode', 'start_wandb', 'train_devices', 'train_run', 'Stop', 'deaf', 'pictures', 'check_study',
+           'open_study', 'suggest', 'current', 'start_values', 'try_lock', 'link', 'next_trial', 'run_trial', 'search',
+           'save_plots', 'show_result', 'parser', 'main', 'train_alone', 'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
 import argparse, fcntl, json, math, os, re, shutil, signal, sqlite3, sys, time, warnings
@@ -175,7 +175,11 @@ def lr_factor(
 class Diverged(Exception):
     "A loss or a gradient is NaN or infinite."
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+def bf16_pays() -> bool:
+    "Whether this machine computes bf16 natively: a GPU, or a CPU whose oneDNN has bf16 convolutions."
+    return torch.cuda.is_available() or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+AMP = {"bf16": torch.bfloat16 if bf16_pays() else None, "fp16": torch.float16, "off": None}
 
 def forward_loss(
     denoiser: Denoiser, bases: Bases, c: Config,
@@ -192,7 +196,7 @@ def forward_loss(
     t = torch.rand(len(truth), generator=rng)
     t = torch.where(torch.rand(len(truth), generator=rng) < c.TRAINING.FULL_NOISE_RATIO, 1.0, t).to(device)
     eps = torch.randn(truth.shape, generator=rng).to(device)
-    with torch.autocast(device.type, AMP[c.TRAINING.AMP], enabled=c.TRAINING.AMP != "off"):
+    with torch.autocast(device.type, AMP[c.TRAINING.AMP], enabled=AMP[c.TRAINING.AMP] is not None):
         cond = denoiser.condition(base, denoiser.encode(views), d.origin)
         state = denoiser(denoiser.diffusion.noisy(cond.to_state(truth), eps, t), t, cond)
     x, full = cond.to_volume(state.float()), truth.shape[-1] == denoiser.A.size
