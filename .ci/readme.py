@@ -35,6 +35,7 @@ def readme() -> dict[Path, bytes]:
     c.TagRemovePreprocessor.remove_input_tags = {"no-input"}
     text, resources = MarkdownExporter(config=c).from_notebook_node(nb, {"unique_key": "index", "output_files_dir": IMAGES})
     text = re.sub(r"(\]\(|src=[\"'])(images/|[\w.-]+\.ipynb)", r"\1nbs/\2", text)  # links that hold inside nbs/
+    text = text.replace("](../", "](")  # and links that leave it
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     head = "<!-- Made from nbs/index.ipynb by .ci/readme.py; edit the notebook. -->\n\n"
