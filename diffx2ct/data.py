@@ -7,11 +7,11 @@ __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS',
            'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights',
            'TrainingConfig', 'DiffusionConfig', 'Range', 'OptunaConfig', 'Config', 'check_config', 'sentence',
            'set_key', 'merge', 'read_yaml', 'load_config', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr',
-           'draw_plane', 'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'write_manifest', 'read_manifest',
-           'patient_of', 'split_cases', 'Case', 'CTPairs', 'crop_origin', 'crop']
+           'draw_plane', 'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'cases_in', 'write_manifest',
+           'read_manifest', 'patient_of', 'split_cases', 'Case', 'CTPairs', 'crop_origin', 'crop']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
-import argparse, functools, math, os, random, re, sys, tempfile
+import copy, functools, json, os, random, re, sys, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -415,18 +415,23 @@ def load_tensor(
     return got
 
 # %% ../nbs/00_data.ipynb #734db48a
-import json
-
 def save_case(
     case: str,  # its name
     volume: Tensor,  # (D, H, W) unit volume
     views: Tensor,  # (2, P, P) AP and LAT
     pt_dir: str | Path,  # `DATA.PT_DATA_DIR`
     drr_dir: str | Path,  # `DATA.DRR_DIR`
+    half: bool = True,  # store the volume in half precision
 ) -> None:
     "Write one case; the volume last, so that a volume that is there has its views."
     for name, view in zip(("AP", "LAT"), views): save_tensor(view.float(), Path(drr_dir)/case/f"{name}.pt")
-    save_tensor(volume.half(), Path(pt_dir)/f"{case}.pt")
+    save_tensor(volume.half() if half else volume, Path(pt_dir)/f"{case}.pt")
+
+def cases_in(
+    pt_dir: str | Path,  # `DATA.PT_DATA_DIR`
+) -> list[str]:
+    "The cases of a folder; files that begin with a dot were left by a killed write and are none."
+    return sorted(p.stem for p in Path(pt_dir).glob("[!.]*.pt"))
 
 def write_manifest(
     drr_dir: str | Path,  # `DATA.DRR_DIR`
@@ -492,7 +497,7 @@ class CTPairs(torch.utils.data.Dataset):
     ):
         self.pt, self.drr = Path(c.PT_DATA_DIR), Path(c.DRR_DIR)
         if not self.pt.is_dir(): raise UserError(f"DATA.PT_DATA_DIR {self.pt} is not a folder; make it with diffx2ct_prepare, or leave it out to train on phantoms")
-        self.cases = cases if cases is not None else sorted(p.stem for p in self.pt.glob("[!.]*.pt"))
+        self.cases = cases if cases is not None else cases_in(self.pt)
         if not self.cases: raise UserError(f"DATA.PT_DATA_DIR {self.pt} holds no .pt file; fill it with diffx2ct_prepare")
         self.volumes, self.views = {}, {}
         for case in self.cases: self.open(case, (c.TARGET_VOLUME_SIZE,) * 3, (c.TARGET_DRR_SIZE,) * 2)
@@ -506,6 +511,12 @@ class CTPairs(torch.utils.data.Dataset):
             if not tensor.isfinite().all(): raise UserError(f"{path} holds NaN or infinite values; prepare this case again")
         if volume.min() < -0.01 or volume.max() > 1.01: raise UserError(f"{self.pt/case}.pt has values from {volume.min():.3g} to {volume.max():.3g}, not in [0, 1]; prepare it with diffx2ct_prepare")
         self.volumes[case], self.views[case] = volume, torch.stack(views).float()
+
+    def only(self, cases: list[str]) -> "CTPairs":
+        "Some of these cases, as they are mapped and checked already."
+        part = copy.copy(self)
+        part.cases = cases
+        return part
 
     def __len__(self): return len(self.cases)
     def __getitem__(self, i: int) -> Case: return Case(self.cases[i], self.volumes[self.cases[i]][None].float(), self.views[self.cases[i]])

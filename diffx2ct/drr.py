@@ -7,7 +7,7 @@ __all__ = ['Geometry', 'geometry', 'centres', 'hat_matrix', 'Projector', 'shadow
            'from_display']
 
 # %% ../nbs/00a_drr.ipynb #209d093b
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn

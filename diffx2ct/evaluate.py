@@ -9,7 +9,7 @@ __all__ = ['FIGURES', 'CLASH', 'score', 'check_like', 'open_cases', 'trained_on'
 # %% ../nbs/04a_evaluate.ipynb #ff0243f1
 import argparse, json, math, sys, time
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Model, load_model
 from .consistency import disagreement, residual
-from .data import Case, Config, CTPairs, UserError, command, patient_of, read_manifest, split_cases, write_atomic
+from .data import Case, Config, CTPairs, UserError, cases_in, command, patient_of, read_manifest, split_cases, write_atomic
 from .diffusion import Denoiser
 from .drr import geometry
 from .metrics import PROTOCOLS, bootstrap, metrics
-from .parallel import devices_of
+from .parallel import device_option
 from .reconstruct import METHODS, methods_of, reconstruct
-from .train import AMP, open_data
+from .train import AMP, open_data, phantom_names
 
 # %% ../nbs/04a_evaluate.ipynb #6be6b604
 FIGURES = {  # name: what a table calls it, and its format
@@ -85,12 +85,13 @@ def open_cases(
         volumes, drrs = Path(folder)/"volumes", Path(folder)/"drrs"
         for part in (volumes, drrs):
             if not part.is_dir(): raise UserError(f"{part} is not a folder; --data names the folder that diffx2ct_prepare --out has written, with volumes and drrs in it")
-        known = sorted(p.stem for p in volumes.glob("[!.]*.pt"))
+        known = cases_in(volumes)
         if not known: raise UserError(f"{volumes} holds no .pt file; fill {folder} with diffx2ct_prepare")
     check_like(drrs, model)
     for name in names or ():
         if name not in known: raise UserError(f"--cases {name}: there is no such case; the {len(known)} there are begin with {', '.join(known[:4])}")
-    return CTPairs(d.model_copy(update=dict(PT_DATA_DIR=str(volumes), DRR_DIR=str(drrs))), list(dict.fromkeys(names or known)))
+    chosen = list(dict.fromkeys(names or known))
+    return own.only(chosen) if folder is None else CTPairs(d.model_copy(update=dict(PT_DATA_DIR=str(volumes), DRR_DIR=str(drrs))), chosen)
 
 # %% ../nbs/04a_evaluate.ipynb #cdf06dfd
 def trained_on(
@@ -98,7 +99,7 @@ def trained_on(
     c: Config,  # the checkpoint's settings
 ) -> list[str]:
     "Those of the cases whose patients the model was trained on, as far as its data is still here."
-    known = sorted(p.stem for p in Path(c.DATA.PT_DATA_DIR).glob("[!.]*.pt")) if c.DATA.PT_DATA_DIR else [f"phantom{i:04d}" for i in range(c.DATA.PHANTOMS)]
+    known = cases_in(c.DATA.PT_DATA_DIR) if c.DATA.PT_DATA_DIR else phantom_names(c)
     try: learnt = {patient_of(n) for n in split_cases(known, c)[0]}
     except UserError: return []
     return [n for n in names if patient_of(n) in learnt]
@@ -122,7 +123,7 @@ def settings(
     "What must be known to read the figures: which model, on what grid, asked how."
     net, c = model.denoiser, model.config
     return dict(checkpoint=model.path.resolve().parent.name, model=model.path.name, step=model.meta.get("step"), version=model.meta["version"], **how, sampler=c.DIFFUSION.SAMPLER, amp=c.TRAINING.AMP,
-                geometry=dict(zip(("kind", "sad_mm", "sdd_mm", "panel_mm"), astuple(net.A.geometry))), size=net.A.size, mm=net.A.mm, pixels=net.A.pixels, hu_window=list(net.window), line_integrals=net.line_integrals)
+                geometry=asdict(net.A.geometry), size=net.A.size, mm=net.A.mm, pixels=net.A.pixels, hu_window=list(net.window), line_integrals=net.line_integrals)
 
 # %% ../nbs/04a_evaluate.ipynb #48a68e25
 def evaluate(
@@ -238,8 +239,7 @@ def check_options(a: argparse.Namespace) -> torch.device:
     for name, path in (("json", a.json), ("plot", a.plot)):
         if path and Path(path).is_dir(): raise UserError(f"--{name} {path} is a folder; name a file")
     if a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--plot {a.plot} must end in .png, .pdf or .svg")
-    try: return devices_of(a.device)[0]
-    except UserError: raise UserError(f"--device {a.device} is not on this machine; use cpu, cuda:0 or auto") from None
+    return device_option(a.device)
 
 @command
 def main(argv: list[str]) -> None:

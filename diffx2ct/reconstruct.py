@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .consistency import consistent
 from .data import Case, DiffusionConfig, UserError, show_mpr, to_hu
-from .diffusion import SAMPLERS, Denoiser, times_of, windowed
+from .diffusion import DAMPING, SAMPLERS, Denoiser, times_of, windowed
 
 # %% ../nbs/02b_reconstruct.ipynb #37954420
 def settled(
@@ -36,10 +36,10 @@ def settled(
 # %% ../nbs/02b_reconstruct.ipynb #2ee6c8f0
 def noise_of(
     shape: tuple[int, ...],  # (1, D, H, W)
-    seeds: list[int],  # one a case of the batch
-) -> Tensor:  # (B, 1, D, H, W)
+    seed: int,
+) -> Tensor:  # (1, 1, D, H, W)
     "Standard Gaussian noise that depends on its seed alone."
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None]
 
 @torch.no_grad()
 def samples(
@@ -56,7 +56,7 @@ def samples(
     denoise = settled(denoiser, views, base, patch or base.shape[-1], c, amp)
     out = []
     for seed in seeds:
-        noise = noise_of(base.shape[1:], [seed]).to(base)
+        noise = noise_of(base.shape[1:], seed).to(base)
         state = SAMPLERS[c.SAMPLER](denoise, noise, times_of(c.STEPS), denoiser.diffusion, torch.Generator().manual_seed(seed + 2 ** 32))
         out.append(base + denoiser.scale * state)
     return finish(denoiser, torch.cat(out), views, c.CONSISTENCY)
@@ -69,7 +69,7 @@ def finish(
 ) -> Tensor:  # (B, 1, D, H, W) in [0, 1]
     "Into the HU range, and onto the views as far as that allows."
     if consistency == "off" or not denoiser.line_integrals: return x.clamp(0, 1)
-    return consistent(x, views.expand(len(x), -1, -1, -1), denoiser.A, denoiser.window, rounds=10, damping=0.3 if consistency == "soft" else 0.0)
+    return consistent(x, views.expand(len(x), -1, -1, -1), denoiser.A, denoiser.window, rounds=10, damping=DAMPING[consistency])
 
 # %% ../nbs/02b_reconstruct.ipynb #78537583
 METHODS = ("mean", "consistent_mean", "expected", "sample", "mean_of_k")
@@ -93,7 +93,7 @@ def reconstruct(
     if method not in methods_of(denoiser): raise UserError(f"method {method!r} is not one this model has; use one of {', '.join(methods_of(denoiser))}")
     if method == "mean": return denoiser.mean[0].clone()
     v = views[None].to(denoiser.mean.device)
-    if method == "consistent_mean": return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=0.3 if c.CONSISTENCY == "soft" else 0.0)[0]
+    if method == "consistent_mean": return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=DAMPING[c.CONSISTENCY])[0]
     if method == "expected":
         base = denoiser.base(v, c.CONSISTENCY)
         x = base + denoiser.scale * settled(denoiser, v, base, patch or base.shape[-1], c, amp)(torch.zeros_like(base), 1.0)

@@ -13,7 +13,7 @@ __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor
 # %% ../nbs/00b_scans.ipynb #6e6380dc
 import argparse, contextlib, gzip, hashlib, math, os, re, shlex, struct, sys, zipfile, zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import UserError, command, density, read_manifest, save_tensor, show_mpr, to_unit, write_manifest
+from .data import UserError, command, density, cases_in, read_manifest, save_case, show_mpr, to_hu, to_unit, write_manifest
 from .drr import Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
@@ -583,7 +583,7 @@ def todo(
     overwrite: bool,  # replace cases that are there
 ) -> list[Scan]:
     "The scans that are not cases of the folder yet."
-    if old is None and any((out/"volumes").glob("[!.]*.pt")): raise UserError(f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out")
+    if old is None and cases_in(out/"volumes"): raise UserError(f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out")
     rest = []
     for s in scans:
         known = old["cases"].get(s.case) if old else None
@@ -609,15 +609,14 @@ def prepare(
         how = dict(table=a.table or ("keep" if scan.cube else "remove"), centre=a.centre or ("volume" if scan.cube else "body"), threshold=a.air_threshold)
         try: unit, views, info = prepare_volume(scan.read(), projector, tuple(s["hu_window"]), half=a.float16, **how)
         except UserError as e:
-            done = len([c for c in rest[:rest.index(scan)]])
+            done = rest.index(scan)
             raise UserError(f"{e if scan.source in str(e) else f'{scan.source}: {e}'}" + (f" ({done} cases before it are done and stay)" if done else "")) from None
         if old is None and not cases: list_cases()
-        for name, view in zip(("AP", "LAT"), views): save_tensor(view.float(), out/f"drrs/{scan.case}/{name}.pt")
-        save_tensor(unit, out/f"volumes/{scan.case}.pt")
+        save_case(scan.case, unit, views, out/"volumes", out/"drrs", a.float16)
         cases[scan.case] = dict(source=scan.source, kind=scan.kind, fingerprint=fingerprint(scan.files, scan.part), **info) | ({"h5_offset": a.h5_offset} if scan.kind == "x2ct" else {})
         list_cases()
         if info.get("body_inside", 1) < 0.9: tqdm.write(f"note: {1 - info['body_inside']:.0%} of the body of {scan.case} lies outside the cube of {s['size'] * s['mm']:g} mm; a larger --mm holds more", file=sys.stdout)
-        if a.pictures: show_mpr({scan.case: unit.float() * (s["hu_window"][1] - s["hu_window"][0]) + s["hu_window"][0]}, views=views, path=out/f"pictures/{scan.case}.png")
+        if a.pictures: show_mpr({scan.case: to_hu(unit.float(), s["hu_window"])}, views=views, path=out/f"pictures/{scan.case}.png")
     return len(rest), len(scans) - len(rest)
 
 # %% ../nbs/00b_scans.ipynb #97beca21

@@ -38,6 +38,7 @@ from .drr import coverage as beam_count
 from .drr import to_display
 from .metrics import PROTOCOLS
 from .metrics import metrics as compare
+from .parallel import device_option
 from .reconstruct import METHODS, reconstruct, samples
 from .scans import as_image, as_tensor, check_file, extent, hushed, orient, resample
 from .train import AMP, open_data, start_wandb
@@ -575,7 +576,7 @@ def save_report(
     if truth is not None: volumes["difference"] = generated - truth
     for name, values in volumes.items(): save_nifti(values, mm, folder / f"{name}.nii.gz", centre)
     rows = {n: volumes[n] for n in ("truth", "generated", "difference") if n in volumes}
-    show_mpr({n: torch.as_tensor(v) for n, v in rows.items()}, how.get("window", (-1000, 600)) if not isinstance(how.get("window"), str) else WINDOWS[how["window"]], views=torch.as_tensor(views), path=folder / "mpr.png")
+    show_mpr({n: torch.as_tensor(v) for n, v in rows.items()}, limits_of(how.get("window", (-1000, 600))), views=torch.as_tensor(views), path=folder / "mpr.png")
     write_atomic(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
     write_atomic(folder / "report.png", lambda p: fig.savefig(p, dpi=110))
     return folder
@@ -619,7 +620,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="the only source of chance")
     p.add_argument("--window", help="lung, mediastinum, bone or full; default: VIS_WINDOW_MIN to VIS_WINDOW_MAX of the settings")
     p.add_argument("--protocol", default="unit", choices=list(PROTOCOLS), help="of the metrics; default: unit")
-    p.add_argument("--device", default="cpu", help="cpu or cuda:0")
+    p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto")
     return p
 
 # %% ../nbs/05_visualize.ipynb #9e375e4d
@@ -660,10 +661,10 @@ def main(argv: list[str]):
     a = parser().parse_args(argv)
     if bool(a.ap) != bool(a.lat): raise UserError("--ap and --lat belong together; a volume needs both views")
     if a.cases < 1 or a.samples < 0 or (a.steps or 1) < 1: raise UserError("--cases and --steps count from 1, --samples from 0; give larger numbers")
-    if a.device != "cpu" and not torch.cuda.is_available(): raise UserError(f"--device {a.device}: there is no such device here; use cpu")
+    device = device_option(a.device)
     views = [load_tensor(path, dims=2).float() for path in (a.ap, a.lat) if path]
     limits = limits_of(a.window) if a.window else None
-    model = load_model(a.checkpoint_dir, a.device)
+    model = load_model(a.checkpoint_dir, str(device))
     net, d = model.denoiser, model.config.DATA
     for view in views:
         if view.shape != (net.A.pixels,) * 2: raise UserError(f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size")
