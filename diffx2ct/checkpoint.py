@@ -23,7 +23,7 @@ from .drr import Geometry
 from pydantic import ValidationError
 
 # %% ../nbs/03b_checkpoint.ipynb #95936201
-FORMAT = 1
+FORMAT = 2
 
 def describe(
     denoiser: Denoiser,

@@ -6,6 +6,8 @@
 __all__ = ['residual', 'solve_views', 'nearest', 'consistent', 'disagreement']
 
 # %% ../nbs/00d_consistency.ipynb #a60c25e0
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,9 +73,14 @@ def consistent(
     steps: int | None = None,  # conjugate-gradient steps in each; default 2
     noise: float = 0.0,  # relative residual at which to stop
     damping: float = 0.0,
+    momentum: bool = False,  # the accelerated scheme
 ) -> Tensor:  # (B, 1, D, H, W) in [0, 1]
     "Alternating projections onto the views and onto the HU range (POCS)."
-    for _ in range(rounds): x = nearest(x, y, A, window, steps or 2, noise, damping).clamp(0, 1)
+    last, k = x, 1.0
+    for _ in range(rounds):
+        new = (1 + math.sqrt(1 + 4 * k * k)) / 2
+        ahead = (k - 1) / new * (x - last) if momentum else 0.0
+        last, x, k = x, nearest(x + ahead, y, A, window, steps or 2, noise, damping).clamp(0, 1), new
     return x
 
 # %% ../nbs/00d_consistency.ipynb #854ca719

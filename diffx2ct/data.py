@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'PLANES', 'UserError', 'command', 'write_atomic',
            'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights',
-           'TrainingConfig', 'DiffusionConfig', 'Range', 'OptunaConfig', 'Config', 'check_config', 'sentence',
-           'set_key', 'merge', 'read_yaml', 'load_config', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr',
-           'draw_plane', 'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'cases_in', 'write_manifest',
-           'read_manifest', 'patient_of', 'split_cases', 'Case', 'CTPairs', 'crop_origin', 'crop']
+           'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'OptunaConfig', 'Config', 'check_config',
+           'sentence', 'set_key', 'merge', 'read_yaml', 'load_config', 'to_unit', 'to_hu', 'density', 'planes',
+           'show_mpr', 'draw_plane', 'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'cases_in',
+           'write_manifest', 'read_manifest', 'patient_of', 'split_cases', 'Case', 'CTPairs', 'crop_origin', 'crop']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
 import copy, functools, json, os, random, re, sys, tempfile
@@ -114,13 +114,14 @@ class UNetConfig(Section):
     CROSS_ATTENTION_LEVELS: list[bool] = [False, False, False, True]
     NUM_RES_BLOCKS: Count = 1
     HALF_RESOLUTION: bool = True
+    PLANAR_LEVELS: Annotated[int, Field(ge=0)] = 2
     CHECKPOINTING: bool = False
 
 class EncoderConfig(Section):
     "The 2D conditioning encoder (chapter 01)."
     NUM_CHANNELS: Count = 32
     OUTPUT_DIM: Count = 64
-    LIFT: bool = True
+    LIFT: Annotated[Literal["modulate", "add", "none"], BeforeValidator(lambda v: {True: "modulate", False: "none"}[v] if isinstance(v, bool) else v)] = "modulate"
 
 class ModelConfig(Section):
     "Network sizes; SCALE multiplies all channel numbers."
@@ -138,15 +139,27 @@ class LossWeights(Section):
     PROJECTION: Weight = 0.0
 
 # %% ../nbs/00_data.ipynb #fc9616a7
+class AugmentConfig(Section):
+    "How far a training case is changed each time it is seen (chapter 00f)."
+    ROTATE: Annotated[float, Field(ge=0, le=180)] = 10
+    SCALE: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    SHIFT: Ratio = 0.05
+    ELASTIC: Ratio = 0.02
+    INTENSITY: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    GEOMETRY: Annotated[float, Field(ge=0, lt=0.2)] = 0.0
+    PHOTONS: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    GAMMA: Annotated[float, Field(ge=0, lt=2)] = 0.0
+
 class TrainingConfig(Section):
     "How a trial trains (chapter 04)."
     ENCODER: Literal["resnet", "convnext", "efficientnet"] = "resnet"
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [12, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()
-    FULL_NOISE_RATIO: Ratio = 0.5
+    FULL_NOISE_RATIO: Ratio = 0.75
     FLIP_AXES: list[Literal["D", "H", "W"]] = []
-    LEARNING_RATE: Positive = 7e-4
+    AUGMENT: AugmentConfig = AugmentConfig()
+    LEARNING_RATE: Positive = 1e-3
     WEIGHT_DECAY: Weight = 0.01
     WARMUP_STEPS: Annotated[int, Field(ge=0)] = 10
     GRADIENT_ACCUMULATION_STEPS: Count = 1

@@ -101,7 +101,7 @@ class Denoiser(nn.Module):
         "The volume states are measured from."
         if self.base_kind == "none": return torch.full_like(self.mean, 0.5).expand(len(views), -1, -1, -1, -1)
         mean = self.mean.expand(len(views), -1, -1, -1, -1)
-        return consistent(mean, views, self.A, self.window, damping=DAMPING[consistency]) if self.base_kind == "consistent_mean" else mean
+        return consistent(mean, views, self.A, self.window, 10, 1, damping=DAMPING[consistency], momentum=True) if self.base_kind == "consistent_mean" else mean
 
     def encode(self,
         views: Tensor,  # (B, 2, P, P)
@@ -162,7 +162,7 @@ def build(
     stride = 2 ** (len(channels) - 1 + u.HALF_RESOLUTION)
     if pixels % stride: raise UserError(f"DATA.TARGET_DRR_SIZE ({pixels}) must be a multiple of {stride} for the {len(channels)} levels of MODEL.UNET.NUM_CHANNELS")
     encoder = Encoder(c.TRAINING.ENCODER, channels, pixels, eights(e.NUM_CHANNELS), eights(e.OUTPUT_DIM), 2 if u.HALF_RESOLUTION else 1)
-    unet = UNet(6, channels, u.ATTENTION_LEVELS, u.CROSS_ATTENTION_LEVELS, u.NUM_RES_BLOCKS, e.LIFT, eights(e.OUTPUT_DIM), u.HALF_RESOLUTION, u.CHECKPOINTING)
+    unet = UNet(2, 4, channels, u.ATTENTION_LEVELS, u.CROSS_ATTENTION_LEVELS, u.PLANAR_LEVELS, u.NUM_RES_BLOCKS, e.LIFT, eights(e.OUTPUT_DIM), u.HALF_RESOLUTION, u.CHECKPOINTING)
     return Denoiser(unet, encoder, Diffusion(c.DIFFUSION.SCHEDULE, c.DIFFUSION.PREDICTION), Projector(g, size, mm, pixels), (c.DATA.HU_MIN, c.DATA.HU_MAX), c.MODEL.BASE, line_integrals)
 
 # %% ../nbs/02a_diffusion.ipynb #6180af81

@@ -1,0 +1,216 @@
+"""Which method makes the best volume from two views, for the same patients and the same CPU time of training.
+
+python benchmarks/quality/run.py                    every row that is not there yet, two at a time; then table and plot
+python benchmarks/quality/run.py --only sarcoma     rows whose name holds a word
+python benchmarks/quality/run.py --list             what there is and what is missing; trains nothing
+python benchmarks/quality/run.py --minutes 0.2 --out /tmp/q   a rehearsal
+
+Each row trains in a process of its own on one thread, from one seed, for a budget of CPU time that becomes a number of steps by timing a few of them
+first, and is scored with its last weights, never with the best of several, on patients it has not seen. A killed run goes on where it was.
+Rows are data: what differs from config.yml's defaults is written here and in the results."""
+import argparse, json, math, os, statistics, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STS = [f"STS_{i:03d}" for i in range(33, 41)]  # held out, never trained on
+
+# data sets: budget in CPU minutes, settings, and how they are made
+DATA = {
+    "phantoms":      dict(minutes=30, sets={"DATA.PHANTOMS": 272, "DATA.VALIDATION_CASES": [f"phantom{i:04d}" for i in range(256, 272)]}),
+    "phantoms_cone": dict(minutes=30, sets={"DATA.PHANTOMS": 272, "DATA.VALIDATION_CASES": [f"phantom{i:04d}" for i in range(256, 272)], "DATA.GEOMETRY": "x2ct"}),
+    "sarcoma":       dict(minutes=60, prepare=("sts_ct_64.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
+    "sarcoma_cone":  dict(minutes=60, prepare=("sts_ct_64.npz", "x2ct_scaled"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
+    "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), profile="few", sets={"DATA.VALIDATION_CASES": STS, "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32,
+                          "MODEL.UNET.NUM_CHANNELS": [32, 64, 96], "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True], "BATCH_SIZE": 4}),
+}
+# methods: settings that differ from ours
+METHODS = {
+    "ours": {},
+    "regression": {"TRAINING.FULL_NOISE_RATIO": 1.0},  # the same backbone, never shown a noisy volume
+    "original_style": {  # noise prediction from noise alone, conditioned by cross-attention only, at full resolution
+        "MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256], "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2,
+        "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "DIFFUSION.PREDICTION": "eps", "DIFFUSION.SCHEDULE": "linear", "DIFFUSION.SAMPLER": "ddim", "DIFFUSION.STEPS": 50, "DIFFUSION.CONSISTENCY": "off",
+        "TRAINING.FULL_NOISE_RATIO": 0.0, "TRAINING.LEARNING_RATE": 2e-4, "BATCH_SIZE": 1},
+}
+ABLATIONS = {
+    "ours": {},
+    "without the residual from the consistent mean": {"MODEL.BASE": "mean"},
+    "without lifting (cross-attention only)": {"MODEL.CONDITIONING_ENCODER.LIFT": "none"},
+    "without modulation (lifted features only added)": {"MODEL.CONDITIONING_ENCODER.LIFT": "add"},
+    "without projecting the output in training": {"DIFFUSION.CONSISTENCY": "off"},
+    "without bottleneck context": {"MODEL.UNET.ATTENTION_LEVELS": [False, False, False], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, False]},
+    "without planar convolutions": {"MODEL.UNET.PLANAR_LEVELS": 0},
+    "without augmentation (mirror images only)": {f"TRAINING.AUGMENT.{k}": 0 for k in ("ROTATE", "SCALE", "SHIFT", "ELASTIC", "INTENSITY")},
+    "without diffusion (plain regression)": {"TRAINING.FULL_NOISE_RATIO": 1.0},
+}
+SEEDS = 3
+
+
+def rows() -> list[dict]:
+    "All rows of both tables, in the order in which they are worth having."
+    out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone")]
+    out += [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS]
+    for r in out: r["name"] = " · ".join([r["data"], r["method"], f"seed {r['seed']}"])
+    return out
+
+
+def slug(name: str) -> str: return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
+    "Make what the rows need; real CT is left out, saying so, where its file is not there."
+    ready = {}
+    for name in sorted(names):
+        d = DATA[name]
+        if "prepare" not in d: ready[name] = {}; continue
+        file, geometry = d["prepare"]
+        if not (ct / file).exists(): print(f"{name}: {ct / file} is not there; its rows are left out (name the folder with --ct)"); continue
+        folder = work / "data" / name
+        subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), ct / file, "--out", folder, "--geometry", geometry], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ready[name] = {"DATA.PT_DATA_DIR": str(folder / "volumes"), "DATA.DRR_DIR": str(folder / "drrs")}
+    return ready
+
+
+def train_row(row: dict, minutes: float, paths: dict, out: Path, work: Path) -> None:
+    "In a process of its own: train one row and write its result."
+    import torch, yaml
+    import diffx2ct.train as T
+    from diffx2ct.checkpoint import load_model
+    from diffx2ct.data import load_config
+    from diffx2ct.evaluate import evaluate, open_cases
+    torch.set_num_threads(1)
+    os.environ["WANDB_MODE"] = "disabled"
+    d, folder = DATA[row["data"]], work / slug(row["name"])
+    differs = (METHODS if row["table"] == "main" else ABLATIONS)[row["method"]]
+    sets = d["sets"] | paths | differs | {"SEED": row["seed"], "DEVICES": "cpu"}
+    config = lambda **more: load_config(HERE.parents[1] / "config.yml", d.get("profile"), [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix(chr(10)).removesuffix('...').strip()}" for k, v in (sets | more).items()])
+    c = config()
+    data = T.open_data(c)
+    plan = folder / "plan.json"
+    if not plan.exists():  # time some steps of a throwaway network
+        net = T.prepare_run(c, data); net.train()
+        optimizer, scaler, norms = torch.optim.AdamW(net.parameters(), 1e-6), torch.amp.GradScaler("cpu", enabled=False), []
+        draws = [x for s in range(12) for x in T.draw(c, len(data.train), s)]
+        crops, micro, times = T.Crops(data.train, draws, c, data.line_integrals), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
+        for s in range(12):
+            start = time.process_time()
+            T.train_step(net, c, [crops[s * micro + i] for i in range(micro)], 0, optimizer, scaler, norms)
+            times.append(time.process_time() - start)
+        per, second = T.steps_per_epoch(c, len(data.train)), statistics.median(times[2:]) * 1.03  # averaging of weights comes on top
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.write_text(json.dumps(dict(epochs=max(1, round(minutes * 60 / second / per)), step_seconds=second)))
+    epochs = json.loads(plan.read_text())["epochs"]
+    c = config(**{"EPOCHS": epochs, "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
+    apart, validate = [0.0], T.validate
+    def timed(*a):
+        start = time.process_time()
+        try: return validate(*a)
+        finally: apart[0] += time.process_time() - start
+    T.validate = timed if row["method"] != "original_style" else lambda *a: 0.0  # it has no expected volume
+    start = time.process_time()
+    T.train_run(c, data, folder, dict(study="quality", trial=row["name"]), title=row["name"])
+    seconds = time.process_time() - start - apart[0]
+    model = load_model(sorted(folder.glob("model_*.safetensors"))[-1])
+    history = torch.load(sorted(folder.glob("training_*.pt"))[-1], weights_only=True)["history"]
+    methods = ["mean", "consistent_mean", "sample", "mean_of_k"] if row["method"] == "original_style" else ["mean", "consistent_mean", "expected", "sample", "mean_of_k"]
+    scores, start = {}, time.time()
+    for consistency in ("on", "off"):
+        got = evaluate(model, open_cases(model), [m for m in methods if consistency == "on" or m in ("expected", "sample")], seed=0, consistency=consistency)
+        scores |= {m + ("" if consistency == "on" else " (off)"): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
+        if consistency == "on": cases = {n: {m: round(s["psnr"], 3) for m, s in v["scores"].items()} for n, v in got["cases"].items()}
+    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
+                        scores=scores, cases=cases, torch=torch.__version__, evaluation_seconds=round(time.time() - start))
+    tmp = out / f".{slug(row['name'])}.json"
+    tmp.write_text(json.dumps(result, indent=1)); tmp.replace(out / f"{slug(row['name'])}.json")
+
+
+def summary(out: Path) -> str:
+    "The tables in Markdown, from the results that are there."
+    got = [json.loads(p.read_text()) for p in sorted(out.glob("[!.]*.json"))]
+    said, main = [], [r for r in got if r["table"] == "main"]
+    show = lambda v, form: f"{v[0]:{form}} [{v[1]:{form}}, {v[2]:{form}}]" if v else "-"
+    for name in DATA:
+        block = sorted((r for r in main if r["data"] == name), key=lambda r: list(METHODS).index(r["method"]))
+        if not block: continue
+        floor = block[0]["scores"]["consistent_mean"]["psnr"][0]
+        said += [f"### {name}, {len(block[0]['cases'])} held-out cases", "", "| method | CPU min | steps | volume | PSNR, dB | over the floor | SSIM | MAE, HU |", "|---|---|---|---|---|---|---|---|"]
+        for m in ("mean", "consistent_mean"): said.append(f"| {m.replace('_', ' ')} | 0 | 0 | | {show(block[0]['scores'][m]['psnr'], '.2f')} | {block[0]['scores'][m]['psnr'][0] - floor:+.2f} | {block[0]['scores'][m]['ssim'][0]:.3f} | {block[0]['scores'][m]['mae_hu'][0]:.0f} |")
+        for r in block:
+            for m in ("expected", "expected (off)", "sample", "sample (off)", "mean_of_k"):
+                if s := r["scores"].get(m): said.append(f"| {r['method'].replace('_', ' ')} | {r['cpu_seconds'] / 60:.1f} | {r['steps']} | {m.replace('_', ' ').replace('(off)', 'before consistency')} | {show(s['psnr'], '.2f')} | {s['psnr'][0] - floor:+.2f} | {s['ssim'][0]:.3f} | {s['mae_hu'][0]:.0f} |")
+        said.append("")
+    part = [r for r in got if r["table"] == "ablation"]
+    if part:
+        of = lambda m: [r["scores"]["expected"]["psnr"][0] for r in part if r["method"] == m]
+        ours = of("ours")
+        said += [f"### ablation on sarcoma32, {part[0]['minutes']:g} CPU minutes a row", "", "| row | seeds | expected + consistency, dB | what the part earns |", "|---|---|---|---|"]
+        for m in ABLATIONS:
+            if v := of(m): said.append(f"| {m} | {len(v)} | {statistics.mean(v):.2f}" + (f" (sd {statistics.stdev(v):.2f})" if len(v) > 1 else "") + f" | {statistics.mean(ours) - statistics.mean(v):+.2f} |" if ours and m != "ours" else f"| {m} | {len(v)} | {statistics.mean(v):.2f} | |")
+        said.append("")
+    return "\n".join(said)
+
+
+def plot(out: Path) -> None:
+    "PSNR of the validation patients during training, one panel a data set."
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    got = [r for p in sorted(out.glob("[!.]*.json")) if (r := json.loads(p.read_text()))["table"] == "main"]
+    names = [n for n in DATA if any(r["data"] == n for r in got)]
+    if not names: return
+    fig, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False, dpi=90)
+    for ax, name in zip(axes[0], names):
+        for r in (r for r in got if r["data"] == name):
+            color = f"C{list(METHODS).index(r['method'])}"
+            if r["method"] == "original_style": ax.axhline(r["scores"]["sample"]["psnr"][0], color=color, label="original style, sample")
+            else: ax.plot([e / r["epochs"] * r["cpu_seconds"] / 60 for e, _ in r["curve"]], [v for _, v in r["curve"]], "o-", ms=3, color=color, label=r["method"])
+        ax.axhline(r["scores"]["consistent_mean"]["psnr"][0], color="grey", ls="--", label="consistent mean")
+        ax.set_title(name, fontsize=9); ax.set_xlabel("CPU minutes of training", fontsize=8); ax.grid(alpha=0.3); ax.tick_params(labelsize=7)
+    axes[0, 0].set_ylabel("PSNR (unit), dB", fontsize=8); axes[0, 0].legend(fontsize=7)
+    fig.tight_layout(); fig.savefig(out / "curves.png"); plt.close(fig)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name holds all of these words")
+    p.add_argument("--ct", type=Path, default=os.environ.get("DIFFX2CT_CT_DIR") or HERE.parents[2] / "shared" / "ct", help="folder with sts_ct_64.npz and sts_ct_32.npz (default: $DIFFX2CT_CT_DIR)")
+    p.add_argument("--out", type=Path, default=HERE / "results", help="results, one file a row (default: %(default)s)")
+    p.add_argument("--work", type=Path, default=Path("data/quality"), help="data and checkpoints (default: %(default)s)")
+    p.add_argument("--minutes", type=float, help="CPU minutes of training of each row, instead of the protocol's")
+    p.add_argument("--workers", type=int, default=2, help="rows at a time, one thread each (default: %(default)s)")
+    p.add_argument("--list", action="store_true", help="say what is there and what is missing")
+    p.add_argument("--row", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    wanted = [r for r in rows() if all(w in r["name"] or w == r["table"] for w in a.only)]
+    if a.row:
+        row, paths = json.loads(a.row)
+        return train_row(row, a.minutes or DATA[row["data"]]["minutes"], paths, a.out, a.work)
+    there = lambda r: (a.out / f"{slug(r['name'])}.json").exists()
+    if a.list:
+        for r in wanted: print("there  " if there(r) else "missing", r["table"].ljust(9), r["name"])
+        return
+    from tqdm import tqdm
+    todo = [r for r in wanted if not there(r)]
+    a.work.mkdir(parents=True, exist_ok=True)
+    ready = prepare(a.ct, a.work, {r["data"] for r in todo})
+    todo = [r for r in todo if r["data"] in ready]
+    bar = tqdm(total=round(sum(a.minutes or DATA[r["data"]]["minutes"] for r in todo), 1), desc="quality", unit="CPU min")
+    def one(r):
+        command = [sys.executable, __file__, "--row", json.dumps([r, ready[r["data"]]]), "--out", a.out, "--work", a.work, *(["--minutes", str(a.minutes)] if a.minutes else [])]
+        log = a.work / f"{slug(r['name'])}.log"
+        with open(log, "a") as f: done = subprocess.run([str(x) for x in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=f, stderr=f).returncode == 0
+        bar.update(a.minutes or DATA[r["data"]]["minutes"])
+        bar.write(f"{'done  ' if done else f'FAILED (see {log})'} {r['name']}")
+        return done
+    with ThreadPoolExecutor(a.workers) as pool: good = list(pool.map(one, todo))
+    bar.close()
+    text = summary(a.out)
+    if a.out == HERE / "results" or a.minutes: (a.out / "table.md").write_text(text)
+    plot(a.out)
+    print(text)
+    sys.exit(not all(good))
+
+
+if __name__ == "__main__": main()
