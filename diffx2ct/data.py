@@ -153,6 +153,7 @@ class AugmentConfig(Section):
 class TrainingConfig(Section):
     "How a trial trains (chapter 04)."
     ENCODER: Literal["resnet", "convnext", "efficientnet"] = "resnet"
+    START_FROM: str | None = None
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [12, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()

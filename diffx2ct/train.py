@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, toned
-from .checkpoint import describe, load_model, load_training, model_file, read_header, save_checkpoint, save_model
+from .checkpoint import describe, fill, load_model, load_training, model_file, read_header, read_weights, save_checkpoint, save_model
 from .data import (CTPairs, Config, UserError, cases_in, check_config, command, crop, crop_origin, density, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import Denoiser, build, loss_terms, phase_weights
 from .drr import Geometry, Projector, geometry
@@ -248,6 +248,11 @@ def prepare_run(c: Config, data: Data) -> Denoiser:
     if not data.line_integrals and renders(c.TRAINING.AUGMENT, ()): print("display images cannot be rendered again: of TRAINING.AUGMENT only GAMMA is used")
     torch.manual_seed(c.SEED)
     denoiser = build(c, data.geometry, data.mm, data.line_integrals)
+    if c.TRAINING.START_FROM:                                 # weights of another training; mean and scale belong to the data
+        path = model_file(c.TRAINING.START_FROM)
+        read_header(path)
+        weights, here = read_weights(path, "ema"), dict(denoiser.named_parameters())
+        fill(denoiser, {k: v for k, v in weights.items() if k in here or k not in denoiser.state_dict()}, path, strict=False)
     cases = [data.train[i] for i in range(len(data.train))]
     for case in cases: denoiser.mean += case.volume[None] / len(cases)
     errors = [(case.volume[None] - denoiser.base(case.views[None])).square().mean() for case in cases[:32]]

@@ -39,7 +39,7 @@ from .drr import to_display
 from .metrics import PROTOCOLS
 from .metrics import metrics as compare
 from .parallel import device_option
-from .reconstruct import METHODS, reconstruct, samples
+from .reconstruct import METHODS, careful, reconstruct, samples
 from .scans import as_image, as_tensor, check_file, extent, hushed, orient, resample
 from .train import AMP, open_data, start_wandb
 
@@ -645,6 +645,7 @@ def run_case(
 ) -> dict:  # metrics; empty without a truth
     "Reconstruct one case, write its folder and print a line."
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update={} if a.steps is None else {"STEPS": a.steps})
+    c = careful(net, case.views, c, case.name)
     patch, amp = min(model.config.TRAINING.PATCH_SIZE, net.A.size), AMP[model.config.TRAINING.AMP]
     shown = reconstruct(net, case.views, a.method, c, max(a.samples, 1), a.seed, patch, amp).cpu()
     many = samples(net, case.views, list(range(a.seed, a.seed + a.samples)), c, patch, amp).cpu() if a.samples else shown[None]
