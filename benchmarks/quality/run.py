@@ -24,6 +24,7 @@ DATA = {
     "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), profile="few", sets={"DATA.VALIDATION_CASES": STS, "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32,
                           "MODEL.UNET.NUM_CHANNELS": [32, 64, 96], "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True], "BATCH_SIZE": 4}),
 }
+DATA["phantoms32"] = dict(minutes=5, profile="few", sets={k: v for k, v in DATA["sarcoma32"]["sets"].items() if k != "DATA.VALIDATION_CASES"} | {"DATA.PHANTOMS": 272, "DATA.PT_DATA_DIR": None, "DATA.DRR_DIR": None, "DATA.CUBE_MM": 209.28})
 # methods: settings that differ from ours
 METHODS = {
     "ours": {},
@@ -45,12 +46,14 @@ ABLATIONS = {
     "without diffusion (plain regression)": {"TRAINING.FULL_NOISE_RATIO": 1.0},
 }
 SEEDS = 3
+PRETRAINED = {"start from phantoms": "phantoms32 · pretraining · seed 0"}  # rows of the ablation that begin with another row's weights
 
 
 def rows() -> list[dict]:
     "All rows of both tables, in the order in which they are worth having."
     out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone")]
     out += [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS]
+    out += [dict(table="pretraining", data="phantoms32", method="pretraining", seed=0)] + [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in PRETRAINED]
     for r in out: r["name"] = " · ".join([r["data"], r["method"], f"seed {r['seed']}"])
     return out
 
@@ -72,7 +75,7 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
     return ready
 
 
-def train_row(row: dict, minutes: float, paths: dict, out: Path, work: Path) -> None:
+def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path, work: Path) -> None:
     "In a process of its own: train one row and write its result."
     import torch, yaml
     import diffx2ct.train as T
@@ -82,9 +85,10 @@ def train_row(row: dict, minutes: float, paths: dict, out: Path, work: Path) -> 
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "disabled"
     d, folder = DATA[row["data"]], work / slug(row["name"])
-    differs = (METHODS if row["table"] == "main" else ABLATIONS)[row["method"]]
+    differs = (METHODS if row["table"] == "main" else ABLATIONS).get(row["method"], {})
+    if row["method"] in PRETRAINED: differs = {"TRAINING.START_FROM": str(work / slug(PRETRAINED[row["method"]]))}
     sets = d["sets"] | paths | differs | {"SEED": row["seed"], "DEVICES": "cpu"}
-    config = lambda **more: load_config(HERE.parents[1] / "config.yml", d.get("profile"), [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix(chr(10)).removesuffix('...').strip()}" for k, v in (sets | more).items()])
+    config = lambda **more: load_config(HERE.parents[1] / "config.yml", d.get("profile"), [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix(chr(10)).removesuffix('...').strip()}" for k, v in (sets | more).items()] + over)
     c = config()
     data = T.open_data(c)
     plan = folder / "plan.json"
@@ -145,7 +149,7 @@ def summary(out: Path) -> str:
         of = lambda m: [r["scores"]["expected"]["psnr"][0] for r in part if r["method"] == m]
         ours = of("ours")
         said += [f"### ablation on sarcoma32, {part[0]['minutes']:g} CPU minutes a row", "", "| row | seeds | expected + consistency, dB | what the part earns |", "|---|---|---|---|"]
-        for m in ABLATIONS:
+        for m in [*ABLATIONS, *PRETRAINED]:
             if v := of(m): said.append(f"| {m} | {len(v)} | {statistics.mean(v):.2f}" + (f" (sd {statistics.stdev(v):.2f})" if len(v) > 1 else "") + f" | {statistics.mean(ours) - statistics.mean(v):+.2f} |" if ours and m != "ours" else f"| {m} | {len(v)} | {statistics.mean(v):.2f} | |")
         said.append("")
     return "\n".join(said)
@@ -171,6 +175,25 @@ def plot(out: Path) -> None:
     fig.tight_layout(); fig.savefig(out / "curves.png"); plt.close(fig)
 
 
+def pictures(out: Path, work: Path, ct: Path) -> None:
+    "Truth, consistent mean, expected volume, one sample and the difference: a phantom, a sarcoma patient, and a chest shown to the model that knows only phantoms."
+    from diffx2ct.checkpoint import load_model
+    from diffx2ct.data import show_mpr, to_hu
+    from diffx2ct.evaluate import AMP, open_cases
+    from diffx2ct.reconstruct import reconstruct
+    for name, data, scan in (("phantom", "phantoms", None), ("sarcoma", "sarcoma", None), ("chest", "phantoms", ct / "lidc_idri_0001.nii.gz")):
+        files = sorted((work / slug(f"{data} · ours · seed 0")).glob("model_*.safetensors"))
+        if not files or (scan and not scan.exists()) or (out / f"{name}.png").exists(): continue
+        folder = work / "data" / "chest" if scan else None
+        if scan: subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), scan, "--out", folder], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        model = load_model(files[-1])
+        case, net, t = open_cases(model, folder)[0], model.denoiser, model.config.TRAINING
+        volumes = {m.replace("_", " "): reconstruct(net, case.views, m, model.config.DIFFUSION, amp=AMP[t.AMP]).float()[0] for m in ("consistent_mean", "expected", "sample")}
+        volumes = {"truth": case.volume[0]} | volumes
+        hu = {k: to_hu(v, net.window) for k, v in volumes.items()}
+        show_mpr(hu | {"difference, expected": hu["expected"] - hu["truth"]}, views=case.views, path=out / f"{name}.png")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name holds all of these words")
@@ -178,6 +201,7 @@ def main():
     p.add_argument("--out", type=Path, default=HERE / "results", help="results, one file a row (default: %(default)s)")
     p.add_argument("--work", type=Path, default=Path("data/quality"), help="data and checkpoints (default: %(default)s)")
     p.add_argument("--minutes", type=float, help="CPU minutes of training of each row, instead of the protocol's")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="change a setting of every row, for a rehearsal")
     p.add_argument("--workers", type=int, default=2, help="rows at a time, one thread each (default: %(default)s)")
     p.add_argument("--list", action="store_true", help="say what is there and what is missing")
     p.add_argument("--row", help=argparse.SUPPRESS)
@@ -186,7 +210,7 @@ def main():
     wanted = [r for r in rows() if all(w in r["name"] or w == r["table"] for w in a.only)]
     if a.row:
         row, paths = json.loads(a.row)
-        return train_row(row, a.minutes or DATA[row["data"]]["minutes"], paths, a.out, a.work)
+        return train_row(row, a.minutes or DATA[row["data"]]["minutes"], paths, a.sets, a.out, a.work)
     there = lambda r: (a.out / f"{slug(r['name'])}.json").exists()
     if a.list:
         for r in wanted: print("there  " if there(r) else "missing", r["table"].ljust(9), r["name"])
@@ -198,7 +222,9 @@ def main():
     todo = [r for r in todo if r["data"] in ready]
     bar = tqdm(total=round(sum(a.minutes or DATA[r["data"]]["minutes"] for r in todo), 1), desc="quality", unit="CPU min")
     def one(r):
-        command = [sys.executable, __file__, "--row", json.dumps([r, ready[r["data"]]]), "--out", a.out, "--work", a.work, *(["--minutes", str(a.minutes)] if a.minutes else [])]
+        first = PRETRAINED.get(r["method"])
+        while first and any(x["name"] == first for x in todo) and not (a.out / f"{slug(first)}.json").exists(): time.sleep(5)
+        command = [sys.executable, __file__, "--row", json.dumps([r, ready[r["data"]]]), "--out", a.out, "--work", a.work, *(["--minutes", a.minutes] if a.minutes else []), *(x for s in a.sets for x in ("--set", s))]
         log = a.work / f"{slug(r['name'])}.log"
         with open(log, "a") as f: done = subprocess.run([str(x) for x in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=f, stderr=f).returncode == 0
         bar.update(a.minutes or DATA[r["data"]]["minutes"])
@@ -207,8 +233,9 @@ def main():
     with ThreadPoolExecutor(a.workers) as pool: good = list(pool.map(one, todo))
     bar.close()
     text = summary(a.out)
-    if a.out == HERE / "results" or a.minutes: (a.out / "table.md").write_text(text)
+    (a.out / "table.md").write_text(text + "\n")
     plot(a.out)
+    pictures(a.out, a.work, a.ct)
     print(text)
     sys.exit(not all(good))
 
