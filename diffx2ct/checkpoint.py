@@ -40,7 +40,7 @@ def save_model(
     raw: Denoiser | None = None,  # the one being trained; left out of `best.safetensors`
 ) -> Path:
     "Write averaged (and raw) weights with their description in the header."
-    tensors = {f"ema.{k}": v for k, v in ema.state_dict().items()} | ({f"raw.{k}": v for k, v in raw.named_parameters()} if raw else {})
+    tensors = {f"ema.{k}": v for k, v in ema.state_dict().items()} | ({f"raw.{k}": v for k, v in raw.named_parameters() if v.requires_grad} if raw else {})
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     def write(p):
         try: save_file(tensors, p, {"diffx2ct": json.dumps(meta)})

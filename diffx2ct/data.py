@@ -155,6 +155,7 @@ class TrainingConfig(Section):
     ENCODER: Literal["resnet", "convnext", "efficientnet"] = "resnet"
     START_FROM: str | None = None
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    COARSE_EPOCHS: list[Count] = []
     LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [12, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()
     FULL_NOISE_RATIO: Ratio = 0.75
@@ -248,6 +249,8 @@ def check_config(
     stride = 2 ** (len(u.NUM_CHANNELS) - 1 + u.HALF_RESOLUTION)
     for key, size in (("TRAINING.PATCH_SIZE", t.PATCH_SIZE), ("DATA.TARGET_VOLUME_SIZE", d.TARGET_VOLUME_SIZE)):
         refuse(size % stride, f"{key} ({size}) must be a multiple of {stride} for the {len(u.NUM_CHANNELS)} levels of MODEL.UNET.NUM_CHANNELS")
+    refuse(t.COARSE_EPOCHS and c.MODEL.BASE == "none", "TRAINING.COARSE_EPOCHS makes a better base, but MODEL.BASE is none; set it to consistent_mean, or COARSE_EPOCHS to []")
+    refuse(len(t.COARSE_EPOCHS) >= len(u.NUM_CHANNELS), f"TRAINING.COARSE_EPOCHS names {len(t.COARSE_EPOCHS)} coarser stages, but each needs a level of its own and MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; name fewer")
     plain = c.model_copy(update=dict(OPTUNA=c.OPTUNA.model_copy(update=dict(PARAMS={}))))
     for key, r in c.OPTUNA.PARAMS.items():
         refuse(key.startswith("OPTUNA."), f"OPTUNA.PARAMS.{key}: the search cannot search its own settings; remove it")

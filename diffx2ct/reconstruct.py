@@ -53,7 +53,7 @@ def samples(
 ) -> Tensor:  # (len(seeds), 1, D, H, W) unit volumes
     "Volumes that would explain the views, one for each seed."
     views = views[None].to(denoiser.mean.device)
-    base = denoiser.base(views, c.CONSISTENCY)
+    base = denoiser.base(views, c.CONSISTENCY, amp)
     denoise = settled(denoiser, views, base, patch or base.shape[-1], c, amp)
     out = []
     for seed in seeds:
@@ -96,7 +96,7 @@ def reconstruct(
     v = views[None].to(denoiser.mean.device)
     if method == "consistent_mean": return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=DAMPING[c.CONSISTENCY])[0]
     if method == "expected":
-        base = denoiser.base(v, c.CONSISTENCY)
+        base = denoiser.base(v, c.CONSISTENCY, amp)
         x = base + denoiser.scale * settled(denoiser, v, base, patch or base.shape[-1], c, amp)(torch.zeros_like(base), 1.0)
         return finish(denoiser, x, v, c.CONSISTENCY)[0]
     many = samples(denoiser, views, list(range(seed, seed + (1 if method == "sample" else k))), c, patch, amp)
