@@ -77,11 +77,11 @@ class Condition:
 def halved(
     c: Config,  # with TRAINING.COARSE_EPOCHS
 ) -> Config:
-    "The settings of the coarse stage: half the resolution, the first level left out, twice the batch, squared error throughout."
+    "The settings of the coarse stage: half the resolution, the first level left out, twice the batch, squared error at full noise throughout, since its expected volume is all that is asked of it."
     c = c.model_copy(deep=True)
     d, t, u = c.DATA, c.TRAINING, c.MODEL.UNET
     epochs, *_ = t.COARSE_EPOCHS[::-1]
-    c.EPOCHS, c.BATCH_SIZE, t.COARSE_EPOCHS, t.LOSS_PHASE_EPOCHS, t.START_FROM = epochs, 2 * c.BATCH_SIZE, t.COARSE_EPOCHS[:-1], [epochs, 0], None
+    c.EPOCHS, c.BATCH_SIZE, t.COARSE_EPOCHS, t.LOSS_PHASE_EPOCHS, t.FULL_NOISE_RATIO, t.START_FROM = epochs, 2 * c.BATCH_SIZE, t.COARSE_EPOCHS[:-1], [epochs, 0], 1.0, None
     t.VALIDATION_FREQ, t.CHECKPOINT_FREQ = max(1, epochs // 4), max(1, epochs // 10)
     d.TARGET_VOLUME_SIZE, d.TARGET_DRR_SIZE = d.TARGET_VOLUME_SIZE // 2, d.TARGET_DRR_SIZE // 2
     t.PATCH_SIZE = min(t.PATCH_SIZE, d.TARGET_VOLUME_SIZE)

@@ -12,7 +12,7 @@ TINY = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=
 
 def test_the_list_names_every_row_and_trains_nothing(tmp_path):
     got = run_cmd([sys.executable, RUN, "--list", "--out", tmp_path / "out"], cwd=tmp_path)
-    assert got.returncode == 0 and got.stdout.count("\n") == 12 + 9 * 3 + 1 + 3, got.stderr
+    assert got.returncode == 0 and got.stdout.count("\n") == 14 + 9 * 3 + 1 + 3, got.stderr
     assert not (tmp_path / "data").exists()
 
 
@@ -22,7 +22,7 @@ def test_a_rehearsal_is_scored_and_not_repeated(tmp_path):
     got = run_cmd(args, cwd=tmp_path)
     assert got.returncode == 0, (got.stdout, got.stderr, *(p.read_text() for p in (tmp_path / "data/quality").glob("*.log")))
     results = {r["method"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json"))}
-    assert set(results) == {"ours", "regression", "original_style"}
+    assert set(results) == {"ours", "regression", "single_scale", "original_style"}
     for name, r in results.items():
         assert r["steps"] > 0 and r["cpu_seconds"] < 60 and set(r["cases"]) == {"phantom0004", "phantom0005"}
         assert ("expected" in r["scores"]) == (name != "original_style")

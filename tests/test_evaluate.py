@@ -6,6 +6,7 @@ import shutil
 import pytest
 from conftest import run_cmd
 
+from diffx2ct.data import load_tensor, save_tensor
 from diffx2ct.evaluate import main
 
 TINY = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=6", "TRAINING.PATCH_SIZE=16", "MODEL.UNET.NUM_CHANNELS=[16, 24]", "MODEL.UNET.ATTENTION_LEVELS=[false, true]", "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true]",
@@ -128,3 +129,22 @@ def test_what_it_refuses(place, data, capfd, monkeypatch):
 def test_help_teaches(tmp_path):
     said = run_cmd(["diffx2ct_evaluate", "--help"], cwd=tmp_path).stdout
     assert all(word in said for word in ("examples:", "consistent_mean", "x2ct", "4.29 dB", "--consistency"))
+
+
+def test_display_images_cannot_be_forced(place, data, capfd, monkeypatch):
+    shown = changed(place, data, "shown", view_domain="display")
+    sets = [*TINY, "EPOCHS=1", f"DATA.PT_DATA_DIR={shown / 'volumes'}", f"DATA.DRR_DIR={shown / 'drrs'}"]
+    made = run_cmd(["diffx2ct_train", "--no_search", "--study_name", "shown", *(x for s in sets for x in ("--set", s))], cwd=place)
+    assert made.returncode == 0 and "only GAMMA is used" in made.stdout, made.stderr
+    said = refused(place, capfd, monkeypatch, "--checkpoint_dir", "checkpoints/shown/single", "--consistency", "on")
+    assert all(word in said for word in ("--consistency on", "line integrals", "display images"))
+
+
+def test_views_in_another_unit_are_not_forced(place, data):
+    wrong = place / "metres"
+    shutil.copytree(data, wrong)
+    name = sorted(p.name for p in (wrong / "drrs").iterdir() if p.is_dir())[0]
+    for view in ("AP", "LAT"): save_tensor(load_tensor(wrong / "drrs" / name / f"{view}.pt", dims=2) / 1e5, wrong / "drrs" / name / f"{view}.pt")
+    got = evaluate(place, "--data", wrong, "--methods", "expected", "--cases", name, "--json", "m.json")
+    assert "not in mm of water" in got.stderr and name in got.stderr
+    assert figures(place / "m.json")["cases"][name]["consistency"] == "soft"

@@ -21,7 +21,7 @@ DATA = {
     "phantoms_cone": dict(minutes=30, sets={"DATA.PHANTOMS": 272, "DATA.VALIDATION_CASES": [f"phantom{i:04d}" for i in range(256, 272)], "DATA.GEOMETRY": "x2ct"}),
     "sarcoma":       dict(minutes=60, prepare=("sts_ct_64.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
     "sarcoma_cone":  dict(minutes=60, prepare=("sts_ct_64.npz", "x2ct_scaled"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
-    "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), profile="few", sets={"DATA.VALIDATION_CASES": STS, "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32,
+    "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), profile="few", sets={"DATA.VALIDATION_CASES": STS, "TRAINING.COARSE_EPOCHS": [], "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32,
                           "MODEL.UNET.NUM_CHANNELS": [32, 64, 96], "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True], "BATCH_SIZE": 4}),
 }
 DATA["phantoms32"] = dict(minutes=5, profile="few", sets={k: v for k, v in DATA["sarcoma32"]["sets"].items() if k != "DATA.VALIDATION_CASES"} | {"DATA.PHANTOMS": 272, "DATA.PT_DATA_DIR": None, "DATA.DRR_DIR": None, "DATA.CUBE_MM": 209.28})
@@ -29,9 +29,10 @@ DATA["phantoms32"] = dict(minutes=5, profile="few", sets={k: v for k, v in DATA[
 METHODS = {
     "ours": {},
     "regression": {"TRAINING.FULL_NOISE_RATIO": 1.0},  # the same backbone, never shown a noisy volume
+    "single_scale": {"TRAINING.COARSE_EPOCHS": []},  # no coarse network first
     "original_style": {  # noise prediction from noise alone, conditioned by cross-attention only, at full resolution
         "MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256], "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2,
-        "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "DIFFUSION.PREDICTION": "eps", "DIFFUSION.SCHEDULE": "linear", "DIFFUSION.SAMPLER": "ddim", "DIFFUSION.STEPS": 50, "DIFFUSION.CONSISTENCY": "off",
+        "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "TRAINING.COARSE_EPOCHS": [], "DIFFUSION.PREDICTION": "eps", "DIFFUSION.SCHEDULE": "linear", "DIFFUSION.SAMPLER": "ddim", "DIFFUSION.STEPS": 50, "DIFFUSION.CONSISTENCY": "off",
         "TRAINING.FULL_NOISE_RATIO": 0.0, "TRAINING.LEARNING_RATE": 2e-4, "BATCH_SIZE": 1},
 }
 ABLATIONS = {
@@ -51,7 +52,7 @@ PRETRAINED = {"start from phantoms": "phantoms32 · pretraining · seed 0"}  # r
 
 def rows() -> list[dict]:
     "All rows of both tables, in the order in which they are worth having."
-    out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone")]
+    out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone") if m != "single_scale" or d in ("sarcoma", "phantoms")]
     out += [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS]
     out += [dict(table="pretraining", data="phantoms32", method="pretraining", seed=0)] + [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in PRETRAINED]
     for r in out: r["name"] = " · ".join([r["data"], r["method"], f"seed {r['seed']}"])
@@ -75,6 +76,20 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
     return ready
 
 
+def step_seconds(T, c, data) -> float:
+    "CPU seconds of a training step: the median of ten of a throwaway network, and a little for the averaging of weights."
+    import torch
+    net = T.prepare_run(c, data)
+    net.train()
+    optimizer, scaler, norms = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-6), torch.amp.GradScaler("cpu", enabled=False), []
+    crops, micro, times = T.Crops(data.train, [x for s in range(12) for x in T.draw(c, len(data.train), s)], c, data.line_integrals), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
+    for s in range(12):
+        start = time.process_time()
+        T.train_step(net, c, [crops[s * micro + i] for i in range(micro)], 0, optimizer, scaler, norms)
+        times.append(time.process_time() - start)
+    return statistics.median(times[2:]) * 1.03
+
+
 def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path, work: Path) -> None:
     "In a process of its own: train one row and write its result."
     import torch, yaml
@@ -92,20 +107,16 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     c = config()
     data = T.open_data(c)
     plan = folder / "plan.json"
-    if not plan.exists():  # time some steps of a throwaway network
-        net = T.prepare_run(c, data); net.train()
-        optimizer, scaler, norms = torch.optim.AdamW(net.parameters(), 1e-6), torch.amp.GradScaler("cpu", enabled=False), []
-        draws = [x for s in range(12) for x in T.draw(c, len(data.train), s)]
-        crops, micro, times = T.Crops(data.train, draws, c, data.line_integrals), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
-        for s in range(12):
-            start = time.process_time()
-            T.train_step(net, c, [crops[s * micro + i] for i in range(micro)], 0, optimizer, scaler, norms)
-            times.append(time.process_time() - start)
-        per, second = T.steps_per_epoch(c, len(data.train)), statistics.median(times[2:]) * 1.03  # averaging of weights comes on top
+    if not plan.exists():
+        stages = [(c, data)]
+        while stages[-1][0].TRAINING.COARSE_EPOCHS: stages.append((T.halved(stages[-1][0]), T.pooled(stages[-1][1])))
+        full = sum(s.EPOCHS * T.steps_per_epoch(s, len(d.train)) * step_seconds(T, s, d) for s, d in stages)  # what the settings' own epochs would take
+        share = minutes * 60 / full
         folder.mkdir(parents=True, exist_ok=True)
-        plan.write_text(json.dumps(dict(epochs=max(1, round(minutes * 60 / second / per)), step_seconds=second)))
-    epochs = json.loads(plan.read_text())["epochs"]
-    c = config(**{"EPOCHS": epochs, "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
+        plan.write_text(json.dumps(dict(epochs=max(1, round(c.EPOCHS * share)), coarse=[max(1, round(e * share)) for e in c.TRAINING.COARSE_EPOCHS])))
+    plan = json.loads(plan.read_text())
+    epochs = plan["epochs"]
+    c = config(**{"EPOCHS": epochs, "TRAINING.COARSE_EPOCHS": plan["coarse"], "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
     apart, validate = [0.0], T.validate
     def timed(*a):
         start = time.process_time()
@@ -123,7 +134,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         got = evaluate(model, open_cases(model), [m for m in methods if consistency == "on" or m in ("expected", "sample")], seed=0, consistency=consistency)
         scores |= {m + ("" if consistency == "on" else " (off)"): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
         if consistency == "on": cases = {n: {m: round(s["psnr"], 3) for m, s in v["scores"].items()} for n, v in got["cases"].items()}
-    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
+    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
                         scores=scores, cases=cases, torch=torch.__version__, evaluation_seconds=round(time.time() - start))
     tmp = out / f".{slug(row['name'])}.json"
     tmp.write_text(json.dumps(result, indent=1)); tmp.replace(out / f"{slug(row['name'])}.json")
