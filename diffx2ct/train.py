@@ -330,7 +330,7 @@ def train_run(
         h, start = saved["history"], saved["step"]
     per = steps_per_epoch(c, len(data.train)); total = per * c.EPOCHS
     if start > total: raise UserError(f"{folder} has been trained for {start} steps already, more than the {total} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
-    if saved: print(f"{title}: going on from step {start} of {total}")
+    if saved and start < total: print(f"{title}: going on from step {start} of {total}")
     def save(step):
         epoch = step // per
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), averaged=int(average.n_averaged), history=h)
@@ -609,6 +609,7 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
         c = suggest(optuna.trial.FixedTrial(best.params), c)
         c.EPOCHS = max(1, round(c.EPOCHS * c.OPTUNA.RETRAIN_FACTOR))
         c.TRAINING.LOSS_PHASE_EPOCHS = [round(e * c.OPTUNA.RETRAIN_FACTOR) for e in c.TRAINING.LOSS_PHASE_EPOCHS]
+        c.TRAINING.COARSE_EPOCHS = [max(1, round(e * c.OPTUNA.RETRAIN_FACTOR)) for e in c.TRAINING.COARSE_EPOCHS]
         if next(folder.glob("model_*.safetensors"), None):
             there = Config.model_validate(read_header(model_file(folder))["config"])
             if any(current(there, key) != current(c, key) for key in best.params): raise UserError(f"{folder} was trained with other values than trial {best.number}, which is the best now; move {folder} away to train again")

@@ -123,8 +123,13 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         try: return validate(*a)
         finally: apart[0] += time.process_time() - start
     T.validate = timed if row["method"] != "original_style" else lambda *a: 0.0  # it has no expected volume
-    start = time.process_time()
-    T.train_run(c, data, folder, dict(study="quality", trial=row["name"]), title=row["name"])
+    train_run, coarse_seconds = T.train_run, [0.0]
+    def inner(*a, **k):  # the coarse stages, which the run trains first
+        start, before = time.process_time(), apart[0]
+        try: return train_run(*a, **k)
+        finally: coarse_seconds[0] = time.process_time() - start - (apart[0] - before)  # the outermost comes last and holds the others
+    T.train_run, start = inner, time.process_time()
+    train_run(c, data, folder, dict(study="quality", trial=row["name"]), title=row["name"])
     seconds = time.process_time() - start - apart[0]
     model = load_model(sorted(folder.glob("model_*.safetensors"))[-1])
     history = torch.load(sorted(folder.glob("training_*.pt"))[-1], weights_only=True)["history"]
@@ -134,7 +139,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         got = evaluate(model, open_cases(model), [m for m in methods if consistency == "on" or m in ("expected", "sample")], seed=0, consistency=consistency)
         scores |= {m + ("" if consistency == "on" else " (off)"): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
         if consistency == "on": cases = {n: {m: round(s["psnr"], 3) for m, s in v["scores"].items()} for n, v in got["cases"].items()}
-    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
+    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], coarse_seconds=round(coarse_seconds[0]), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
                         scores=scores, cases=cases, torch=torch.__version__, evaluation_seconds=round(time.time() - start))
     tmp = out / f".{slug(row['name'])}.json"
     tmp.write_text(json.dumps(result, indent=1)); tmp.replace(out / f"{slug(row['name'])}.json")
@@ -179,7 +184,7 @@ def plot(out: Path) -> None:
         for r in (r for r in got if r["data"] == name):
             color = f"C{list(METHODS).index(r['method'])}"
             if r["method"] == "original_style": ax.axhline(r["scores"]["sample"]["psnr"][0], color=color, label="original style, sample")
-            else: ax.plot([e / r["epochs"] * r["cpu_seconds"] / 60 for e, _ in r["curve"]], [v for _, v in r["curve"]], "o-", ms=3, color=color, label=r["method"])
+            else: ax.plot([(r["coarse_seconds"] + e / r["epochs"] * (r["cpu_seconds"] - r["coarse_seconds"])) / 60 for e, _ in r["curve"]], [v for _, v in r["curve"]], "o-", ms=3, color=color, label=r["method"])
         ax.axhline(r["scores"]["consistent_mean"]["psnr"][0], color="grey", ls="--", label="consistent mean")
         ax.set_title(name, fontsize=9); ax.set_xlabel("CPU minutes of training", fontsize=8); ax.grid(alpha=0.3); ax.tick_params(labelsize=7)
     axes[0, 0].set_ylabel("PSNR (unit), dB", fontsize=8); axes[0, 0].legend(fontsize=7)
