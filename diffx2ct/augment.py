@@ -47,18 +47,19 @@ def warp_grid(
 def augment(
     x: Tensor,  # (1, D, H, W) unit volume
     rng: np.random.Generator,  # the only source of chance
-    a: AugmentConfig,  # reads ROTATE, SCALE, SHIFT, ELASTIC, INTENSITY
+    a: AugmentConfig,  # reads SHARE, ROTATE, SCALE, SHIFT, ELASTIC, INTENSITY
     flips: Sequence[str] = (),  # axes that may be mirrored, of D, H, W
 ) -> Tensor:  # (1, D, H, W) in [0, 1]
     "Mirror, warp and scale the values of a volume."
     mirrored = ["DHW".index(axis) + 1 for axis in flips if rng.random() < 0.5]
     if mirrored: x = x.flip(mirrored)
+    if rng.random() >= a.SHARE: return x
     if a.ROTATE or a.SCALE or a.SHIFT or a.ELASTIC: x = F.grid_sample(x[None], warp_grid(x.shape[-1], rng, a), padding_mode="reflection", align_corners=False)[0]
     return (x * math.exp(a.INTENSITY * rng.uniform(-1, 1))).clamp(0, 1) if a.INTENSITY else x
 
 def renders(a: AugmentConfig, flips: Sequence[str]) -> bool:
     "Whether views must be rendered anew: the stored ones no longer fit."
-    return bool(flips or a.ROTATE or a.SCALE or a.SHIFT or a.ELASTIC or a.INTENSITY or a.GEOMETRY)
+    return bool(flips or a.GEOMETRY or a.SHARE and (a.ROTATE or a.SCALE or a.SHIFT or a.ELASTIC or a.INTENSITY))
 
 # %% ../nbs/00f_augment.ipynb #a7df0ad2
 MU = 0.02  # 1/mm, attenuation of water at about 60 keV

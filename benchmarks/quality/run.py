@@ -22,7 +22,7 @@ DATA = {
     "sarcoma":       dict(minutes=60, prepare=("sts_ct_64.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
     "sarcoma_cone":  dict(minutes=60, prepare=("sts_ct_64.npz", "x2ct_scaled"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
     "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), profile="few", sets={"DATA.VALIDATION_CASES": STS, "TRAINING.COARSE_EPOCHS": [], "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32,
-                          "MODEL.UNET.NUM_CHANNELS": [32, 64, 96], "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True], "BATCH_SIZE": 4}),
+                          "MODEL.UNET.NUM_CHANNELS": [48, 96, 128], "MODEL.UNET.PLANAR_LEVELS": 2, "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True], "BATCH_SIZE": 4}),
 }
 DATA["phantoms32"] = dict(minutes=5, profile="few", sets={k: v for k, v in DATA["sarcoma32"]["sets"].items() if k != "DATA.VALIDATION_CASES"} | {"DATA.PHANTOMS": 272, "DATA.PT_DATA_DIR": None, "DATA.DRR_DIR": None, "DATA.CUBE_MM": 209.28})
 # methods: settings that differ from ours
@@ -43,7 +43,7 @@ ABLATIONS = {
     "without projecting the output in training": {"DIFFUSION.CONSISTENCY": "off"},
     "without bottleneck context": {"MODEL.UNET.ATTENTION_LEVELS": [False, False, False], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, False]},
     "without planar convolutions": {"MODEL.UNET.PLANAR_LEVELS": 0},
-    "without augmentation (mirror images only)": {f"TRAINING.AUGMENT.{k}": 0 for k in ("ROTATE", "SCALE", "SHIFT", "ELASTIC", "INTENSITY")},
+    "without augmentation (mirror images only)": {"TRAINING.AUGMENT.SHARE": 0},
     "without diffusion (plain regression)": {"TRAINING.FULL_NOISE_RATIO": 1.0},
 }
 SEEDS = 3
