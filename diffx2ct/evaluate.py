@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import Model, load_model
-from .consistency import CLASH, disagreement, litres, residual
+from .consistency import disagreement, litres, residual
 from .data import Case, Config, CTPairs, UserError, cases_in, command, patient_of, read_manifest, split_cases, write_atomic
 from .diffusion import Denoiser
 from .drr import geometry

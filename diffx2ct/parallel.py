@@ -57,8 +57,7 @@ def inputs_of(
     p, first = encoder.code.shape[-1], 2 if unet.half else 1
     maps, tokens = encoder(torch.zeros(1, 2, p, p, device=device))
     lifted = [m.new_zeros(1, m.shape[2], *(patch // first // 2 ** l,) * 3).requires_grad_() for l, m in enumerate(maps)]
-    cin = unet.first.in_channels - 7 * unet.cin * unet.half
-    return torch.zeros(1, cin, patch, patch, patch, device=device), torch.zeros(1, device=device), lifted, tokens
+    return torch.zeros(1, unet.cin + unet.smooth, patch, patch, patch, device=device), torch.zeros(1, device=device), lifted, tokens
 
 def block_bytes(
     unet: UNet, encoder: Encoder,

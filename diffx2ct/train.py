@@ -268,8 +268,7 @@ def prepare_run(
     if c.TRAINING.START_FROM:                                 # weights of another training; mean and scale belong to the data
         path = model_file(c.TRAINING.START_FROM)
         read_header(path)
-        weights, here = read_weights(path, "ema"), dict(denoiser.named_parameters())
-        fill(denoiser, {k: v for k, v in weights.items() if (k in here or k not in denoiser.state_dict()) and not k.startswith("coarse.")}, path, strict=False)
+        fill(denoiser, {k: v for k, v in read_weights(path, "ema").items() if k.startswith(("unet.", "encoder."))}, path, strict=False)
     if coarse: fill(denoiser.coarse, read_weights(path := sorted(coarse.glob("model_*.safetensors"))[-1], "ema"), path)
     denoiser.eval()
     cases = [data.train[i] for i in range(len(data.train))]

@@ -170,7 +170,7 @@ class UNet(nn.Module):
         emb: int = 256,
     ):
         super().__init__()
-        self.half, self.cin, k = half, cin, 8 if half else 1
+        self.half, self.cin, self.smooth, k = half, cin, smooth, 8 if half else 1
         self.time = TimeEmbedding(emb)
         self.first = nn.Conv3d(cin * k + smooth, channels[0], 3, padding=1)
         def stage(kind, l, a, b, n, **kw):

@@ -102,7 +102,7 @@ def test_views_of_two_patients_are_met_half_way(place, data):
     shutil.copy(two / "LAT.pt", one / "LAT.pt")
     got = evaluate(place, "--data", swapped, "--methods", "expected", "--cases", one.name, two.name, "--json", "c.json")
     warned = [line for line in got.stderr.splitlines() if "litres" in line]
-    assert len(warned) == 1 and one.name in warned[0] and "AP view adds up to" in warned[0] and "soft" in warned[0]
+    assert len(warned) == 1 and one.name in warned[0] and "AP view adds up to" in warned[0] and "limit 2%" in warned[0] and "soft" in warned[0]
     assert [c["consistency"] for c in figures(place / "c.json")["cases"].values()] == ["soft", "on"]
 
 

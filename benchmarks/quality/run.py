@@ -8,7 +8,7 @@ python benchmarks/quality/run.py --minutes 0.2 --out /tmp/q   a rehearsal
 Each row trains in a process of its own on one thread, from one seed, for a budget of CPU time that becomes a number of steps by timing a few of them
 first, and is scored with its last weights, never with the best of several, on patients it has not seen. A killed run goes on where it was.
 Rows are data: what differs from config.yml's defaults is written here and in the results."""
-import argparse, json, math, os, statistics, subprocess, sys, time
+import argparse, json, os, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     import torch, yaml
     import diffx2ct.train as T
     from diffx2ct.checkpoint import load_model
-    from diffx2ct.data import load_config
+    from diffx2ct.data import load_config, write_atomic
     from diffx2ct.evaluate import evaluate, open_cases
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "disabled"
@@ -141,8 +141,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         if consistency == "on": cases = {n: {m: round(s["psnr"], 3) for m, s in v["scores"].items()} for n, v in got["cases"].items()}
     result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], coarse_seconds=round(coarse_seconds[0]), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
                         scores=scores, cases=cases, torch=torch.__version__, evaluation_seconds=round(time.time() - start))
-    tmp = out / f".{slug(row['name'])}.json"
-    tmp.write_text(json.dumps(result, indent=1)); tmp.replace(out / f"{slug(row['name'])}.json")
+    write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
 
 
 def summary(out: Path) -> str:
