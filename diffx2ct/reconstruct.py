@@ -28,10 +28,10 @@ def settled(
 ) -> Callable[[Tensor, float], Tensor]:
     "`denoise(x_t, t)` over the whole cube, in windows, with the answer made consistent."
     with torch.autocast(base.device.type, amp, enabled=amp is not None): encoded = denoiser.encode(views)
-    raw, scale = windowed(denoiser, base, encoded, patch, c.OVERLAP, c.BLEND), denoiser.scale.item()
+    raw = windowed(denoiser, base, encoded, patch, c.OVERLAP, c.BLEND)
     def denoise(x: Tensor, t: float) -> Tensor:
         with torch.autocast(base.device.type, amp, enabled=amp is not None): state = raw(x, t)
-        return (denoiser.settle(base + scale * state, views, c.CONSISTENCY) - base) / scale
+        return denoiser.to_state(denoiser.settle(denoiser.to_volume(state, base), views, c.CONSISTENCY), base)
     return denoise
 
 # %% ../nbs/02b_reconstruct.ipynb #2ee6c8f0
@@ -59,7 +59,7 @@ def samples(
     for seed in seeds:
         noise = noise_of(base.shape[1:], seed).to(base)
         state = SAMPLERS[c.SAMPLER](denoise, noise, times_of(c.STEPS), denoiser.diffusion, torch.Generator().manual_seed(seed + 2 ** 32))
-        out.append(base + denoiser.scale * state)
+        out.append(denoiser.to_volume(state, base))
     return finish(denoiser, torch.cat(out), views, c.CONSISTENCY)
 
 def finish(
@@ -97,7 +97,7 @@ def reconstruct(
     if method == "consistent_mean": return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=DAMPING[c.CONSISTENCY])[0]
     if method == "expected":
         base = denoiser.base(v, c.CONSISTENCY, amp)
-        x = base + denoiser.scale * settled(denoiser, v, base, patch or base.shape[-1], c, amp)(torch.zeros_like(base), 1.0)
+        x = denoiser.to_volume(settled(denoiser, v, base, patch or base.shape[-1], c, amp)(torch.zeros_like(base), 1.0), base)
         return finish(denoiser, x, v, c.CONSISTENCY)[0]
     many = samples(denoiser, views, list(range(seed, seed + (1 if method == "sample" else k))), c, patch, amp)
     return finish(denoiser, many.mean(0, keepdim=True), v, c.CONSISTENCY)[0]

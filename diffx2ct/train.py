@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, toned
-from .checkpoint import describe, fill, load_model, load_training, model_file, read_header, read_weights, save_checkpoint, save_model
+from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model
 from .data import (CTPairs, Case, Config, UserError, cases_in, check_config, command, crop, crop_origin, density, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
-from .diffusion import Denoiser, build, halved, loss_terms, phase_weights
+from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
 from .metrics import psnr
 from .parallel import devices_of, distribute
@@ -217,10 +217,10 @@ def forward_loss(
     eps = torch.randn(truth.shape, generator=rng).to(device)
     with torch.autocast(device.type, AMP[c.TRAINING.AMP], enabled=AMP[c.TRAINING.AMP] is not None):
         cond = denoiser.condition(base, denoiser.encode(views), d.origin)
-        state = denoiser(denoiser.diffusion.noisy(cond.to_state(truth), eps, t), t, cond)
-    x, full = cond.to_volume(state.float()), truth.shape[-1] == denoiser.A.size
+        state = denoiser(denoiser.diffusion.noisy(denoiser.to_state(truth, base), eps, t), t, cond)
+    x, full = denoiser.to_volume(state.float(), base), truth.shape[-1] == denoiser.A.size
     if full: x = denoiser.settle(x, views, c.DIFFUSION.CONSISTENCY, 2 if denoiser.A.geometry.kind == "parallel" else 4)
-    return {k: v.mean() for k, v in loss_terms(x, truth, cond.scale, weights, denoiser.A if full else None).items()}
+    return {k: v.mean() for k, v in loss_terms(x, truth, strength(denoiser.scales), weights, denoiser.A if full else None).items()}
 
 # %% ../nbs/04_train_optuna.ipynb #6d986285
 def train_step(
@@ -260,21 +260,21 @@ def prepare_run(
     c: Config, data: Data,
     coarse: Path | None = None,  # folder of the trained coarse stage
 ) -> Denoiser:
-    "A fresh denoiser with the mean and the scale of its training cases."
+    "A fresh denoiser with the mean and the scales of its training cases."
     if c.TRAINING.FLIP_AXES and not data.line_integrals: raise UserError("TRAINING.FLIP_AXES needs line-integral views, which can be rendered again; set it to [] for display images")
     if not data.line_integrals and renders(c.TRAINING.AUGMENT, ()): print("display images cannot be rendered again: of TRAINING.AUGMENT only GAMMA is used")
     torch.manual_seed(c.SEED)
     denoiser = build(c, data.geometry, data.mm, data.line_integrals)
-    if c.TRAINING.START_FROM:                                 # weights of another training; mean and scale belong to the data
+    if c.TRAINING.START_FROM:                                 # weights of another training; mean and scales belong to the data
         path = model_file(c.TRAINING.START_FROM)
         read_header(path)
         fill(denoiser, {k: v for k, v in read_weights(path, "ema").items() if k.startswith(("unet.", "encoder."))}, path, strict=False)
-    if coarse: fill(denoiser.coarse, read_weights(path := sorted(coarse.glob("model_*.safetensors"))[-1], "ema"), path)
+    if coarse: fill(denoiser.coarse, read_weights(path := newest(coarse), "ema"), path)
     denoiser.eval()
     cases = [data.train[i] for i in range(len(data.train))]
     for case in cases: denoiser.mean += case.volume[None] / len(cases)
-    errors = [(case.volume[None] - denoiser.base(case.views[None])).square().mean() for case in cases[:32]]
-    denoiser.scale.copy_(torch.stack(errors).mean().sqrt().clamp(min=1e-3))
+    squares = [spread(case.volume[None] - denoiser.base(case.views[None]), BANDS).square() for case in cases[:32]]
+    denoiser.scales.copy_(torch.stack(squares).mean(0).sqrt().clamp(min=1e-3))
     return denoiser
 
 def averaging(decay: float) -> Callable:
@@ -609,7 +609,7 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
         c.EPOCHS = max(1, round(c.EPOCHS * c.OPTUNA.RETRAIN_FACTOR))
         c.TRAINING.LOSS_PHASE_EPOCHS = [round(e * c.OPTUNA.RETRAIN_FACTOR) for e in c.TRAINING.LOSS_PHASE_EPOCHS]
         c.TRAINING.COARSE_EPOCHS = [max(1, round(e * c.OPTUNA.RETRAIN_FACTOR)) for e in c.TRAINING.COARSE_EPOCHS]
-        if next(folder.glob("model_*.safetensors"), None):
+        if newest(folder):
             there = Config.model_validate(read_header(model_file(folder))["config"])
             if any(current(there, key) != current(c, key) for key in best.params): raise UserError(f"{folder} was trained with other values than trial {best.number}, which is the best now; move {folder} away to train again")
     lock = try_lock(folder)

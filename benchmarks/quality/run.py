@@ -29,11 +29,11 @@ DATA["phantoms32"] = dict(minutes=5, profile="few", sets={k: v for k, v in DATA[
 METHODS = {
     "ours": {},
     "regression": {"TRAINING.FULL_NOISE_RATIO": 1.0},  # the same backbone, never shown a noisy volume
-    "single_scale": {"TRAINING.COARSE_EPOCHS": []},  # no coarse network first
     "original_style": {  # noise prediction from noise alone, conditioned by cross-attention only, at full resolution
         "MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256], "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2,
         "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "TRAINING.COARSE_EPOCHS": [], "DIFFUSION.PREDICTION": "eps", "DIFFUSION.SCHEDULE": "linear", "DIFFUSION.SAMPLER": "ddim", "DIFFUSION.STEPS": 50, "DIFFUSION.CONSISTENCY": "off",
         "TRAINING.FULL_NOISE_RATIO": 0.0, "TRAINING.LEARNING_RATE": 2e-4, "BATCH_SIZE": 1},
+    "single_scale": {"TRAINING.COARSE_EPOCHS": []},  # no coarse network first
 }
 ABLATIONS = {
     "ours": {},
@@ -52,7 +52,7 @@ PRETRAINED = {"start from phantoms": "phantoms32 · pretraining · seed 0"}  # r
 
 def rows() -> list[dict]:
     "All rows of both tables, in the order in which they are worth having."
-    out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone") if m != "single_scale" or d in ("sarcoma", "phantoms")]
+    out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone") if m != "single_scale" or d == "sarcoma"]
     out += [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS]
     out += [dict(table="pretraining", data="phantoms32", method="pretraining", seed=0)] + [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in PRETRAINED]
     for r in out: r["name"] = " · ".join([r["data"], r["method"], f"seed {r['seed']}"])
@@ -94,7 +94,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     "In a process of its own: train one row and write its result."
     import torch, yaml
     import diffx2ct.train as T
-    from diffx2ct.checkpoint import load_model
+    from diffx2ct.checkpoint import load_model, newest
     from diffx2ct.data import load_config, write_atomic
     from diffx2ct.evaluate import evaluate, open_cases
     torch.set_num_threads(1)
@@ -131,7 +131,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     T.train_run, start = inner, time.process_time()
     train_run(c, data, folder, dict(study="quality", trial=row["name"]), title=row["name"])
     seconds = time.process_time() - start - apart[0]
-    model = load_model(sorted(folder.glob("model_*.safetensors"))[-1])
+    model = load_model(newest(folder))
     history = torch.load(sorted(folder.glob("training_*.pt"))[-1], weights_only=True)["history"]
     methods = ["mean", "consistent_mean", "sample", "mean_of_k"] if row["method"] == "original_style" else ["mean", "consistent_mean", "expected", "sample", "mean_of_k"]
     scores, start = {}, time.time()
@@ -192,16 +192,16 @@ def plot(out: Path) -> None:
 
 def pictures(out: Path, work: Path, ct: Path) -> None:
     "Truth, consistent mean, expected volume, one sample and the difference: a phantom, a sarcoma patient, and a chest shown to the model that knows only phantoms."
-    from diffx2ct.checkpoint import load_model
+    from diffx2ct.checkpoint import load_model, newest
     from diffx2ct.data import show_mpr, to_hu
     from diffx2ct.evaluate import AMP, open_cases
     from diffx2ct.reconstruct import reconstruct
     for name, data, scan in (("phantom", "phantoms", None), ("sarcoma", "sarcoma", None), ("chest", "phantoms", ct / "lidc_idri_0001.nii.gz")):
-        files = sorted((work / slug(f"{data} · ours · seed 0")).glob("model_*.safetensors"))
-        if not files or (scan and not scan.exists()) or (out / f"{name}.png").exists(): continue
+        file = newest(work / slug(f"{data} · ours · seed 0"))
+        if not file or (scan and not scan.exists()) or (out / f"{name}.png").exists(): continue
         folder = work / "data" / "chest" if scan else None
         if scan: subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), scan, "--out", folder], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        model = load_model(files[-1])
+        model = load_model(file)
         case, net, t = open_cases(model, folder)[0], model.denoiser, model.config.TRAINING
         volumes = {m.replace("_", " "): reconstruct(net, case.views, m, model.config.DIFFUSION, amp=AMP[t.AMP]).float()[0] for m in ("consistent_mean", "expected", "sample")}
         volumes = {"truth": case.volume[0]} | volumes
