@@ -220,6 +220,7 @@ class Config(Section):
     SEED: Annotated[int, Field(ge=0, lt=2 ** 31)] = 0
     DEVICES: str | list[str] = "auto"
     PLAN: Literal["balanced", "seed3"] = "balanced"
+    PARALLEL: Literal["ddp", "fsdp"] = "ddp"
     WANDB: Literal["auto", "online", "offline", "disabled"] = "auto"
     EPOCHS: Count = 16
     BATCH_SIZE: Count = 2

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AMP', 'Data', 'phantom_names', 'make_phantoms', 'open_data', 'Pooled', 'pooled', 'Draw', 'steps_per_epoch', 'draw',
-           'Crops', 'clip_threshold', 'plot_norms', 'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'forward_loss',
-           'train_step', 'validate', 'prepare_run', 'averaging', 'wandb_mode', 'start_wandb', 'train_devices',
-           'train_run', 'Stop', 'deaf', 'pictures', 'check_study', 'open_study', 'suggest', 'current', 'start_values',
-           'try_lock', 'link', 'next_trial', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main',
-           'train_alone', 'best_trial', 'search_and_tell']
+           'Crops', 'clip_threshold', 'plot_norms', 'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'Loss', 'train_step',
+           'validate', 'prepare_run', 'averaging', 'wandb_mode', 'start_wandb', 'train_devices', 'train_run', 'Stop',
+           'deaf', 'pictures', 'check_study', 'open_study', 'suggest', 'flat', 'current', 'start_values', 'try_lock',
+           'link', 'next_trial', 'lead', 'follow', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main',
+           'start_ranks', 'check_share', 'act', 'train_alone', 'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
-import argparse, fcntl, json, math, os, re, signal, sqlite3, sys, time, warnings
+import argparse, fcntl, json, logging, math, os, platform, re, signal, sqlite3, sys, time, warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ import numpy as np
 import optuna
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -36,6 +36,7 @@ from .drr import Geometry, Projector, geometry
 from .metrics import psnr
 from .parallel import devices_of, distribute
 from .phantom import phantom
+from .ranks import first, here, join, leave, own_devices, rank, ranks, same, shard, share, sliced, total, whole, wrap
 from .reconstruct import methods_of, picture, reconstruct
 
 # %% ../nbs/04_train_optuna.ipynb #c4b1f170
@@ -76,7 +77,7 @@ def open_data(
     "Open the configured cases, or the embedded phantoms."
     d, cases = c.DATA, None
     if d.PT_DATA_DIR is None:
-        folder = make_phantoms(c)
+        folder = first(lambda: make_phantoms(c))
         d, cases = d.model_copy(update=dict(PT_DATA_DIR=str(folder/"volumes"), DRR_DIR=str(folder/"drrs"))), phantom_names(c)
     manifest = read_manifest(d.DRR_DIR)
     g, mm = geometry(d.GEOMETRY, d.CUBE_MM), d.CUBE_MM / d.TARGET_VOLUME_SIZE
@@ -131,18 +132,18 @@ def draw(
 
 # %% ../nbs/04_train_optuna.ipynb #26a2f013
 class Crops(Dataset):
-    "Reads the micro-batches of a list of draws."
+    "Reads this rank's share of the micro-batches of a list of draws."
     def __init__(self, pairs: CTPairs, draws: list[Draw], c: Config, line_integrals: bool = True):
-        self.pairs, self.draws, self.patch, self.t = pairs, draws, c.TRAINING.PATCH_SIZE, c.TRAINING
+        self.pairs, self.draws, self.patch, self.t, self.mine = pairs, draws, c.TRAINING.PATCH_SIZE, c.TRAINING, share(c.BATCH_SIZE)
         self.renders = line_integrals and renders(self.t.AUGMENT, self.t.FLIP_AXES)  # display images cannot be rendered
     def __len__(self): return len(self.draws)
     def __getitem__(self, i: int) -> tuple[Draw, Tensor | None, Tensor, Tensor]:
         "The draw, whole volumes where views must be rendered, crops, stored views."
         d = self.draws[i]
-        cases = [self.pairs[k] for k in d.cases]
+        cases = [(n, self.pairs[d.cases[n]]) for n in self.mine]
         change = lambda n, x: augment(x, np.random.default_rng((d.seed, n)), self.t.AUGMENT, self.t.FLIP_AXES) if self.renders else x
-        volumes = torch.stack([change(n, k.volume) for n, k in enumerate(cases)])
-        return d, volumes if self.renders else None, crop(volumes, d.origin, self.patch).contiguous(), torch.stack([k.views for k in cases])
+        volumes = torch.stack([change(n, k.volume) for n, k in cases])
+        return d, volumes if self.renders else None, crop(volumes, d.origin, self.patch).contiguous(), torch.stack([k.views for _, k in cases])
 
 # %% ../nbs/04_train_optuna.ipynb #bcc97c9a
 def clip_threshold(
@@ -188,59 +189,67 @@ AMP = {"bf16": torch.bfloat16 if bf16_pays() else None, "fp16": torch.float16, "
 def seen(
     denoiser: Denoiser,
     views: Tensor,  # (B, 2, P, P) as stored
-    whole: Tensor | None,  # (B, 1, D, H, W) changed volumes, which the stored views do not fit
-    rng: torch.Generator, seed: int,  # of the draw
+    volumes: Tensor | None,  # (B, 1, D, H, W) changed volumes, which the stored views do not fit
+    d: Draw,
+    mine: list[int],  # which cases of the draw these are
     c: Config,  # reads TRAINING.AUGMENT
 ) -> Tensor:  # (B, 2, P, P)
     "The views a training step is given."
     a, net = c.TRAINING.AUGMENT, denoiser
-    if whole is not None:
-        A = shaken(net.A, np.random.default_rng((seed, len(views))), a.GEOMETRY) if a.GEOMETRY else net.A
-        views = A(density(whole.to(views.device), net.window))
-    if a.PHOTONS and net.line_integrals: views = grainy(views, rng, a.PHOTONS)
-    return toned(views, rng, a.GAMMA) if a.GAMMA and not net.line_integrals else views
+    if volumes is not None:
+        A = shaken(net.A, np.random.default_rng((d.seed, c.BATCH_SIZE)), a.GEOMETRY) if a.GEOMETRY else net.A
+        views = A(density(volumes.to(views.device), net.window))
+    change = (lambda v, rng: grainy(v, rng, a.PHOTONS)) if a.PHOTONS and net.line_integrals else (lambda v, rng: toned(v, rng, a.GAMMA)) if a.GAMMA and not net.line_integrals else None
+    return torch.cat([change(views[i:i + 1], torch.Generator().manual_seed(d.seed + 1 + n)) for i, n in enumerate(mine)]) if change else views
 
-def forward_loss(
-    denoiser: Denoiser, c: Config,
-    item: tuple[Draw, Tensor | None, Tensor, Tensor],  # from `Crops`
-    weights: dict[str, float],  # from `phase_weights`
-) -> dict[str, Tensor]:  # mean of each term over the micro-batch
-    "Loss terms of one micro-batch."
-    d, whole, truth, views = item
-    device = denoiser.mean.device
-    truth, views, rng = truth.to(device), views.to(device), torch.Generator().manual_seed(d.seed)
-    with torch.no_grad():
-        views = seen(denoiser, views, whole, rng, d.seed, c)
-        base = crop(denoiser.base(views, amp=AMP[c.TRAINING.AMP]), d.origin, truth.shape[-1])
-    t = torch.rand(len(truth), generator=rng)
-    t = torch.where(torch.rand(len(truth), generator=rng) < c.TRAINING.FULL_NOISE_RATIO, 1.0, t).to(device)
-    eps = torch.randn(truth.shape, generator=rng).to(device)
-    with torch.autocast(device.type, AMP[c.TRAINING.AMP], enabled=AMP[c.TRAINING.AMP] is not None):
-        cond = denoiser.condition(base, denoiser.encode(views), d.origin)
-        state = denoiser(denoiser.diffusion.noisy(denoiser.to_state(truth, base), eps, t), t, cond)
-    x, full = denoiser.to_volume(state.float(), base), truth.shape[-1] == denoiser.A.size
-    if full: x = denoiser.settle(x, views, c.DIFFUSION.CONSISTENCY, 2 if denoiser.A.geometry.kind == "parallel" else 4)
-    return {k: v.mean() for k, v in loss_terms(x, truth, strength(denoiser.scales), weights, denoiser.A if full else None).items()}
+class Loss(nn.Module):
+    "The loss terms of this rank's share of a micro-batch, means over its cases; a module, since that is what a parallel engine wraps."
+    def __init__(self, denoiser: Denoiser, c: Config):
+        super().__init__()
+        self.denoiser, self.c = denoiser, c
+
+    def forward(self,
+        item: tuple[Draw, Tensor | None, Tensor, Tensor],  # from `Crops`
+        weights: dict[str, float],  # from `phase_weights`
+    ) -> dict[str, Tensor]:
+        "Noise is drawn for all ranks, so that no case's depends on who computes it."
+        d, volumes, truth, views = item
+        net, c, n, mine = self.denoiser, self.c, len(d.cases), share(len(d.cases))
+        device, rng = net.mean.device, torch.Generator().manual_seed(d.seed)
+        truth, views = truth.to(device), views.to(device)
+        with torch.no_grad():
+            views = seen(net, views, volumes, d, mine, c)
+            base = crop(net.base(views, amp=AMP[c.TRAINING.AMP]), d.origin, truth.shape[-1])
+        t = torch.rand(n, generator=rng)
+        t = torch.where(torch.rand(n, generator=rng) < c.TRAINING.FULL_NOISE_RATIO, 1.0, t)[mine].to(device)
+        eps = torch.randn((n, *truth.shape[1:]), generator=rng)[mine].to(device)
+        with torch.autocast(device.type, AMP[c.TRAINING.AMP], enabled=AMP[c.TRAINING.AMP] is not None):
+            cond = net.condition(base, net.encode(views), d.origin)
+            state = net(net.diffusion.noisy(net.to_state(truth, base), eps, t), t, cond)
+        x, full = net.to_volume(state.float(), base), truth.shape[-1] == net.A.size
+        if full: x = net.settle(x, views, c.DIFFUSION.CONSISTENCY, 2 if net.A.geometry.kind == "parallel" else 4)
+        return {k: v.mean() for k, v in loss_terms(x, truth, strength(net.scales), weights, net.A if full else None).items()}
 
 # %% ../nbs/04_train_optuna.ipynb #6d986285
 def train_step(
-    denoiser: Denoiser, c: Config,
-    items: Iterable,  # micro-batches of this step
+    loss: nn.Module, c: Config,  # `Loss`, as `wrap` of chapter 03a returns it
+    items: Iterable,  # micro-batches of this step, from `Crops`
     epoch: int, optimizer, scaler,
     norms: list[float],  # history, appended to
-) -> dict[str, float]:  # loss terms, loss, grad_norm, threshold
+) -> dict[str, float]:  # loss terms, loss, grad_norm, threshold; of all ranks together
     "Accumulate, check, clip, step."
     weights, n, log = phase_weights(epoch, c.TRAINING.LOSS_PHASE_EPOCHS, c.TRAINING.LOSS_WEIGHTS.model_dump()), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, {}
     for item in items:
-        terms = forward_loss(denoiser, c, item, weights)
-        loss = sum(weights[k] * v for k, v in terms.items()) / n
-        bad = [k for k, v in terms.items() if not v.isfinite()]
-        if bad: raise Diverged(f"the {bad[0]} loss is {terms[bad[0]].item()}")
-        scaler.scale(loss).backward()
-        for k, v in (terms | {"loss": loss * n}).items(): log[k] = log.get(k, 0.0) + v.item() / n
+        part = len(item[2]) / len(item[0].cases)  # of the cases of the micro-batch
+        terms = loss(item, weights)
+        mean = total({k: part * v.item() for k, v in terms.items()})
+        bad = [k for k, v in mean.items() if not math.isfinite(v)]
+        if bad: raise Diverged(f"the {bad[0]} loss is {mean[bad[0]]}")
+        scaler.scale(sum(weights[k] * v for k, v in terms.items()) * part * ranks() / n).backward()
+        for k, v in (mean | {"loss": sum(weights[k] * v for k, v in mean.items())}).items(): log[k] = log.get(k, 0.0) + v / n
     scaler.unscale_(optimizer)
     threshold = clip_threshold(norms, c)
-    norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), threshold).item()
+    norm = whole(nn.utils.clip_grad_norm_(loss.parameters(), threshold)).item()
     if not math.isfinite(norm) and not scaler.is_enabled(): raise Diverged(f"the gradient norm is {norm}")
     if math.isfinite(norm): norms.append(norm)
     scaler.step(optimizer); scaler.update(); optimizer.zero_grad(set_to_none=True)
@@ -251,9 +260,12 @@ def validate(
     ema: Denoiser, data: Data, c: Config,
     method: str = "expected",
 ) -> float:  # dB, protocol `unit`, mean over cases
-    "PSNR of a method on the validation cases."
+    "PSNR of a method on the validation cases, shared by the ranks; all of them make as many volumes, the last ones perhaps for nothing."
     ema.eval()
-    return float(np.mean([psnr(reconstruct(ema, case.views, method, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP]).float().cpu(), case.volume) for case in (data.valid[i] for i in range(len(data.valid)))]))
+    n = len(data.valid)
+    turns = range(rank(), math.ceil(n / ranks()) * ranks(), ranks())
+    values = [psnr(reconstruct(ema, case.views, method, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP]).float().cpu(), case.volume) for case in (data.valid[i % n] for i in turns)]
+    return total({"psnr": float(sum(v for i, v in zip(turns, values) if i < n))})["psnr"] / n
 
 # %% ../nbs/04_train_optuna.ipynb #fdca3c62
 def prepare_run(
@@ -296,9 +308,10 @@ def start_wandb(c: Config, group: str, name: str, job: str) -> Any:
     except Exception as e: raise UserError(f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to online, offline or disabled") from None
 
 def train_devices(c: Config) -> list[torch.device]:
-    "The devices of DEVICES, checked against the machine and AMP."
-    devices = devices_of(c.DEVICES)
+    "This process's devices of DEVICES, checked against the machine, AMP and PARALLEL."
+    devices = own_devices(devices_of(c.DEVICES), *here())
     if c.TRAINING.AMP == "fp16" and devices[0].type != "cuda": raise UserError("TRAINING.AMP fp16 needs a GPU; use bf16 or off")
+    if c.PARALLEL == "fsdp" and ranks() > 1 and (len(devices) > 1 or c.TRAINING.AMP == "fp16"): raise UserError("PARALLEL fsdp takes one device a process and no AMP fp16; start more processes, use bf16, or set PARALLEL to ddp")
     return devices
 
 # %% ../nbs/04_train_optuna.ipynb #8670f6ad
@@ -313,37 +326,41 @@ def train_run(
     "Train from the settings, or from where the folder's checkpoint stands, to the last epoch."
     coarse = folder/"coarse" if c.TRAINING.COARSE_EPOCHS else None
     if coarse: train_run(halved(c), pooled(data), coarse, meta, title=f"{title}, coarse")
-    denoiser = prepare_run(c, data, coarse)
     devices = train_devices(c)
+    denoiser = prepare_run(c, data, coarse)
     average = AveragedModel(denoiser, multi_avg_fn=averaging(c.MODEL.EMA_DECAY))
     ema = average.module.requires_grad_(False)
     saved = load_training(folder, denoiser, ema)
-    for model in (denoiser, ema): distribute(model, devices, c.PLAN, c.TRAINING.PATCH_SIZE)
+    same({"the step to go on from": saved["step"] if saved else 0})
+    for model in (denoiser, ema):
+        distribute(model, devices, c.PLAN, c.TRAINING.PATCH_SIZE)
+        if c.PARALLEL == "fsdp" and ranks() > 1: shard(model)
+    loss, params = wrap(Loss(denoiser, c), c), [p for p in denoiser.parameters() if p.requires_grad]
     average.n_averaged = average.n_averaged.to(devices[0])
-    optimizer = torch.optim.AdamW([p for p in denoiser.parameters() if p.requires_grad], c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(params, c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=c.TRAINING.AMP == "fp16")
     h = dict(norms=[], thresholds=[], losses=[], values=[], best=-math.inf)
-    start = 0
+    start, watched = 0, first(lambda: run is not None)
     if saved:
-        optimizer.load_state_dict(saved["optimizer"]); scaler.load_state_dict(saved["scaler"]); average.n_averaged.fill_(saved["averaged"])
+        optimizer.load_state_dict(sliced(saved["optimizer"], params)); scaler.load_state_dict(saved["scaler"]); average.n_averaged.fill_(saved["averaged"])
         h, start = saved["history"], saved["step"]
-    per = steps_per_epoch(c, len(data.train)); total = per * c.EPOCHS
-    if start > total: raise UserError(f"{folder} has been trained for {start} steps already, more than the {total} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
-    if saved and start < total: print(f"{title}: going on from step {start} of {total}")
+    per = steps_per_epoch(c, len(data.train)); steps = per * c.EPOCHS
+    if start > steps: raise UserError(f"{folder} has been trained for {start} steps already, more than the {steps} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
+    if saved and start < steps: print(f"{title}: going on from step {start} of {steps}")
     def save(step):
         epoch = step // per
-        state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), averaged=int(average.n_averaged), history=h)
+        state = dict(optimizer=whole(optimizer.state_dict()), scaler=scaler.state_dict(), averaged=int(average.n_averaged), history=h)
         save_checkpoint(folder, step, denoiser, ema, state, describe(ema, c, step=step, epoch=epoch, metrics=dict(protocol="unit", psnr=h["best"], method="expected"), **meta))
     micro = c.TRAINING.GRADIENT_ACCUMULATION_STEPS
-    draws = [d for step in range(start, total) for d in draw(c, len(data.train), step)]
+    draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
     items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
-    bar = tqdm(range(start, total), desc=title, initial=start, total=total, unit="step")
+    bar = tqdm(range(start, steps), desc=title, initial=start, total=steps, unit="step", disable=rank() > 0)
     with Stop() as stop, ExitStack() as at_end:
         at_end.callback(getattr(items, "_shutdown_workers", lambda: None))  # left to the garbage collector it can take ten seconds
         for step in bar:
-            for group in optimizer.param_groups: group["lr"] = c.TRAINING.LEARNING_RATE * lr_factor(step, total, c.TRAINING.WARMUP_STEPS)
+            for group in optimizer.param_groups: group["lr"] = c.TRAINING.LEARNING_RATE * lr_factor(step, steps, c.TRAINING.WARMUP_STEPS)
             denoiser.train()
-            log = train_step(denoiser, c, (next(items) for _ in range(micro)), step // per, optimizer, scaler, h["norms"])
+            log = train_step(loss, c, (next(items) for _ in range(micro)), step // per, optimizer, scaler, h["norms"])
             average.update_parameters(denoiser)
             h["losses"].append(log["loss"]); h["thresholds"].append(log["threshold"])
             epoch, done = divmod(step + 1, per)
@@ -354,24 +371,26 @@ def train_run(
                 if value > h["best"]:
                     h["best"] = value
                     save_model(folder/"best.safetensors", ema, describe(ema, c, step=step + 1, epoch=epoch, metrics=dict(protocol="unit", psnr=value, method="expected"), **meta))
-            asked = stop.asked  # may change at any moment; what is saved here is what is left here
+            asked = total({"asked": stop.asked})["asked"] > 0  # may change at any moment; what is saved here is what is left here
             if not done and (epoch % c.TRAINING.CHECKPOINT_FREQ == 0 or epoch == c.EPOCHS) or asked: save(step + 1)
             bar.set_postfix(loss=f"{log['loss']:.3f}", psnr=f"{h['best']:.2f} dB" if h["values"] else "-")
-            if run: run.log(log | {"lr": optimizer.param_groups[0]["lr"], "epoch": epoch} | pictures(ema, data, c, epoch, done), step=step + 1)
+            if watched: log |= {"lr": optimizer.param_groups[0]["lr"], "epoch": epoch} | pictures(ema, data, c, epoch, done)
+            if run: run.log(log, step=step + 1)
             if asked: raise KeyboardInterrupt
-            if "psnr" in log: report(log["psnr"], epoch)
-    plot_norms(h["norms"], h["thresholds"], folder/"gradients.png")
+            if "psnr" in log: first(lambda: report(log["psnr"], epoch))
+    if rank() == 0: plot_norms(h["norms"], h["thresholds"], folder/"gradients.png")
     return h["best"]
 
 # %% ../nbs/04_train_optuna.ipynb #1f07703f
 class Stop:
-    "Context manager: the first SIGINT or SIGTERM sets `asked`, the second interrupts."
+    "Context manager: the first SIGINT or SIGTERM sets `asked`, a second one interrupts; within a second of the first it is an echo, for torchrun passes Ctrl-C on to processes that heard it themselves."
     asked = False
     def __enter__(self):
         def handle(number, frame):
+            if self.asked and time.monotonic() < self.since + 1: return
             if self.asked: raise KeyboardInterrupt
-            self.asked = True
-            tqdm.write("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
+            self.asked, self.since = True, time.monotonic()
+            if rank() == 0: tqdm.write("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
         try: self.old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError: self.old = {}  # not in the main thread: signals are somebody else's
         return self
@@ -443,6 +462,10 @@ def suggest(
         set_key(c, key, value, f"OPTUNA.PARAMS.{key}")
     return check_config(c)
 
+def flat(tree: dict, before: str = "") -> dict[str, Any]:
+    "Dotted key -> value."
+    return {k: v for name, part in tree.items() for k, v in (flat(part, f"{before}{name}.") if isinstance(part, dict) else {before + name: part}).items()}
+
 def current(c: Config, key: str) -> Any:
     "The present value of a dotted key."
     for part in key.split("."): c = getattr(c, part)
@@ -495,6 +518,18 @@ def next_trial(
         trial = study.ask()
         return trial, try_lock(root/f"trial_{trial.number}")
 
+# %% ../nbs/04_train_optuna.ipynb #ba536724
+def lead(c: Config, data: Data, folder: Path, meta: dict, report: Callable, run: Any, title: str) -> float:
+    "`train_run` on rank 0, with the other ranks behind it."
+    first(lambda: dict(c=c.model_dump(), folder=folder, meta=meta, title=title))
+    return train_run(c, data, folder, meta, report, run, title)
+
+def follow(data: Data) -> None:
+    "What the other ranks do: train what rank 0 trains, until it says that there is no more."
+    while (job := first(lambda: None)) is not None:
+        try: train_run(Config.model_validate(job["c"]), data, job["folder"], job["meta"], title=job["title"])
+        except (optuna.TrialPruned, Diverged): pass
+
 # %% ../nbs/04_train_optuna.ipynb #00754dc2
 def run_trial(
     study: optuna.Study, trial: optuna.Trial, c: Config, data: Data,
@@ -511,7 +546,7 @@ def run_trial(
         try: settings = suggest(trial, c)
         except UserError as e: raise optuna.TrialPruned(f"its values contradict each other: {e}") from None
         run = start_wandb(settings, study.study_name, f"trial_{trial.number}", "trial")
-        value = train_run(settings, data, folder, dict(study=study.study_name, trial=trial.number), report, run, f"trial {trial.number}")
+        value = lead(settings, data, folder, dict(study=study.study_name, trial=trial.number), report, run, f"trial {trial.number}")
         ended = dict(values=value)
     except (optuna.TrialPruned, Diverged) as e:
         trial.set_user_attr("pruned", str(e)); ended = dict(state=optuna.trial.TrialState.PRUNED)
@@ -577,6 +612,7 @@ Ctrl-C saves after the step; the same command goes on from there. Every key is e
     p.add_argument("--profile", help="block of PROFILES in the settings, such as demo, lidc128, lidc256")
     p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change one setting, dotted: --set TRAINING.LEARNING_RATE=0.001; may be repeated")
     p.add_argument("--n_trials", type=int, help="trials of the study in all (OPTUNA.N_TRIALS)")
+    p.add_argument("--nproc_per_node", type=int, default=1, metavar="N", help="processes on this machine that train together, each with its share of the GPUs and of every batch (default: %(default)s); for several machines: torchrun --nnodes ... -m diffx2ct.train")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--no_search", action="store_true", help="train once with the values of the settings")
     how.add_argument("--retrain_best", action="store_true", help="train with the study's best values, OPTUNA.RETRAIN_FACTOR times as long")
@@ -589,13 +625,48 @@ def main(argv: list[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = a.config or ("config.yml" if Path("config.yml").exists() else None)
     c = load_config(config, a.profile, [*a.sets, *([f"OPTUNA.N_TRIALS={a.n_trials}"] if a.n_trials is not None else [])])
-    device, root = train_devices(c)[0], Path("checkpoints")/a.study_name
     check_study(a.study_name, c); wandb_mode(c)
-    study = open_study(a.study_name, c, create=False) if a.retrain_best else None
+    if a.nproc_per_node > 1 and "RANK" not in os.environ: return start_ranks(a.nproc_per_node, argv, c)
+    join()
+    try: act(a, c)
+    except RuntimeError as e:
+        if ranks() == 1 or not re.search("peer|time|NCCL", str(e), re.I): raise
+        raise UserError("another process has stopped, so this one stops too; the last checkpoint is whole, and the same command goes on from it") from None
+    finally: leave()
+
+def start_ranks(n: int, argv: list[str], c: Config) -> None:
+    "Start n processes of this command with torch's launcher; what can be wrong is said before, once."
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    own_devices(devices_of(c.DEVICES), n, 0); check_share(c, n); open_data(c)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // (2 * n))))
+    how = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2)
+    try: elastic_launch(how, sys.executable)("-m", "diffx2ct.train", *argv)
+    except ChildFailedError as e: sys.exit(max(2, *(f.exitcode for f in e.failures.values())))
+    except SignalException: raise KeyboardInterrupt from None
+
+def check_share(c: Config, n: int) -> None:
+    "Every rank must have a case of every batch."
+    if c.BATCH_SIZE < n: raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} cannot be shared by {n} processes; raise it, or start fewer")
+
+def act(a: argparse.Namespace, c: Config) -> None:
+    "What a process does, alone or as one of several."
+    if rank(): sys.stdout = open(os.devnull, "w")             # one of them speaks
+    same({k: v for k, v in flat(c.model_dump()).items() if not k.startswith("DEVICES")})
+    check_share(c, ranks())
+    device, root = train_devices(c)[0], Path("checkpoints")/a.study_name
+    if device.type == "cuda": torch.cuda.set_device(device)
+    if a.retrain_best: first(lambda: open_study(a.study_name, c, create=False) and None)
     data = open_data(c)                                       # nothing is written before this is known to be good
+    same({"training cases": data.train.cases, "validation cases": data.valid.cases})
+    if rank(): return follow(data)
     print(f"data: {len(data.train)} training and {len(data.valid)} validation cases at {c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams" + ("" if data.line_integrals else ", display-domain views"))
-    try: folder = train_alone(a.study_name, study, c, data, root) if a.no_search or a.retrain_best else search_and_tell(open_study(a.study_name, c), c, data, root)
+    try: folder = train_alone(a.study_name, None if a.no_search else open_study(a.study_name, c, create=False), c, data, root) if a.no_search or a.retrain_best else search_and_tell(open_study(a.study_name, c), c, data, root)
     except optuna.exceptions.StorageInternalError as e: raise UserError(f"study {a.study_name} cannot be read or written ({str(e.__cause__ or e).splitlines()[0]}); mend that, and the same command goes on") from None
+    first(lambda: None)                                       # the others may go home
+    leave()
     if folder: print(show_result(folder, data, str(device)), f"next: ./run_visualize.sh --checkpoint_dir {folder}", sep="\n")
 
 # %% ../nbs/04_train_optuna.ipynb #c465aef7
@@ -616,7 +687,7 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
     if lock is None: raise UserError(f"another process is training in {folder}; wait for it, or use another --study_name")
     link(folder)
     run = start_wandb(c, name, folder.name, folder.name)
-    try: print(f"best validation PSNR {train_run(c, data, folder, dict(study=name, trial=folder.name), run=run, title=folder.name):.2f} dB")
+    try: print(f"best validation PSNR {lead(c, data, folder, dict(study=name, trial=folder.name), lambda value, epoch: None, run, folder.name):.2f} dB")
     except Diverged as e: raise UserError(f"training diverged: {e}; lower TRAINING.LEARNING_RATE or TRAINING.CLIP_PERCENTILE") from None
     finally:
         lock.close()

@@ -85,7 +85,7 @@ def step_seconds(T, c, data) -> float:
     crops, micro, times = T.Crops(data.train, [x for s in range(12) for x in T.draw(c, len(data.train), s)], c, data.line_integrals), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
     for s in range(12):
         start = time.process_time()
-        T.train_step(net, c, [crops[s * micro + i] for i in range(micro)], 0, optimizer, scaler, norms)
+        T.train_step(T.Loss(net, c), c, [crops[s * micro + i] for i in range(micro)], 0, optimizer, scaler, norms)
         times.append(time.process_time() - start)
     return statistics.median(times[2:]) * 1.03
 

@@ -1,0 +1,95 @@
+"Several processes train one network: losses, weights and checkpoints are those of one."
+import os, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BIN, run_cmd
+from safetensors.torch import load_file
+from test_training import TINY
+
+STILL = ["--no_search", "--set", "BATCH_SIZE=4", "--set", "TRAINING.AUGMENT.PHOTONS=10000", "--set", "DEVICES=cpu"]
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    (tmp_path / "tiny.yml").write_text(TINY)
+    return tmp_path
+
+def go(cwd: Path, name: str, n: int, *args, code=0) -> str:
+    "A run of `n` processes; what it said."
+    p = run_cmd(["diffx2ct_train", "--config", "tiny.yml", "--study_name", name, *STILL, "--nproc_per_node", n, *args], cwd=cwd)
+    assert p.returncode == code and "Traceback" not in p.stderr, (p.returncode, p.stdout, p.stderr)
+    return p.stderr if code else p.stdout
+
+def ended(cwd: Path, name: str) -> tuple[list, dict]:
+    "Losses of all steps, and the weights at the end."
+    folder = cwd / "checkpoints" / name / "single"
+    return torch.load(max(folder.glob("training_*.pt")), weights_only=True)["history"]["losses"], load_file(max(folder.glob("model_*.safetensors")))
+
+def alike(a: tuple, b: tuple):
+    "Two runs are one: losses to rounding, which grows a little from step to step; weights as a whole, since AdamW makes a step of rounding where a gradient is nothing else."
+    assert a[0] == pytest.approx(b[0], rel=1e-4) and len(a[0]) == 6
+    assert a[1].keys() == b[1].keys()
+    assert sum((v - b[1][k]).square().sum() for k, v in a[1].items()).sqrt() < 5e-3 * sum(v.square().sum() for v in b[1].values()).sqrt()
+
+
+def test_as_many_ranks_as_you_like(place):
+    "One rank, two with whole networks, three with slices (uneven shares: 2, 1, 1), a coarse stage first; and a run that changes between them."
+    coarse = ["--set", "TRAINING.COARSE_EPOCHS=[2]", "--set", "MODEL.UNET.PLANAR_LEVELS=1"]
+    said = go(place, "one", 1, *coarse)
+    assert "best validation PSNR" in go(place, "two", 2, *coarse) and said.count("data:") == 1
+    go(place, "cut", 3, *coarse, "--set", "PARALLEL=fsdp")
+    one = ended(place, "one")
+    alike(ended(place, "two"), one)
+    alike(ended(place, "cut"), one)
+
+
+def test_a_run_changes_its_number_of_ranks(place):
+    "Two ranks begin, are stopped by a signal, one goes on and is stopped, three with slices end it: losses of a run that was left in peace."
+    go(place, "peace", 1)
+    command = lambda n, *more: [BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "moved", *STILL, "--nproc_per_node", str(n), *more]
+    folder = place / "checkpoints" / "moved" / "single"
+    for n, least in ((2, 1), (1, 3)):
+        p = subprocess.Popen(command(n), cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+        until = time.monotonic() + 120
+        while not any(int(f.stem[-6:]) >= least for f in folder.glob("model_*.safetensors")):
+            assert p.poll() is None and time.monotonic() < until, p.communicate()
+            time.sleep(0.002)
+        os.killpg(p.pid, signal.SIGINT)                                        # as Ctrl-C in a terminal does: to all of them
+        out, err = p.communicate(timeout=120)
+        assert p.returncode == 130 and "Traceback" not in err, (p.returncode, out, err)
+    go(place, "moved", 3, "--set", "PARALLEL=fsdp")
+    alike(ended(place, "moved"), ended(place, "peace"))
+
+
+def test_a_rank_that_dies(place):
+    "The others stop within a minute with one sentence, and the last checkpoint is whole."
+    p = subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "dies", *STILL, "--nproc_per_node", "2", "--set", "EPOCHS=500", "--set", "TRAINING.VALIDATION_FREQ=100"], cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    folder, until = place / "checkpoints" / "dies" / "single", time.monotonic() + 120
+    while not next(folder.glob("model_*.safetensors"), None):
+        assert p.poll() is None and time.monotonic() < until, p.communicate()
+        time.sleep(0.01)
+    children = [int(c) for c in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
+    number = lambda pid: dict(v.partition("=")[::2] for v in Path(f"/proc/{pid}/environ").read_text().split("\0")).get("RANK")
+    os.kill(next(c for c in children if number(c) == "1"), signal.SIGKILL)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 2 and "Traceback" not in err and "another process has stopped" in err, (p.returncode, out, err)
+    assert load_file(max(folder.glob("model_*.safetensors"))) and torch.load(max(folder.glob("training_*.pt")), weights_only=True)["step"] > 0
+
+
+def test_bad_input(place):
+    "One sentence each."
+    assert "BATCH_SIZE 4 cannot be shared by 5 processes" in go(place, "many", 5, code=2)
+    assert "PARALLEL" in go(place, "odd", 2, "--set", "PARALLEL=horovod", code=2)
+    assert not (place / "checkpoints").exists()
+
+
+def test_ranks_with_other_settings(place):
+    "torchrun on two machines with different files is refused, naming the key and both values."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    run = lambda r: subprocess.Popen([sys.executable, "-m", "diffx2ct.train", "--config", "tiny.yml", "--study_name", "other", *STILL, "--set", f"TRAINING.LEARNING_RATE=0.00{r + 1}"], cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                                     env=os.environ | dict(RANK=str(r), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+    for p in [run(0), run(1)]:
+        out, err = p.communicate(timeout=120)
+        assert p.returncode == 2 and "process 1 has TRAINING.LEARNING_RATE = 0.002, process 0 has 0.001" in err and "Traceback" not in err, (out, err)
