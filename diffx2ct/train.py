@@ -6,12 +6,13 @@
 __all__ = ['AMP', 'Data', 'phantom_names', 'make_phantoms', 'open_data', 'Pooled', 'pooled', 'Draw', 'steps_per_epoch', 'draw',
            'Crops', 'clip_threshold', 'plot_norms', 'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'Loss', 'train_step',
            'validate', 'prepare_run', 'averaging', 'wandb_mode', 'start_wandb', 'train_devices', 'train_run', 'Stop',
-           'deaf', 'pictures', 'check_study', 'open_study', 'suggest', 'flat', 'current', 'start_values', 'try_lock',
-           'link', 'next_trial', 'lead', 'follow', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main',
-           'start_ranks', 'check_share', 'act', 'train_alone', 'best_trial', 'search_and_tell']
+           'deaf', 'pictures', 'check_study', 'journal', 'open_study', 'suggest', 'flat', 'current', 'start_values',
+           'try_lock', 'link', 'folder_id', 'next_trial', 'lead', 'follow', 'run_trial', 'search', 'save_plots',
+           'show_result', 'parser', 'main', 'start_ranks', 'check_share', 'act', 'train_alone', 'best_trial',
+           'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
-import argparse, fcntl, json, logging, math, os, platform, re, signal, sqlite3, sys, time, warnings
+import argparse, fcntl, json, logging, math, os, re, signal, sqlite3, sys, time, uuid, warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -425,21 +426,29 @@ def check_study(
         if tables and "studies" not in tables: raise UserError(f"{file} is a database but not an Optuna study; move it away or choose another --study_name")
     return file.exists()
 
+def journal(path: str) -> optuna.storages.BaseStorage:
+    "A study in a log file, safe on network disks."
+    from optuna.storages.journal import JournalFileBackend
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return optuna.storages.JournalStorage(JournalFileBackend(path))
+
 def open_study(
     name: str,
     c: Config,  # reads OPTUNA.STORAGE, PRUNER, STARTUP_TRIALS, PARAMS
     create: bool = True,  # False: it must be there
 ) -> optuna.Study:
     "Create a study or go on with it."
-    url, absent = c.OPTUNA.STORAGE or f"sqlite:///{name}.db", UserError(f"there is no study {name} yet; run the search first, without --retrain_best")
+    place, absent = c.OPTUNA.STORAGE or f"sqlite:///{name}.db", UserError(f"there is no study {name} yet; run the search first, without --retrain_best")
     if not check_study(name, c) and not c.OPTUNA.STORAGE and not create: raise absent
     pruner = {"median": optuna.pruners.MedianPruner(c.OPTUNA.STARTUP_TRIALS), "hyperband": optuna.pruners.HyperbandPruner(max_resource=c.EPOCHS), "none": optuna.pruners.NopPruner()}[c.OPTUNA.PRUNER]
     here = os.open(".", os.O_RDONLY)  # locked, since two processes that make the same tables at once fail
     try:
         fcntl.flock(here, fcntl.LOCK_EX)
-        study = optuna.create_study(storage=url, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=url, study_name=name, pruner=pruner)
+        storage = journal(place.removeprefix("journal:")) if place.startswith("journal:") else place
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=storage, study_name=name, pruner=pruner)
     except KeyError: raise absent from None
-    except Exception as e: raise UserError(f"the study's storage {url if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs") from None
+    except ImportError as e: raise UserError(f"OPTUNA.STORAGE needs the Python package {e.name}, which is not installed (for PostgreSQL: pip install psycopg2-binary)") from None
+    except Exception as e: raise UserError(f"the study's storage {place if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs") from None
     finally: os.close(here)
     for t in study.get_trials(deepcopy=False):
         for key, d in t.distributions.items():
@@ -496,6 +505,11 @@ def link(folder: Path) -> None:
     try: new.unlink(missing_ok=True); new.symlink_to(target); new.replace(place)
     except OSError: pass  # a disk without links
 
+def folder_id(root: Path) -> str:
+    "What a study's folder is called among all folders that work on the study."
+    if not (root/"id").exists(): write_atomic(root/"id", lambda p: p.write_text(uuid.uuid4().hex))
+    return (root/"id").read_text()
+
 def next_trial(
     study: optuna.Study, c: Config,
     root: Path,  # checkpoints/<study>
@@ -505,9 +519,9 @@ def next_trial(
     def sampler(number): return optuna.samplers.TPESampler(seed=c.SEED + number, n_startup_trials=max(4, c.OPTUNA.STARTUP_TRIALS))
     while not (turn := try_lock(root)): time.sleep(0.05)  # one process at a time looks for work
     with turn:
-        trials = study.get_trials(deepcopy=False)
+        trials, home = study.get_trials(deepcopy=False), folder_id(root)
         for t in trials:
-            if t.state != optuna.trial.TrialState.RUNNING or not (lock := try_lock(root/f"trial_{t.number}")): continue
+            if t.state != optuna.trial.TrialState.RUNNING or t.user_attrs.get("folder", home) != home or not (lock := try_lock(root/f"trial_{t.number}")): continue
             study.sampler = sampler(t.number)
             if state(t.number) == optuna.trial.TrialState.RUNNING: return optuna.trial.Trial(study, t._trial_id), lock
             lock.close()  # somebody alive has just ended it
@@ -516,6 +530,8 @@ def next_trial(
         if not trials: study.enqueue_trial(start_values(c))
         study.sampler = sampler(len(begun))
         trial = study.ask()
+        if trial.number >= c.OPTUNA.N_TRIALS: study.tell(trial, state=optuna.trial.TrialState.FAIL); return None  # another machine was quicker
+        trial.set_user_attr("folder", home)
         return trial, try_lock(root/f"trial_{trial.number}")
 
 # %% ../nbs/04_train_optuna.ipynb #ba536724
