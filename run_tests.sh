@@ -11,9 +11,14 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/docker/setup.sh"
 setup dev
 
-if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
-  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium; } >/dev/null 2>&1 ||
-    echo "diffx2ct: chromium could not be installed; the browser test will be skipped"
+# What tests use and pip does not bring: a browser, a PostgreSQL server. Where they are absent, their tests are skipped, saying so.
+if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  missing=()
+  if ! command -v chromium >/dev/null; then missing+=(chromium); fi
+  if ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null; then missing+=(postgresql); fi
+  if [ "${#missing[@]}" -gt 0 ] && ! { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1; then
+    echo "diffx2ct: ${missing[*]} could not be installed; their tests will be skipped"
+  fi
 fi
 
 # Nothing is read from or written to the home folder, no run leaves the machine, one thread each.

@@ -728,7 +728,8 @@ def search_and_tell(study: optuna.Study, c: Config, data: Data, root: Path) -> P
     print(f"study {study.study_name}: " + ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)))
     if best is None: print("no trial completed; see the reasons above"); return None
     print(f"best trial {best.number}: {best.value:.2f} dB", *(f"  {k} = {json.loads(v) if isinstance(v, str) else format(v, '.4g')}" for k, v in best.params.items()), sep="\n")
-    return root/f"trial_{best.number}"
+    if (folder := root/f"trial_{best.number}").exists(): return folder
+    print("its checkpoints are in the folder of the machine that trained it")
 
 # %% ../nbs/04_train_optuna.ipynb #c9549eee
 if __name__ == "__main__" and "__file__" in globals(): main()  # python -m diffx2ct.train, not a notebook

@@ -1,5 +1,5 @@
 "Several processes train one network: losses, weights and checkpoints are those of one."
-import os, signal, socket, subprocess, sys, time
+import os, shutil, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ def alike(a: tuple, b: tuple):
     assert sum((v - b[1][k]).square().sum() for k, v in a[1].items()).sqrt() < 5e-3 * sum(v.square().sum() for v in b[1].values()).sqrt()
 
 
+@pytest.mark.slow
 def test_as_many_ranks_as_you_like(place):
     "One rank, two with whole networks, three with slices (uneven shares: 2, 1, 1), a coarse stage first; and a run that changes between them."
     coarse = ["--set", "TRAINING.COARSE_EPOCHS=[2]", "--set", "MODEL.UNET.PLANAR_LEVELS=1"]
@@ -45,6 +46,7 @@ def test_as_many_ranks_as_you_like(place):
     alike(ended(place, "cut"), one)
 
 
+@pytest.mark.slow
 def test_a_run_changes_its_number_of_ranks(place):
     "Two ranks begin, are stopped by a signal, one goes on and is stopped, three with slices end it: losses of a run that was left in peace."
     go(place, "peace", 1)
@@ -63,6 +65,7 @@ def test_a_run_changes_its_number_of_ranks(place):
     alike(ended(place, "moved"), ended(place, "peace"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies(place):
     "The others stop within a minute with one sentence, and the last checkpoint is whole."
     p = subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "dies", *STILL, "--nproc_per_node", "2", "--set", "EPOCHS=500", "--set", "TRAINING.VALIDATION_FREQ=100"], cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
@@ -93,3 +96,39 @@ def test_ranks_with_other_settings(place):
     for p in [run(0), run(1)]:
         out, err = p.communicate(timeout=120)
         assert p.returncode == 2 and "process 1 has TRAINING.LEARNING_RATE = 0.002, process 0 has 0.001" in err and "Traceback" not in err, (out, err)
+
+
+@pytest.fixture
+def database(tmp_path) -> str:
+    "URL of a PostgreSQL server of our own, on a socket in a scratch folder."
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found: pytest.skip("no PostgreSQL server (Debian: apt-get install postgresql)")
+    home = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))                      # short, as sockets want it
+    me = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []         # PostgreSQL does not run as root
+    if me: shutil.chown(home, "postgres")
+    call = lambda tool, *args: subprocess.run([*me, found[-1].with_name(tool), *args], check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd="/tmp")
+    call("initdb", "-D", home / "data", "-A", "trust", "-U", "tester", "--no-sync")
+    call("pg_ctl", "-D", home / "data", "-w", "-l", home / "log", "-o", f"-k {home} -c listen_addresses='' -c fsync=off", "start")
+    yield f"postgresql+psycopg2://tester@/postgres?host={home}"
+    call("pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
+    shutil.rmtree(home)
+
+
+def share_a_study(tmp_path: Path, storage: str):
+    "Two machines, which is to say two folders, work on one study: every trial is done once, and each folder holds its own."
+    for name in ("a", "b"): (tmp_path / name).mkdir(); (tmp_path / name / "tiny.yml").write_text(TINY)
+    run = lambda name: subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "shared", "--n_trials", "4", "--set", f"OPTUNA.STORAGE={storage}", "--set", "EPOCHS=2", "--set", "DEVICES=cpu"], cwd=tmp_path / name, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    for p in [run("a"), run("b")]:
+        out, err = p.communicate(timeout=300)
+        assert p.returncode == 0 and "Traceback" not in err and "best trial" in out, (out, err)
+    there = {name: {f.name for f in (tmp_path / name / "checkpoints" / "shared").glob("trial_*") if next(f.glob("model_*.safetensors"), None)} for name in ("a", "b")}
+    assert there["a"] | there["b"] == {f"trial_{k}" for k in range(4)} and not there["a"] & there["b"] and all(there.values()), there
+    assert not list(tmp_path.glob("*/*.db"))
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_study_in_postgresql(tmp_path, database): share_a_study(tmp_path, database)
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_study_in_a_journal(tmp_path): share_a_study(tmp_path, f"journal:{tmp_path}/study.log")
