@@ -85,7 +85,7 @@ def cut_line(
     @cache
     def best(i: int, k: int):
         if k == 1: return sum(costs[i:]), (len(costs),)
-        return min((max(sum(costs[i:j]), best(j, k - 1)[0]), (j, *best(j, k - 1)[1])) for j in range(i, len(costs) + 1))
+        return min((max(sum(costs[i:j]), best(j, k - 1)[0]), (j, *best(j, k - 1)[1])) for j in range(i + (len(costs) - i >= k), len(costs) + 1))   # no run is empty while there are blocks for all
     return best(0, n)
 
 def balanced(

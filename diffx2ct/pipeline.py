@@ -22,6 +22,7 @@ def in_line(
     n: int,  # ranks
 ) -> dict[str, int]:  # block name -> rank
     "The plan of n runs in a line whose largest is as small as can be."
+    if n > len(costs): raise UserError(f"a pipeline of {n} ranks needs as many blocks, and this network has {len(costs)}")
     _, ends = cut_line(list(costs.values()), n)
     return {b: sum(end <= i for end in ends) for i, b in enumerate(costs)}
 
