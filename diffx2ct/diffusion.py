@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DAMPING', 'BANDS', 'SAMPLERS', 'Diffusion', 'graded', 'spread', 'strength', 'Condition', 'halved', 'Denoiser',
            'build', 'ssim_loss', 'fourier_loss', 'phase_weights', 'loss_terms', 'times_of', 'ddim', 'ddpm', 'velocity',
-           'euler', 'heun', 'dpm', 'starts', 'blend_weight', 'windowed']
+           'euler', 'heun', 'dpm', 'starts', 'blend_weight', 'joined', 'windowed']
 
 # %% ../nbs/02a_diffusion.ipynb #ddc0f79d
 import math
@@ -347,6 +347,14 @@ def blend_weight(patch: int, blend: str) -> Tensor:
     w = {"constant": torch.ones(patch), "gaussian": torch.exp(-8 * u ** 2), "cosine": (u * torch.pi / 2).cos()}[blend].clamp(min=1e-3)
     return w[:, None, None] * w[:, None] * w
 
+def joined(
+    conditions: Sequence[Condition],  # of blocks of one shape
+) -> Condition:
+    "One condition for a batch of blocks."
+    cat = lambda values: None if values[0] is None else torch.cat(values)
+    lifted = [cat(level) for level in zip(*(c.lifted for c in conditions))] if conditions[0].lifted is not None else None
+    return Condition(*(cat([getattr(c, k) for c in conditions]) for k in ("base", "extra")), lifted, cat([c.tokens for c in conditions]))
+
 def windowed(
     denoiser: Denoiser,
     base: Tensor,  # (B, 1, D, H, W) whole cube
@@ -354,16 +362,21 @@ def windowed(
     patch: int,  # edge of the windows
     overlap: float = 0.25,
     blend: str = "gaussian",
+    batch: int | None = None,  # windows that go through the network together; None: 4, but one on a CPU if larger than 64^3
 ) -> Callable[[Tensor, float], Tensor]:
     "`denoise(x_t, t)` for the whole cube; one window that covers it is the plain case."
     origins = list(product(starts(base.shape[-1], patch, overlap), repeat=3))
     weight, total = blend_weight(patch, blend).to(base), torch.zeros_like(base)
     for o in origins: crop(total, o, patch).add_(weight)
-    whole = denoiser.condition(base, encoded) if len(origins) == 1 else None
+    batch = batch or (1 if base.device.type == "cpu" and patch > 64 else 4)
+    known = [denoiser.condition(crop(base, o, patch), encoded, o) for o in origins]
     def denoise(x: Tensor, t: float) -> Tensor:
-        time = x.new_full((len(x),), t)
-        if whole is not None: return denoiser(x, time, whole)
+        if len(origins) == 1: return denoiser(x, x.new_full((len(x),), t), known[0])
         out = torch.zeros_like(x)
-        for o in origins: crop(out, o, patch).add_(weight * denoiser(crop(x, o, patch), time, denoiser.condition(crop(base, o, patch), encoded, o)))
+        for i in range(0, len(origins), batch):
+            some = origins[i:i + batch]
+            parts = torch.cat([crop(x, o, patch) for o in some])
+            answers = denoiser(parts, x.new_full((len(parts),), t), joined(known[i:i + batch]))
+            for o, answer in zip(some, answers.split(len(x))): crop(out, o, patch).add_(weight * answer)
         return out / total
     return denoise

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['devices_of', 'device_option', 'blocks_of', 'inputs_of', 'block_bytes', 'cut_line', 'balanced', 'seed3', 'read_plan',
-           'plan_table', 'show_plan', 'to_device', 'DistributedUNet', 'distribute']
+           'plan_table', 'show_plan', 'flow_of', 'needs', 'run_block', 'enter', 'leave', 'diagonal', 'to_device',
+           'DistributedUNet', 'distribute']
 
 # %% ../nbs/03_parallel.ipynb #28e8b5e7
 import copy, re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import UserError
 from .diffusion import Denoiser
 from .encoder import Encoder
-from .unet import SavedBytes, Stage, UNet
+from .unet import SavedBytes, Stage, UNet, haar, unhaar
 
 # %% ../nbs/03_parallel.ipynb #0c840ba4
 def devices_of(
@@ -82,7 +85,7 @@ def cut_line(
     @cache
     def best(i: int, k: int):
         if k == 1: return sum(costs[i:]), (len(costs),)
-        return min((max(sum(costs[i:j]), best(j, k - 1)[0]), (j, *best(j, k - 1)[1])) for j in range(i, len(costs) + 1))
+        return min((max(sum(costs[i:j]), best(j, k - 1)[0]), (j, *best(j, k - 1)[1])) for j in range(i + (len(costs) - i >= k), len(costs) + 1))   # no run is empty while there are blocks for all
     return best(0, n)
 
 def balanced(
@@ -158,10 +161,61 @@ def show_plan(
     return fig
 
 # %% ../nbs/03_parallel.ipynb #18f7df8a
+def flow_of(unet: UNet) -> dict[str, tuple[list[str], list[str]]]:  # block name -> (names it reads, names it writes)
+    "The forward pass as data, in its order."
+    flow = {"time": (["t"], ["emb"]), "first": (["x"], ["h"])}
+    for name, s in unet.stages.items():
+        skips = [f"skip{s.level}.{i}" for i in range(len(s.blocks))]
+        lifted = [f"lifted{s.level}"] if s.blocks[0].lift is not None else []
+        tokens = ["tokens"] if any(getattr(a, "q", None) is not None for a in s.attentions) else []
+        flow[name] = ["h", "emb", *lifted, *tokens, *(skips if s.kind == "up" else [])], ["h", *(skips if s.kind == "down" else [])]
+    return flow | {"last": (["h"], ["h"])}
+
+def needs(
+    flow: Mapping[str, tuple[list[str], list[str]]],  # of `flow_of`
+    run: Iterable[str],  # blocks, in order
+) -> list[str]:
+    "What a run reads and has not written itself."
+    read, written = {}, set()
+    for b in run:
+        read |= dict.fromkeys(k for k in flow[b][0] if k not in written)
+        written |= set(flow[b][1])
+    return list(read)
+
+def run_block(
+    block: nn.Module,
+    reads: Sequence[str], writes: Sequence[str],  # of `flow_of`
+    s: dict[str, Tensor],  # tensors by name, changed in place; a skip goes when it has been popped
+):
+    "One block on named tensors."
+    if not isinstance(block, Stage): s[writes[0]] = block(s[reads[0]]); return
+    popped = [s.pop(k) for k in reads if k.startswith("skip")]
+    s["h"], pushed = block(s["h"], popped, s["emb"], *(s[k] if k in reads else None for k in (f"lifted{block.level}", "tokens")))
+    s.update(zip(writes[1:], pushed))
+
+def enter(x: Tensor, half: bool, cin: int) -> Tensor:
+    "What the first convolution sees of (B, cin + smooth, D, H, W): as the first line of `UNet.forward`."
+    return torch.cat([haar(x[:, :cin]), F.avg_pool3d(x[:, cin:], 2)], 1) if half else x
+
+def leave(h: Tensor, half: bool) -> Tensor:
+    "The last layers' output as (B, 1, D, H, W): as the last line of `UNet.forward`."
+    return unhaar(h.float()) if half else h.float()
+
+# %% ../nbs/03_parallel.ipynb #5e21c0c3
+def diagonal(
+    walks: Iterable[Iterator],  # one a micro-batch; each stops after its copies and after its work, in every run
+):
+    "At every tick one more micro-batch begins; all copy, then all work."
+    waiting, active = list(walks), []
+    while waiting or active:
+        active += waiting[:1]; del waiting[:1]
+        for _ in ("copies", "work"): active = [w for w in active if next(w, "done") is None]
+
+# %% ../nbs/03_parallel.ipynb #5e21c0c6
 def to_device(value, device: torch.device):
-    "Move a tensor, or all tensors in lists and tuples; None stays None."
+    "Move a tensor, or all tensors in lists and tuples, without waiting for a GPU; None stays None."
     if isinstance(value, (list, tuple)): return type(value)(to_device(v, device) for v in value)
-    return value if value is None or value.device == device else value.to(device)
+    return value if value is None or value.device == device else value.to(device, non_blocking=device.type == "cuda")   # to a CPU one must wait: the numbers are read at once
 
 class DistributedUNet:
     "A U-Net and its encoder placed on devices by a plan, from outside. `undo` brings them home."
@@ -170,43 +224,42 @@ class DistributedUNet:
         devices: Sequence[torch.device | str],  # the first is home
         plan: str | Mapping[str, int] | Sequence[Sequence[str]] = "balanced",  # see `read_plan`
         patch: int = 64,  # edge of the crops in voxels, for the measurement behind `balanced`
+        micro: int = 4,  # micro-batches a batch is cut into, as far as it has samples
         move: Callable = to_device,  # what carries (value, device); tests put a spy here
     ):
-        self.unet, self.blocks, self.devices, self.move = unet, blocks_of(unet, encoder), [torch.device(d) for d in devices], move
+        self.unet, self.blocks, self.devices, self.micro, self.move, self.hooks = unet, blocks_of(unet, encoder), [torch.device(d) for d in devices], micro, move, []
         measure = plan == "balanced" and len(self.devices) > 1
         self.bytes = block_bytes(unet, encoder, patch) if measure else dict.fromkeys(self.blocks, 0)
-        self.plan, self.copies, self.hooks = read_plan(plan, self.bytes, len(self.devices)), {}, []
+        self.plan, self.flow = read_plan(plan, self.bytes, len(self.devices)), flow_of(unet)
         for name, block in self.blocks.items(): block.to(self.devices[self.plan[name]])
         if len(self.devices) == 1: return
-        for name, block in self.blocks.items():
-            self.hooks.append(block.register_forward_pre_hook(lambda module, args, at=self.devices[self.plan[name]]: self.arrive(module, args, at)))
-        for module in (unet, encoder): self.hooks.append(module.register_forward_hook(lambda module, args, out: self.leave(out), always_call=True))
+        self.runs = [(self.devices[d], list(run)) for d, run in groupby(self.flow, self.plan.get)]
+        unet.forward = self.forward                                           # a bound method: a deep copy of the network gets its own
+        self.hooks = [encoder.register_forward_pre_hook(lambda module, args: move(args, self.devices[self.plan["encoder"]])), encoder.register_forward_hook(lambda module, args, out: move(out, self.devices[0]))]
 
-    def arrive(self, module: nn.Module, args: tuple, at: torch.device) -> tuple:
-        "A block's arguments, on its device."
-        if not isinstance(module, Stage): return self.move(args, at)
-        h, skips, emb, lifted, tokens = args
-        left = len(skips) - (len(module.blocks) if module.kind == "up" else 0)
-        return self.move(h, at), [*skips[:left], *self.move(skips[left:], at)], *(self.once(v, at) for v in (emb, lifted, tokens))
+    def walk(self, s: dict[str, Tensor]) -> Iterator[None]:
+        "One micro-batch through the runs, in place. Stops after the copies and after the work of each."
+        for at, run in self.runs:
+            for k in needs(self.flow, run): s[k] = self.move(s[k], at)
+            yield
+            for name in run: run_block(self.blocks[name], *self.flow[name], s)
+            yield
+        s["h"] = self.move(s["h"], self.devices[0])
 
-    def once(self, value: Tensor | None, at: torch.device) -> Tensor | None:
-        "Move what several stages read, once per forward pass."
-        key = (id(value), at)
-        if key not in self.copies: self.copies[key] = value, self.move(value, at)   # holding `value` keeps its id from being used again
-        return self.copies[key][1]
-
-    def leave(self, out):
-        "The result, at home."
-        self.copies.clear()
-        return self.move(out, self.devices[0])
+    def forward(self, x: Tensor, t: Tensor, lifted: Sequence[Tensor] | None = None, tokens: Tensor | None = None) -> Tensor:
+        "`UNet.forward`, micro-batch by micro-batch along the diagonal."
+        whole = {"x": enter(x, self.unet.half, self.unet.cin), "t": t, "tokens": tokens} | {f"lifted{l}": v for l, v in enumerate(lifted or [])}
+        pieces = {k: v.chunk(self.micro) for k, v in whole.items() if v is not None}
+        states = [dict(zip(pieces, vs)) for vs in zip(*pieces.values())]
+        diagonal(self.walk(s) for s in states)
+        return leave(torch.cat([s["h"] for s in states]), self.unet.half)
 
     def undo(self):
-        "Take the hooks away and bring every block home."
+        "Give the network its own forward pass again and bring every block home."
+        vars(self.unet).pop("forward", None)
         for hook in self.hooks: hook.remove()
         for block in self.blocks.values(): block.to(self.devices[0])
         self.hooks.clear()
-
-    def __call__(self, *args, **kwargs): return self.unet(*args, **kwargs)
 
 # %% ../nbs/03_parallel.ipynb #d001287b
 def distribute(
@@ -214,7 +267,8 @@ def distribute(
     devices: Sequence[torch.device | str],  # of `devices_of`; inputs go to the first
     plan: str | Mapping[str, int] | Sequence[Sequence[str]] = "balanced",
     patch: int | None = None,  # edge of the training crops; default: the whole cube
+    micro: int = 4,  # micro-batches a batch is cut into, as far as it has samples
 ) -> DistributedUNet:  # has .plan, .bytes, .undo()
     "Place a denoiser on one or several devices, in place."
     denoiser.to(devices[0])
-    return DistributedUNet(denoiser.unet, denoiser.encoder, devices, plan, patch or denoiser.A.size)
+    return DistributedUNet(denoiser.unet, denoiser.encoder, devices, plan, patch or denoiser.A.size, micro)

@@ -24,6 +24,7 @@ import numpy as np
 import optuna
 import torch
 import torch.nn.functional as F
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -441,15 +442,19 @@ def open_study(
     place, absent = c.OPTUNA.STORAGE or f"sqlite:///{name}.db", UserError(f"there is no study {name} yet; run the search first, without --retrain_best")
     if not check_study(name, c) and not c.OPTUNA.STORAGE and not create: raise absent
     pruner = {"median": optuna.pruners.MedianPruner(c.OPTUNA.STARTUP_TRIALS), "hyperband": optuna.pruners.HyperbandPruner(max_resource=c.EPOCHS), "none": optuna.pruners.NopPruner()}[c.OPTUNA.PRUNER]
-    here = os.open(".", os.O_RDONLY)  # locked, since two processes that make the same tables at once fail
+    turn = os.open(".", os.O_RDONLY)  # locked, since two processes that make the same tables at once fail
     try:
-        fcntl.flock(here, fcntl.LOCK_EX)
+        fcntl.flock(turn, fcntl.LOCK_EX)
         storage = journal(place.removeprefix("journal:")) if place.startswith("journal:") else place
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+        for again in (True, True, False):  # another machine does not see the lock
+            try: study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=storage, study_name=name, pruner=pruner); break
+            except (IntegrityError, ProgrammingError):
+                if not again: raise
+                time.sleep(1)
     except KeyError: raise absent from None
     except ImportError as e: raise UserError(f"OPTUNA.STORAGE needs the Python package {e.name}, which is not installed (for PostgreSQL: pip install psycopg2-binary)") from None
     except Exception as e: raise UserError(f"the study's storage {place if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs") from None
-    finally: os.close(here)
+    finally: os.close(turn)
     for t in study.get_trials(deepcopy=False):
         for key, d in t.distributions.items():
             r = c.OPTUNA.PARAMS.get(key)
