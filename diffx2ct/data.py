@@ -172,6 +172,7 @@ class TrainingConfig(Section):
     CLIP_HISTORY: Count = 100
     VALIDATION_FREQ: Count = 2
     CHECKPOINT_FREQ: Count = 1
+    CHECKPOINTS_KEPT: Count = 2
     VISUALIZATION_FREQ: Count = 4
 
 class DiffusionConfig(Section):

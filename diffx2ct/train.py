@@ -352,7 +352,7 @@ def train_run(
     def save(step):
         epoch = step // per
         state = dict(optimizer=whole(optimizer.state_dict()), scaler=scaler.state_dict(), averaged=int(average.n_averaged), history=h)
-        save_checkpoint(folder, step, denoiser, ema, state, describe(ema, c, step=step, epoch=epoch, metrics=dict(protocol="unit", psnr=h["best"], method="expected"), **meta))
+        save_checkpoint(folder, step, denoiser, ema, state, describe(ema, c, step=step, epoch=epoch, metrics=dict(protocol="unit", psnr=h["best"], method="expected"), **meta), c.TRAINING.CHECKPOINTS_KEPT)
     micro = c.TRAINING.GRADIENT_ACCUMULATION_STEPS
     draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
     items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
