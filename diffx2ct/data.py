@@ -170,6 +170,7 @@ class TrainingConfig(Section):
     CLIPPING: Literal["dynamic", "fixed"] = "dynamic"
     CLIP_PERCENTILE: Annotated[float, Field(gt=0, le=100)] = 90
     CLIP_HISTORY: Count = 100
+    BAD_STEPS: Annotated[int, Field(ge=0)] = 0
     VALIDATION_FREQ: Count = 2
     CHECKPOINT_FREQ: Count = 1
     CHECKPOINTS_KEPT: Count = 2

@@ -7,12 +7,12 @@ __all__ = ['AMP', 'Data', 'phantom_names', 'make_phantoms', 'open_data', 'Pooled
            'Crops', 'clip_threshold', 'plot_norms', 'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'Loss', 'train_step',
            'validate', 'prepare_run', 'averaging', 'wandb_mode', 'start_wandb', 'train_devices', 'train_run', 'Stop',
            'deaf', 'pictures', 'check_study', 'journal', 'open_study', 'suggest', 'flat', 'current', 'start_values',
-           'try_lock', 'link', 'folder_id', 'next_trial', 'lead', 'follow', 'run_trial', 'search', 'save_plots',
-           'show_result', 'parser', 'main', 'start_ranks', 'check_share', 'act', 'train_alone', 'best_trial',
-           'search_and_tell']
+           'try_lock', 'link', 'folder_id', 'next_trial', 'lead', 'follow', 'NoRoom', 'fitting', 'run_trial', 'search',
+           'save_plots', 'show_result', 'parser', 'main', 'start_ranks', 'check_share', 'act', 'train_alone',
+           'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
-import argparse, fcntl, json, logging, math, os, re, signal, sqlite3, sys, time, uuid, warnings
+import argparse, fcntl, json, logging, math, os, re, resource, signal, sqlite3, sys, time, uuid, warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -341,11 +341,11 @@ def train_run(
     average.n_averaged = average.n_averaged.to(devices[0])
     optimizer = torch.optim.AdamW(params, c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=c.TRAINING.AMP == "fp16")
-    h = dict(norms=[], thresholds=[], losses=[], values=[], best=-math.inf)
+    h = dict(norms=[], thresholds=[], losses=[], values=[], bad=[], best=-math.inf)
     start, watched = 0, first(lambda: run is not None)
     if saved:
         optimizer.load_state_dict(sliced(saved["optimizer"], params)); scaler.load_state_dict(saved["scaler"]); average.n_averaged.fill_(saved["averaged"])
-        h, start = saved["history"], saved["step"]
+        h, start = h | saved["history"], saved["step"]
     per = steps_per_epoch(c, len(data.train)); steps = per * c.EPOCHS
     if start > steps: raise UserError(f"{folder} has been trained for {start} steps already, more than the {steps} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
     if saved and start < steps: print(f"{title}: going on from step {start} of {steps}")
@@ -362,9 +362,16 @@ def train_run(
         for step in bar:
             for group in optimizer.param_groups: group["lr"] = c.TRAINING.LEARNING_RATE * lr_factor(step, steps, c.TRAINING.WARMUP_STEPS)
             denoiser.train()
-            log = train_step(loss, c, (next(items) for _ in range(micro)), step // per, optimizer, scaler, h["norms"])
-            average.update_parameters(denoiser)
-            h["losses"].append(log["loss"]); h["thresholds"].append(log["threshold"])
+            batch = [next(items) for _ in range(micro)]
+            try:
+                log = train_step(loss, c, batch, step // per, optimizer, scaler, h["norms"])
+                average.update_parameters(denoiser)
+                h["losses"].append(log["loss"]); h["thresholds"].append(log["threshold"])
+            except Diverged as e:
+                h["bad"].append(step)
+                if len(h["bad"]) > c.TRAINING.BAD_STEPS: raise
+                optimizer.zero_grad(set_to_none=True); log = {"bad_steps": len(h["bad"])}
+                if rank() == 0: tqdm.write(f"{title}: step {step} left out, {e} ({len(h['bad'])} of {c.TRAINING.BAD_STEPS} allowed)")
             epoch, done = divmod(step + 1, per)
             if not done and (epoch % c.TRAINING.VALIDATION_FREQ == 0 or epoch == c.EPOCHS):
                 value = validate(ema, data, c)
@@ -375,7 +382,7 @@ def train_run(
                     save_model(folder/"best.safetensors", ema, describe(ema, c, step=step + 1, epoch=epoch, metrics=dict(protocol="unit", psnr=value, method="expected"), **meta))
             asked = total({"asked": stop.asked})["asked"] > 0  # may change at any moment; what is saved here is what is left here
             if not done and (epoch % c.TRAINING.CHECKPOINT_FREQ == 0 or epoch == c.EPOCHS) or asked: save(step + 1)
-            bar.set_postfix(loss=f"{log['loss']:.3f}", psnr=f"{h['best']:.2f} dB" if h["values"] else "-")
+            bar.set_postfix(loss=f"{h['losses'][-1]:.3f}" if h["losses"] else "-", psnr=f"{h['best']:.2f} dB" if h["values"] else "-")
             if watched: log |= {"lr": optimizer.param_groups[0]["lr"], "epoch": epoch} | pictures(ema, data, c, epoch, done)
             if run: run.log(log, step=step + 1)
             if asked: raise KeyboardInterrupt
@@ -551,6 +558,25 @@ def follow(data: Data) -> None:
         try: train_run(Config.model_validate(job["c"]), data, job["folder"], job["meta"], title=job["title"])
         except (optuna.TrialPruned, Diverged): pass
 
+class NoRoom(Exception):
+    "A training step does not fit into memory."
+
+def fitting(
+    c: Config,
+    train: Callable[[Config], float],  # raises torch's out-of-memory errors
+) -> float:
+    "Train; where a step does not fit, once more in pieces of half the size (one process only: several would have to agree)."
+    for last in (False, True):
+        try: return train(c)
+        except RuntimeError as e:
+            if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)) or ranks() > 1: raise
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU" if torch.cuda.is_available() else f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+        if last or c.BATCH_SIZE % 2: break
+        c = c.model_copy(deep=True)
+        c.BATCH_SIZE, c.TRAINING.GRADIENT_ACCUMULATION_STEPS = c.BATCH_SIZE // 2, 2 * c.TRAINING.GRADIENT_ACCUMULATION_STEPS
+        tqdm.write(f"out of memory at {peak}; once more with BATCH_SIZE {c.BATCH_SIZE} and GRADIENT_ACCUMULATION_STEPS {c.TRAINING.GRADIENT_ACCUMULATION_STEPS}")
+    raise NoRoom(f"out of memory at {peak} with BATCH_SIZE {c.BATCH_SIZE}; lower TRAINING.PATCH_SIZE or MODEL.SCALE, set MODEL.UNET.CHECKPOINTING=true, or give it more DEVICES")
+
 # %% ../nbs/04_train_optuna.ipynb #00754dc2
 def run_trial(
     study: optuna.Study, trial: optuna.Trial, c: Config, data: Data,
@@ -567,8 +593,11 @@ def run_trial(
         try: settings = suggest(trial, c)
         except UserError as e: raise optuna.TrialPruned(f"its values contradict each other: {e}") from None
         run = start_wandb(settings, study.study_name, f"trial_{trial.number}", "trial")
-        value = lead(settings, data, folder, dict(study=study.study_name, trial=trial.number), report, run, f"trial {trial.number}")
+        value = fitting(settings, lambda c: lead(c, data, folder, dict(study=study.study_name, trial=trial.number), report, run, f"trial {trial.number}"))
         ended = dict(values=value)
+    except NoRoom as e:
+        trial.set_user_attr("failed", str(e)); ended = dict(state=optuna.trial.TrialState.FAIL)
+        tqdm.write(f"trial {trial.number} failed: {e}")
     except (optuna.TrialPruned, Diverged) as e:
         trial.set_user_attr("pruned", str(e)); ended = dict(state=optuna.trial.TrialState.PRUNED)
         tqdm.write(f"trial {trial.number} pruned: {e}")
@@ -708,8 +737,9 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
     if lock is None: raise UserError(f"another process is training in {folder}; wait for it, or use another --study_name")
     link(folder)
     run = start_wandb(c, name, folder.name, folder.name)
-    try: print(f"best validation PSNR {lead(c, data, folder, dict(study=name, trial=folder.name), lambda value, epoch: None, run, folder.name):.2f} dB")
+    try: print(f"best validation PSNR {fitting(c, lambda c: lead(c, data, folder, dict(study=name, trial=folder.name), lambda value, epoch: None, run, folder.name)):.2f} dB")
     except Diverged as e: raise UserError(f"training diverged: {e}; lower TRAINING.LEARNING_RATE or TRAINING.CLIP_PERCENTILE") from None
+    except NoRoom as e: raise UserError(str(e)) from None
     finally:
         lock.close()
         if run: run.finish()
