@@ -129,6 +129,20 @@ def draw(
         plans.append(Draw(tuple(int(b) for b in batch), crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)), seed))
     return plans
 
+# %% ../nbs/04_train_optuna.ipynb #5d20e6a3
+from fastcore.basics import patch
+
+# %% ../nbs/04_train_optuna.ipynb #7ae913f4
+@patch
+def part(self: Pooled,
+    i: int,
+    origin: tuple[int, int, int],  # pooled voxel (d, h, w) where the crop begins
+    patch: int,  # its edge in pooled voxels
+) -> Case:  # its volume is the crop
+    "A case of which only a cube is read and pooled."
+    k = self.pairs.part(i, tuple(2 * o for o in origin), 2 * patch)
+    return Case(k.name, F.avg_pool3d(k.volume.float(), 2), F.avg_pool2d(k.views, 2))
+
 # %% ../nbs/04_train_optuna.ipynb #26a2f013
 class Crops(Dataset):
     "Reads the micro-batches of a list of draws."
@@ -139,10 +153,13 @@ class Crops(Dataset):
     def __getitem__(self, i: int) -> tuple[Draw, Tensor | None, Tensor, Tensor]:
         "The draw, whole volumes where views must be rendered, crops, stored views."
         d = self.draws[i]
+        if not self.renders:
+            cases, truth = [self.pairs.part(k, d.origin, self.patch) for k in d.cases], torch.empty(len(d.cases), 1, *(self.patch,) * 3)
+            for place, k in zip(truth, cases): place.copy_(k.volume)  # read, converted and put into the batch in one pass
+            return d, None, truth, torch.stack([k.views for k in cases])
         cases = [self.pairs[k] for k in d.cases]
-        change = lambda n, x: augment(x, np.random.default_rng((d.seed, n)), self.t.AUGMENT, self.t.FLIP_AXES) if self.renders else x
-        volumes = torch.stack([change(n, k.volume) for n, k in enumerate(cases)])
-        return d, volumes if self.renders else None, crop(volumes, d.origin, self.patch).contiguous(), torch.stack([k.views for k in cases])
+        volumes = torch.stack([augment(k.volume, np.random.default_rng((d.seed, n)), self.t.AUGMENT, self.t.FLIP_AXES) for n, k in enumerate(cases)])
+        return d, volumes, crop(volumes, d.origin, self.patch).contiguous(), torch.stack([k.views for k in cases])
 
 # %% ../nbs/04_train_optuna.ipynb #bcc97c9a
 def clip_threshold(

@@ -1,0 +1,72 @@
+"What the benchmarks share: settings, a case, interleaved timing, tables and results. Light to import, so that a process may start others without weighing on their memory."
+import json, os, platform, statistics, time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config(
+    profile: str,  # a block of PROFILES in config.yml
+    sets: dict,  # dotted key: value, laid over it
+):
+    "Settings of a shipped profile with some values changed."
+    from diffx2ct.data import check_config, load_config, set_key
+    c = load_config(ROOT / "config.yml", profile)
+    for key, value in sets.items(): set_key(c, key, value)
+    return check_config(c)
+
+
+def network(c):
+    "An untrained denoiser of the settings, with buffers a run would have measured."
+    import torch
+    from diffx2ct.diffusion import build
+    from diffx2ct.drr import geometry
+    torch.manual_seed(0)
+    net = build(c, geometry(c.DATA.GEOMETRY, c.DATA.CUBE_MM), c.DATA.CUBE_MM / c.DATA.TARGET_VOLUME_SIZE)
+    for part in (net, *([net.coarse] if net.coarse else [])): part.mean.fill_(0.3); part.scales.fill_(0.1)
+    return net
+
+
+def random_cases(
+    n: int,
+    net,  # knows size, window and projector
+) -> list:
+    "Cases of random numbers: time and memory depend on shapes alone."
+    import torch
+    from diffx2ct.data import Case, density
+    volumes = [torch.rand(1, *(net.A.size,) * 3, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+    return [Case(f"random{i}", v, net.A(density(v[None], net.window))[0]) for i, v in enumerate(volumes)]
+
+
+def cpu_seconds(
+    work: dict[str, Callable],  # name -> what is timed
+    repeats: int,  # rounds; each runs everything once, in turn
+) -> dict[str, float]:  # name -> median CPU seconds of this process
+    "Time things side by side: rounds in which each has its turn, after one that is not counted; what else the machine does then falls on all of them alike."
+    times = {name: [] for name in work}
+    for r in range(repeats + 1):
+        for name, call in work.items():
+            start = time.process_time()
+            call()
+            if r: times[name].append(time.process_time() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def table(rows: list[dict]) -> str:
+    "Rows of equal keys as a Markdown table."
+    show = lambda v: "-" if v is None else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else f"{v:.3g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}" if isinstance(v, float) else str(v)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---"] * len(rows[0]), *([show(v) for v in r.values()] for r in rows)])
+
+
+def machine() -> dict:
+    "What a figure was measured on."
+    import torch
+    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 1), torch=torch.__version__)
+
+
+def save(path: Path, result: dict) -> None:
+    "Write a result and the machine it comes from."
+    from diffx2ct.data import write_atomic
+    write_atomic(path, lambda p: p.write_text(json.dumps(dict(machine=machine()) | result, indent=1) + "\n"))
