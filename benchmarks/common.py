@@ -6,6 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def one_thread(main: Callable[[list[str]], None]) -> None:
+    "Run a script's body on one thread, since CPU time counts the waiting of others too; what its user can repair is one sentence and exit code 2."
+    import torch
+    from diffx2ct.data import command
+    @command
+    def body(argv):
+        torch.set_num_threads(1)
+        main(argv)
+    body()
+
+
 def config(
     profile: str,  # a block of PROFILES in config.yml
     sets: dict,  # dotted key: value, laid over it
@@ -44,6 +55,8 @@ def cpu_seconds(
     repeats: int,  # rounds; each runs everything once, in turn
 ) -> dict[str, float]:  # name -> median CPU seconds of this process
     "Time things side by side: rounds in which each has its turn, after one that is not counted; what else the machine does then falls on all of them alike."
+    from diffx2ct.data import UserError
+    if repeats < 1: raise UserError(f"--repeats {repeats}: at least one round must be counted")
     times = {name: [] for name in work}
     for r in range(repeats + 1):
         for name, call in work.items():

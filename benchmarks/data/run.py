@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import config, cpu_seconds, network, random_cases, save, table
+from common import config, cpu_seconds, network, one_thread, random_cases, save, table
 
 
 def crops(edge: int, repeats: int, many: int = 100, cases: int = 8) -> list[dict]:
@@ -73,15 +73,13 @@ def views(edge: int, repeats: int) -> list[dict]:
     return rows
 
 
-def main():
+def main(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", choices=("crops", "views"), help="one table")
     p.add_argument("--edge", type=int, default=128, help="voxels along an edge of the volumes (default: %(default)s)")
     p.add_argument("--repeats", type=int, help="rounds (default: 15 for crops, 2 for views)")
     p.add_argument("--out", type=Path, default=HERE / "results", help="crops.json and views.json go there (default: %(default)s)")
-    a = p.parse_args()
-    import torch
-    torch.set_num_threads(1)
+    a = p.parse_args(argv)
     for name, measure, repeats in (("crops", crops, 15), ("views", views, 2)):
         if a.only in (None, name):
             rows = measure(a.edge, a.repeats or repeats)
@@ -89,4 +87,4 @@ def main():
             print(table(rows), end="\n\n")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": one_thread(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import config, network, random_cases, save, table
+from common import config, network, one_thread, random_cases, save, table
 
 WIDTH32 = {"MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256]}
 ORIGINAL = WIDTH32 | {"MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2, "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "DIFFUSION.CONSISTENCY": "off"}
@@ -43,7 +43,6 @@ def measure(name: str, profile: str, edge: int, sets: dict, out: Path) -> None:
     import time, torch
     import diffx2ct.train as T
     from diffx2ct.unet import SavedBytes
-    torch.set_num_threads(1)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     c = config(profile, ONE | {"DATA.TARGET_VOLUME_SIZE": edge, "DATA.TARGET_DRR_SIZE": edge, "TRAINING.PATCH_SIZE": edge} | sets)
     before, net = peak(), network(c)
@@ -80,9 +79,10 @@ def main():
     p.add_argument("--list", action="store_true", help="say what is there and what is missing")
     p.add_argument("--case", help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.case: return measure(a.case, *cases()[a.case], a.out)
+    if a.case: return one_thread(lambda _: measure(a.case, *cases()[a.case], a.out))
     there = lambda n: file(a.out, n).exists()
     wanted = [n for n in cases() if all(w in n for w in a.only)]
+    if not wanted: p.error(f"no case holds {' and '.join(a.only)}; --list names them")
     if a.list: return print(*(f"{'there  ' if there(n) else 'missing'} {n}" for n in wanted), sep="\n")
     good = True
     for name in wanted:
