@@ -1,5 +1,5 @@
 "What the benchmarks share: settings, a case, interleaved timing, tables and results. Light to import, so that a process may start others without weighing on their memory."
-import json, os, platform, statistics, time
+import json, os, platform, random, statistics, time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +39,17 @@ def network(c):
     return net
 
 
+def training_step(net, c, item: tuple) -> Callable:
+    "A call that trains one step on a micro-batch of `Crops`."
+    import torch
+    import diffx2ct.train as T
+    optimizer, scaler = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-4), torch.amp.GradScaler("cpu", enabled=False)
+    def step():
+        net.train()
+        T.train_step(net, c, [item], 0, optimizer, scaler, [])
+    return step
+
+
 def random_cases(
     n: int,
     net,  # knows size, window and projector
@@ -52,16 +63,18 @@ def random_cases(
 
 def cpu_seconds(
     work: dict[str, Callable],  # name -> what is timed
-    repeats: int,  # rounds; each runs everything once, in turn
+    repeats: int,  # rounds; each runs everything once, in an order of its own
+    before: Callable = lambda: None,  # done before each, not timed
 ) -> dict[str, float]:  # name -> median CPU seconds of this process
     "Time things side by side: rounds in which each has its turn, after one that is not counted; what else the machine does then falls on all of them alike."
     from diffx2ct.data import UserError
     if repeats < 1: raise UserError(f"--repeats {repeats}: at least one round must be counted")
     times = {name: [] for name in work}
     for r in range(repeats + 1):
-        for name, call in work.items():
+        for name in random.Random(r).sample(list(work), len(work)):
+            before()
             start = time.process_time()
-            call()
+            work[name]()
             if r: times[name].append(time.process_time() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 

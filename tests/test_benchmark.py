@@ -55,7 +55,7 @@ def test_help_teaches_and_a_wrong_option_is_one_sentence(name, tmp_path):
     got = run_cmd([sys.executable, BENCHMARKS / name / "run.py", "--help"], cwd=tmp_path)
     assert got.returncode == 0 and f"python benchmarks/{name}/run.py" in got.stdout and "--out" in got.stdout
     wrong = {"speed": ["--edge", "17"], "memory": ["--only", "nothing"], "sampling": ["--checkpoint_dir", "nowhere"], "data": ["--repeats", "0"], "projector": ["--repeats", "0", "--edge", "16"]}[name]
-    got = run_cmd([sys.executable, BENCHMARKS / name / "run.py", *wrong], cwd=tmp_path)
+    got = run_cmd([sys.executable, BENCHMARKS / name / "run.py", *wrong, "--out", tmp_path / "out"], cwd=tmp_path)
     assert got.returncode == 2 and "Traceback" not in got.stderr and got.stderr.strip(), got.stderr
 
 

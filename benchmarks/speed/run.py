@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import config, cpu_seconds, network, one_thread, random_cases, save, table
+from common import config, cpu_seconds, network, one_thread, random_cases, save, table, training_step
 
 WIDTH32 = {"MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256]}
 ORIGINAL = WIDTH32 | {"MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2,
@@ -32,7 +32,6 @@ def denoiser(sets: dict, edge: int, amp: str) -> tuple:
     import diffx2ct.train as T
     c = config("demo", {"DATA.TARGET_VOLUME_SIZE": edge, "DATA.TARGET_DRR_SIZE": edge, "TRAINING.PATCH_SIZE": edge, "BATCH_SIZE": 1, "TRAINING.AMP": amp, "DEVICES": "cpu"} | sets)
     net = network(c)
-    optimizer, scaler = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-4), torch.amp.GradScaler("cpu", enabled=False)
     item = T.Crops(Whole(random_cases(1, net)), [T.Draw((0,), (0, 0, 0), 0)], c)[0]
     with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
         base = net.base(item[3], amp=T.AMP[amp])
@@ -41,10 +40,7 @@ def denoiser(sets: dict, edge: int, amp: str) -> tuple:
     def evaluate():
         net.eval()
         with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None): net(x, t, known)
-    def step():
-        net.train()
-        T.train_step(net, c, [item], 0, optimizer, scaler, [])
-    return evaluate, step, sum(p.numel() for p in net.parameters())
+    return evaluate, training_step(net, c, item), sum(p.numel() for p in net.parameters())
 
 
 class Whole(list):
