@@ -50,6 +50,7 @@ def rehearse(name, folder, *args):
 def rows_of(folder, file): return json.loads((folder / "out" / file).read_text())["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["speed", "memory", "sampling", "data", "projector"])
 def test_help_teaches_and_a_wrong_option_is_one_sentence(name, tmp_path):
     got = run_cmd([sys.executable, BENCHMARKS / name / "run.py", "--help"], cwd=tmp_path)
