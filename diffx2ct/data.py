@@ -8,7 +8,7 @@ __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS',
            'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'OptunaConfig', 'Config', 'check_config',
            'sentence', 'set_key', 'merge', 'read_yaml', 'load_config', 'to_unit', 'to_hu', 'density', 'planes',
            'show_mpr', 'draw_plane', 'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'cases_in',
-           'write_manifest', 'read_manifest', 'patient_of', 'split_cases', 'Case', 'CTPairs', 'crop_origin', 'crop']
+           'write_manifest', 'read_manifest', 'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
 import copy, functools, json, os, random, re, sys, tempfile
@@ -502,6 +502,25 @@ def split_cases(
     kept = set(rest[:max(1, round(len(rest) * c.DATA.DATA_RATIO))])
     return sorted(x for x in cases if patient_of(x) in kept), sorted(x for x in cases if patient_of(x) in held)
 
+# %% ../nbs/00_data.ipynb #38e0ac94
+def crop_origin(
+    size: int,  # edge of the volume in voxels
+    patch: int,  # edge of the crop in voxels
+    seed: tuple[int, ...],  # such as (SEED, epoch, index); the only source of chance
+) -> tuple[int, int, int]:  # voxel (d, h, w) where the crop begins
+    "A random position, every one equally likely."
+    rng = np.random.default_rng(seed)
+    return tuple(int(v) for v in rng.integers(0, size - patch + 1, 3))
+
+def crop(
+    volume: Tensor,  # (..., D, H, W)
+    origin: tuple[int, int, int],  # voxel (d, h, w)
+    patch: int,  # edge in voxels
+) -> Tensor:  # (..., patch, patch, patch)
+    "Cut a cube out of a volume."
+    d, h, w = origin
+    return volume[..., d:d + patch, h:h + patch, w:w + patch]
+
 # %% ../nbs/00_data.ipynb #425e54e6
 @dataclass
 class Case:
@@ -539,24 +558,14 @@ class CTPairs(torch.utils.data.Dataset):
         part.cases = cases
         return part
 
+    def part(self,
+        i: int,
+        origin: tuple[int, int, int],  # voxel (d, h, w) where the crop begins
+        patch: int,  # its edge in voxels
+    ) -> Case:  # its volume is a window into the file, in the file's precision
+        "A case of which a cube can be read without touching the rest."
+        case = self.cases[i]
+        return Case(case, crop(self.volumes[case][None], origin, patch), self.views[case])
+
     def __len__(self): return len(self.cases)
     def __getitem__(self, i: int) -> Case: return Case(self.cases[i], self.volumes[self.cases[i]][None].float(), self.views[self.cases[i]])
-
-# %% ../nbs/00_data.ipynb #38e0ac94
-def crop_origin(
-    size: int,  # edge of the volume in voxels
-    patch: int,  # edge of the crop in voxels
-    seed: tuple[int, ...],  # such as (SEED, epoch, index); the only source of chance
-) -> tuple[int, int, int]:  # voxel (d, h, w) where the crop begins
-    "A random position, every one equally likely."
-    rng = np.random.default_rng(seed)
-    return tuple(int(v) for v in rng.integers(0, size - patch + 1, 3))
-
-def crop(
-    volume: Tensor,  # (..., D, H, W)
-    origin: tuple[int, int, int],  # voxel (d, h, w)
-    patch: int,  # edge in voxels
-) -> Tensor:  # (..., patch, patch, patch)
-    "Cut a cube out of a volume."
-    d, h, w = origin
-    return volume[..., d:d + patch, h:h + patch, w:w + patch]

@@ -99,6 +99,14 @@ class Pooled:
     def __getitem__(self, i: int) -> Case:
         k = self.pairs[i]
         return Case(k.name, F.avg_pool3d(k.volume, 2), F.avg_pool2d(k.views, 2))
+    def part(self,
+        i: int,
+        origin: tuple[int, int, int],  # pooled voxel (d, h, w) where the crop begins
+        patch: int,  # its edge in pooled voxels
+    ) -> Case:  # its volume is the crop
+        "A case of which only a cube is read and pooled: means of blocks know nothing of where the volume ends."
+        k = self.pairs.part(i, tuple(2 * o for o in origin), 2 * patch)
+        return Case(k.name, F.avg_pool3d(k.volume.float(), 2), F.avg_pool2d(k.views, 2))
 
 def pooled(data: Data) -> Data:
     "The data of the coarse stage."
@@ -142,10 +150,13 @@ class Crops(Dataset):
     def __getitem__(self, i: int) -> tuple[Draw, Tensor | None, Tensor, Tensor]:
         "The draw, whole volumes where views must be rendered, crops, stored views."
         d = self.draws[i]
+        if not self.renders:
+            cases, truth = [self.pairs.part(d.cases[n], d.origin, self.patch) for n in self.mine], torch.empty(len(self.mine), 1, *(self.patch,) * 3)
+            for place, k in zip(truth, cases): place.copy_(k.volume)  # read, converted and put into the batch in one pass
+            return d, None, truth, torch.stack([k.views for k in cases])
         cases = [(n, self.pairs[d.cases[n]]) for n in self.mine]
-        change = lambda n, x: augment(x, np.random.default_rng((d.seed, n)), self.t.AUGMENT, self.t.FLIP_AXES) if self.renders else x
-        volumes = torch.stack([change(n, k.volume) for n, k in cases])
-        return d, volumes if self.renders else None, crop(volumes, d.origin, self.patch).contiguous(), torch.stack([k.views for _, k in cases])
+        volumes = torch.stack([augment(k.volume, np.random.default_rng((d.seed, n)), self.t.AUGMENT, self.t.FLIP_AXES) for n, k in cases])
+        return d, volumes, crop(volumes, d.origin, self.patch).contiguous(), torch.stack([k.views for _, k in cases])
 
 # %% ../nbs/04_train_optuna.ipynb #bcc97c9a
 def clip_threshold(
