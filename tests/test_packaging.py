@@ -18,7 +18,8 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_pins_satisfy_the_declared_dependencies():
-    for name, declared in (("requirements.txt", PROJECT["dependencies"]), ("requirements-dev.txt", PROJECT["optional-dependencies"]["test"])):
+    extras = PROJECT["optional-dependencies"]
+    for name, declared in (("requirements.txt", PROJECT["dependencies"]), ("requirements-dev.txt", extras["postgresql"] + extras["test"][1:] + extras["docs"])):
         for requirement in map(Requirement, declared): assert pins(name)[requirement.name.lower()] in requirement.specifier, requirement
 
 def test_torch_comes_first_and_no_cuda_package_is_pinned():
