@@ -1,5 +1,5 @@
 "The book as a site in _docs/, from the committed notebooks: built by Sphinx with .ci/conf.py, then read as a browser would; exits 1 where a page is wrong."
-import re, shutil, sys, tempfile
+import shutil, sys, tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -47,12 +47,18 @@ def complaints(folder: Path) -> list[str]:
     return said if pages else [f"{folder} holds no page"]
 
 
-def main():
+def build(scratch: Path) -> Path:
+    "Make the site in a folder of an empty folder; whatever Sphinx warns of ends it."
     from sphinx.cmd.build import main as sphinx
+    if sphinx(["-q", "-W", "--keep-going", "-c", str(root / ".ci"), "-d", str(scratch / "trees"), str(root / "nbs"), str(scratch / "html")]): sys.exit(1)
+    return scratch / "html"
+
+
+def main():
     with tempfile.TemporaryDirectory() as scratch:
-        if sphinx(["-q", "-W", "--keep-going", "-c", str(root / ".ci"), "-d", f"{scratch}/trees", str(root / "nbs"), f"{scratch}/html"]): sys.exit(1)
+        made = build(Path(scratch))
         shutil.rmtree(root / "_docs", ignore_errors=True)
-        shutil.move(f"{scratch}/html", root / "_docs")
+        shutil.move(made, root / "_docs")
     wrong = complaints(root / "_docs")
     print(*wrong, sep="\n", end="\n" if wrong else "")
     sys.exit(bool(wrong))
