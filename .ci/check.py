@@ -72,6 +72,8 @@ def check_pytest():
 
 check_drift()
 report("README.md agrees with nbs/index.ipynb", *run(sys.executable, ".ci/readme.py", "--check"))
+report("types agree (mypy)", *run(sys.executable, "-m", "mypy"))
+report("the book is a whole site", *run(sys.executable, ".ci/book.py"))
 check_notebooks()
 check_pytest()
 for name in failed: print("failed:", name)

@@ -39,7 +39,7 @@ def warp_grid(
     angles = np.deg2rad(a.ROTATE) * rng.uniform(-1, 1, 3) / (1, 3, 3)
     sizes = np.exp(a.SCALE * (rng.uniform(-1, 1) + rng.uniform(-1, 1, 3) / 3))
     affine = np.c_[rotation(angles) * sizes, a.SHIFT * rng.uniform(-1, 1, 3)]
-    grid = F.affine_grid(torch.tensor(affine, dtype=torch.float32)[None], (1, 1, size, size, size), align_corners=False)
+    grid = F.affine_grid(torch.tensor(affine, dtype=torch.float32)[None], [1, 1, size, size, size], align_corners=False)
     bend = torch.tensor(a.ELASTIC * rng.standard_normal((1, 3, 5, 5, 5)), dtype=torch.float32)
     return grid + F.interpolate(bend, (size,) * 3, mode="trilinear", align_corners=True).permute(0, 2, 3, 4, 1) if a.ELASTIC else grid
 

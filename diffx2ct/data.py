@@ -6,14 +6,16 @@
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'PLANES', 'UserError', 'command', 'write_atomic',
            'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights',
            'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'OptunaConfig', 'Config', 'check_config',
-           'sentence', 'set_key', 'merge', 'read_yaml', 'load_config', 'to_unit', 'to_hu', 'density', 'planes',
-           'show_mpr', 'draw_plane', 'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'cases_in',
-           'write_manifest', 'read_manifest', 'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
+           'sentence', 'set_key', 'merge', 'read_yaml', 'load_config', 'comments', 'flat_schema', 'words', 'shown',
+           'explain', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr', 'draw_plane', 'save_tensor', 'write_pt',
+           'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'read_manifest', 'patient_of', 'split_cases',
+           'crop_origin', 'crop', 'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
-import copy, functools, json, os, random, re, sys, tempfile
+import copy, difflib, functools, json, os, random, re, sys, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -335,6 +337,73 @@ def load_config(
         try: set_key(c, key.strip(), yaml.safe_load(value))
         except yaml.YAMLError: raise UserError(f"--set {key}: {value!r} is not a YAML value") from None
     return check_config(c)
+
+# %% ../nbs/00_data.ipynb #5b80f2e9
+def comments() -> dict[str, str]:  # dotted key -> what the file says of it, in its order
+    "The comments of the `config.yml` that is part of the package."
+    said: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
+    for line in resources.files("diffx2ct").joinpath("config.yml").read_text(encoding="utf-8").splitlines():
+        m = re.match(r"( *)(?:# )?([\w.]+):(?: [^#]*)?(?:# *(.*))?$", line)
+        if not m: continue
+        path = [(indent, key) for indent, key in path if indent < len(m[1])] + [(len(m[1]), m[2])]
+        if path[0][1] != "PROFILES" or len(path) < 3: said[".".join(key for _, key in path)] = m[3] or ""
+    return said
+
+# %% ../nbs/00_data.ipynb #08f3d7a2
+def flat_schema() -> dict[str, dict]:  # dotted key -> its JSON schema
+    "Every key and section of the settings; a section's description is its docstring."
+    whole, flat = Config.model_json_schema(), {}
+    def walk(block: dict, path: str):
+        for key, s in block["properties"].items():
+            flat[path + key] = s
+            for part in (s, *s.get("anyOf", [])):
+                if "$ref" not in part: continue
+                inner = whole["$defs"][part["$ref"].split("/")[-1]]
+                flat[path + key] = dict(description=inner["description"]) | s
+                walk(inner, f"{path}{key}.")
+    walk(whole, "")
+    return flat
+
+def words(
+    s: dict,  # JSON schema of a value
+) -> str:
+    "What a value may be, in a few words."
+    if "anyOf" in s: return " or ".join(map(words, s["anyOf"]))
+    if "$ref" in s: return "keys of its own"
+    if "enum" in s: return " | ".join(s["enum"])
+    if s["type"] == "array": return f"list of {s['maxItems']}, each {words(s['items'])}" if "maxItems" in s else f"list, each {words(s['items'])}"
+    name = {"integer": "whole number", "boolean": "true | false", "string": "text", "object": "mapping"}.get(s["type"], s["type"])
+    limits = dict(minimum="from", exclusiveMinimum="above", maximum="to", exclusiveMaximum="below", multipleOf="in steps of")
+    return " ".join([name, *(f"{word} {s[k]:.10g}" for k, word in limits.items() if k in s)])
+
+# %% ../nbs/00_data.ipynb #b6e0913f
+def shown(value: Any) -> str:
+    "A value as one would write it into config.yml, on one line."
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict): return {k: plain(x) for k, x in v.items() if x is not None and x is not False}
+        return int(v) if isinstance(v, float) and v.is_integer() else v
+    return yaml.safe_dump(plain(value), default_flow_style=True, width=10 ** 6, sort_keys=False).removesuffix("...\n").strip()
+
+def explain(
+    key: str,  # dotted key or section, such as `TRAINING.LEARNING_RATE` or `TRAINING`
+    c: Config,  # settings whose values are shown
+) -> str:
+    "What a key does, what it may be, its default and its present value; of a section, its keys."
+    schema = flat_schema()
+    said = {k: s.get("description", "") for k, s in schema.items()} | {k: text for k, text in comments().items() if text}
+    if key not in said:
+        names = {k.split(".")[-1]: k for k in reversed(said)} | {k: k for k in said}
+        raise UserError(f"--explain {key}: there is no such key; the nearest is {names[difflib.get_close_matches(key.upper(), names, 1, 0)[0]]}")
+    def now(key: str) -> str:
+        value: Any = c.model_dump()
+        for name in key.split("."): value = value.get(name, ...) if isinstance(value, dict) else ...
+        return "not in use" if value is ... else shown(value)
+    def value(key: str) -> bool: return key in schema and "$ref" not in schema[key]
+    lines = [f"{key}: {said[key]}"]
+    if value(key): lines += [f"  may be   {words(schema[key])}", f"  default  {shown(schema[key]['default'])}", f"  now      {now(key)}"]
+    for k in (k for k in said if k.rpartition(".")[0] == key): lines.append(f"  {k}: {now(k)}  # {said[k]}" if value(k) else f"  {k}  # {said[k]}")
+    return "\n".join(lines)
 
 # %% ../nbs/00_data.ipynb #29c88937
 def to_unit(

@@ -66,6 +66,9 @@ def hat_matrix(
 # %% ../nbs/00a_drr.ipynb #069ae3f8
 class Projector(nn.Module):
     "The linear operator A: density of a cube to two views in mm of water."
+    R: Tensor  # (K, P, n) weights of each plane; K = 1 for parallel beams
+    weight: Tensor  # (P, P) mm that a ray spends in a plane
+
     def __init__(self,
         geometry: Geometry,  # both views
         size: int,  # voxels along the cube's edge
@@ -120,6 +123,8 @@ def coverage(
 # %% ../nbs/00a_drr.ipynb #d1592087
 class Lifting(nn.Module):
     "Reads 2D feature maps at the shadow of every voxel of a block."
+    ap_rows: Tensor; ap_cols: Tensor; lat_rows: Tensor; lat_cols: Tensor  # (K, voxels, pixels) weights
+
     def __init__(self,
         g: Geometry,
         z: Tensor, y: Tensor, x: Tensor,  # (d,), (h,), (w,) coordinates of the block's voxel planes along D, H, W, mm

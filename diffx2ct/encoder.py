@@ -50,6 +50,8 @@ BLOCKS = {
 # %% ../nbs/01_encoder.ipynb #376eec21
 class Encoder(nn.Module):
     "Two views to feature maps at every level of the 3D network, and to tokens."
+    code: Tensor  # (4 octaves, P, P) of position
+
     def __init__(self,
         kind: str,  # a key of BLOCKS
         channels: Sequence[int],  # channels per level of the 3D network
@@ -80,7 +82,7 @@ class Encoder(nn.Module):
         for level, heads in zip(self.levels, self.heads):
             h = level(h)
             pair = h.unflatten(0, (b, 2))
-            maps.append(torch.stack([head(pair[:, i]) for i, head in enumerate(heads)], 1))
+            maps.append(torch.stack([head(pair[:, i]) for i, head in enumerate(heads.children())], 1))
         tokens = self.tokens(h).unflatten(0, (b, 2)) + F.interpolate(self.place, h.shape[-2:], mode="bilinear")
         return maps, tokens.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
@@ -108,4 +110,4 @@ def lift_levels(
 ) -> nn.ModuleList:
     "One `Lifting` a level."
     strides = [first_stride * 2 ** i for i in range(levels)]
-    return nn.ModuleList(Lifting(g, *block_axes(size, mm, origin, patch, s), pixels // s) for s in strides)
+    return nn.ModuleList(Lifting(g, z, y, x, pixels // s) for s in strides for z, y, x in [block_axes(size, mm, origin, patch, s)])

@@ -52,10 +52,10 @@ def check_like(
 ) -> None:
     "`UserError` where the data of a folder is not what the model was trained on."
     net, manifest, trained, where = model.denoiser, read_manifest(drrs), f"checkpoint {model.path.resolve().parent.name}", drrs/"manifest.json"
-    line = bool(manifest) and manifest["view_domain"] == "line_integral"
+    line = manifest is not None and manifest["view_domain"] == "line_integral"
     if line != net.line_integrals:
-        theirs = f"{where} says the views are " + ("line integrals" if line else "display images") if manifest else f"{where} does not exist, so the views count as display images"
-        raise UserError(f"{theirs}, but {trained} was trained on {'line integrals' if net.line_integrals else 'display images'}; make the data with diffx2ct_prepare, or use another checkpoint")
+        said = f"{where} says the views are " + ("line integrals" if line else "display images") if manifest else f"{where} does not exist, so the views count as display images"
+        raise UserError(f"{said}, but {trained} was trained on {'line integrals' if net.line_integrals else 'display images'}; make the data with diffx2ct_prepare, or use another checkpoint")
     if not manifest: return
     ours = {"size": (net.A.size,), "mm": (net.A.mm,), "pixels": (net.A.pixels,), "HU window": net.window, "geometry": astuple(net.A.geometry)}
     equal = lambda a, b: all(p == q if isinstance(q, str) else math.isclose(p, q, rel_tol=1e-4) for p, q in zip(a, b, strict=True))
@@ -144,7 +144,7 @@ def evaluate(
             for m in methods:
                 start = time.perf_counter()
                 x = reconstruct(net, case.views, m, how, k, seed, c.TRAINING.PATCH_SIZE, AMP[c.TRAINING.AMP]).float().cpu()
-                scores[m] = dict(seconds=time.perf_counter() - start) | score(x, case, net, protocol, c.DATA.AIR_THRESHOLD)
+                scores[m] = {"seconds": time.perf_counter() - start, **score(x, case, net, protocol, c.DATA.AIR_THRESHOLD)}
                 bar.update()
             found[case.name] = dict(contradiction=clash, litres=weight, consistency=how.CONSISTENCY, scores=scores)
     return dict(settings=settings(model, protocol=protocol, methods=list(methods), seed=seed, k=k, steps=d.STEPS, consistency=d.CONSISTENCY), means=means(found, methods, seed), cases=found)

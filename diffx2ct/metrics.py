@@ -8,6 +8,7 @@ __all__ = ['PROTOCOLS', 'Protocol', 'rescale', 'psnr', 'ssim', 'metrics', 'boots
 # %% ../nbs/00e_metrics.ipynb #8a72657a
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def ssim(
     "Structural similarity with a uniform window and range 1."
     from monai.metrics import SSIMMetric
     a, b = (v.float()[None, None] if axis is None else v.float().movedim(axis, 0)[:, None] for v in (a, b))
-    return SSIMMetric(spatial_dims=a.ndim - 2, data_range=1.0, kernel_type="uniform", win_size=size)(a, b).mean().item()
+    return torch.as_tensor(SSIMMetric(spatial_dims=a.ndim - 2, data_range=1.0, kernel_type="uniform", win_size=size)(a, b)).mean().item()
 
 # %% ../nbs/00e_metrics.ipynb #1c914f0a
 def metrics(
@@ -62,7 +63,7 @@ def metrics(
     window: tuple[float, float],  # (HU_MIN, HU_MAX) of both
     protocol: str = "unit",  # name in PROTOCOLS
     air: float = -500,  # HU above which the truth counts as body
-) -> dict[str, float]:
+) -> dict[str, Any]:
     "PSNR, slice PSNR, SSIM in 3D and per axis, MAE in HU; keys without the protocol's name mean nothing, so it is in there."
     p = PROTOCOLS[protocol]
     a, b = rescale(x, window, p), rescale(truth, window, p)

@@ -481,7 +481,8 @@ def tree(
     radius: float,  # at the root, mm
 ) -> list:  # (start, end, radius) of each piece
     "A space-filling tree."
-    out, todo = [], [(np.asarray(root, float), pts, radius)]
+    out: list[tuple] = []
+    todo = [(np.asarray(root, float), pts, radius)]
     while todo:
         start, q, r = todo.pop()
         mean = q.mean(0)

@@ -11,11 +11,12 @@ __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor
            'settings', 'same', 'plain', 'todo', 'prepare', 'parser', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
-import argparse, contextlib, gzip, hashlib, math, os, re, shlex, struct, sys, zipfile, zlib
+import argparse, contextlib, functools, gzip, hashlib, math, os, re, shlex, struct, sys, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -313,8 +314,8 @@ def fingerprint(
     "A short hash that tells whether a case comes from the same files; it is quick, since it reads only the ends of the first."
     h = hashlib.sha256(part.encode())
     for f in files: h.update(f"{f.name} {f.stat().st_size};".encode())
-    with open(files[0], "rb") as f:
-        h.update(f.read(4096)); f.seek(max(0, files[0].stat().st_size - 4096)); h.update(f.read(4096))
+    with open(files[0], "rb") as first:
+        h.update(first.read(4096)); first.seek(max(0, files[0].stat().st_size - 4096)); h.update(first.read(4096))
     return h.hexdigest()[:16]
 
 # %% ../nbs/00b_scans.ipynb #c69b0bda
@@ -355,10 +356,10 @@ def folder_scans(
     h5_offset: float = 1024,  # for X2CT-GAN files
 ) -> list[Scan]:
     "The scans in a folder: DICOM series, volume files, X2CT-GAN files."
-    scans, seen, skipped = [], Counter(), []
-    for at, folders, names in os.walk(root):
+    scans, skipped, seen = [], [], Counter[str]()
+    for where, folders, names in os.walk(root):
         folders.sort()
-        at, names = Path(at), sorted(n for n in names if not n.startswith("."))
+        at, names = Path(where), sorted(n for n in names if not n.startswith("."))
         for n in names:
             if suffix_of(at/n) in SUFFIXES or n == "ct_xray_data.h5": scans += file_scans(at/n, h5_offset)
         slices = [at/n for n in names if is_dicom(at/n)]
@@ -367,9 +368,9 @@ def folder_scans(
         try: files = sort_slices(pick_series(at, series), at)
         except NoCT as e: skipped.append(e); continue
         seen[base] += 1
-        scans.append(Scan(case_name(base) + (f"__{seen[base]}" if seen[base] > 1 else ""), base, "dicom", [Path(f) for f in files], lambda at=at, files=files: read_dicom(at, files)))
+        scans.append(Scan(case_name(base) + (f"__{seen[base]}" if seen[base] > 1 else ""), base, "dicom", [Path(f) for f in files], functools.partial(read_dicom, at, files)))
     if not scans and skipped: raise skipped[0]
-    for e in skipped: print(f"note: {e}; it is left out")
+    for note in skipped: print(f"note: {note}; it is left out")
     if not scans: raise UserError(f"{root} holds no scan; give a folder with DICOM slices, {' '.join(SUFFIXES)} files or X2CT-GAN cases")
     return scans
 
@@ -485,7 +486,7 @@ def to_cube(
     "Centre, clean and resample one scan."
     img = sitk.Clamp(img, sitk.sitkFloat32, AIR)
     middle, edges = extent(img)
-    info = dict(scan_size=list(img.GetSize()[::-1]), scan_mm=[round(s, 4) for s in img.GetSpacing()[::-1]], centre=centre, table=table)
+    info: dict[str, Any] = dict(scan_size=list(img.GetSize()[::-1]), scan_mm=[round(s, 4) for s in img.GetSpacing()[::-1]], centre=centre, table=table)
     if centre == "body" or table == "remove":
         step = min(3.0, edges.max() / 32)
         shape = tuple(math.ceil(e / step) for e in edges[::-1])
@@ -532,8 +533,10 @@ def prepare_volume(
     **how,  # centre, table, threshold as in `to_cube`
 ) -> tuple[Tensor, Tensor, dict]:  # unit volume (D, H, W), views (2, P, P) in mm of water, what was done
     "A scan turned into a unit volume and its two views."
-    img = scan if isinstance(scan, sitk.Image) else as_image(scan, scan_mm)
-    hu, info = to_cube(img, projector.size, projector.mm, **how)
+    if isinstance(scan, Tensor):
+        if scan_mm is None: raise TypeError("a tensor needs scan_mm, the edge of its voxels")
+        scan = as_image(scan, scan_mm)
+    hu, info = to_cube(scan, projector.size, projector.mm, **how)
     unit = to_unit(hu, window)
     unit = unit.half() if half else unit
     return unit, projector(density(unit.float(), window)[None, None])[0], info
@@ -586,8 +589,8 @@ def todo(
     if old is None and cases_in(out/"volumes"): raise UserError(f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out")
     rest = []
     for s in scans:
-        known = old["cases"].get(s.case) if old else None
-        whole = known is not None and all(p.exists() for p in (out/f"volumes/{s.case}.pt", out/f"drrs/{s.case}/AP.pt", out/f"drrs/{s.case}/LAT.pt"))
+        known = old["cases"].get(s.case, {}) if old else {}
+        whole = known != {} and all(p.exists() for p in (out/f"volumes/{s.case}.pt", out/f"drrs/{s.case}/AP.pt", out/f"drrs/{s.case}/LAT.pt"))
         if not whole or overwrite: rest.append(s)
         elif known.get("fingerprint") != fingerprint(s.files, s.part): raise UserError(f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case")
     return rest

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, toned
 from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model
-from .data import (CTPairs, Case, Config, UserError, cases_in, check_config, command, crop, crop_origin, density, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
+from .data import (CTPairs, Case, Config, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
 from .metrics import psnr
@@ -667,11 +667,12 @@ def parser() -> argparse.ArgumentParser:
   ./run_training.sh --study_name quick --no_search --set EPOCHS=2
 
 Data comes from diffx2ct_prepare. Trials are in checkpoints/<study_name>/trial_<n>/, the study in <study_name>.db.
-Ctrl-C saves after the step; the same command goes on from there. Every key is explained in config.yml.""")
+Ctrl-C saves after the step; the same command goes on from there. Every key is explained in config.yml, and by --explain KEY.""")
     p.add_argument("--study_name", default="diffx2ct", help="name of the study and of its .db file (default: %(default)s)")
     p.add_argument("--config", metavar="FILE", help="settings (default: config.yml where there is one, else built-in defaults)")
     p.add_argument("--profile", help="block of PROFILES in the settings, such as demo, lidc128, lidc256")
     p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change one setting, dotted: --set TRAINING.LEARNING_RATE=0.001; may be repeated")
+    p.add_argument("--explain", metavar="KEY", help="say what a setting or a section does, its range, default and present value, and end")
     p.add_argument("--n_trials", type=int, help="trials of the study in all (OPTUNA.N_TRIALS)")
     p.add_argument("--nproc_per_node", type=int, default=1, metavar="N", help="processes on this machine that train together, each with its share of the GPUs and of every batch (default: %(default)s); for several machines: torchrun --nnodes ... -m diffx2ct.train")
     how = p.add_mutually_exclusive_group()
@@ -686,6 +687,7 @@ def main(argv: list[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = a.config or ("config.yml" if Path("config.yml").exists() else None)
     c = load_config(config, a.profile, [*a.sets, *([f"OPTUNA.N_TRIALS={a.n_trials}"] if a.n_trials is not None else [])])
+    if a.explain is not None: return print(explain(a.explain, c))
     check_study(a.study_name, c); wandb_mode(c)
     if a.nproc_per_node > 1 and "RANK" not in os.environ: return start_ranks(a.nproc_per_node, argv, c)
     join()

@@ -42,6 +42,8 @@ def unhaar(
 # %% ../nbs/02_unet.ipynb #e8b94fc3
 class TimeEmbedding(nn.Module):
     "t in [0, 1] to a vector."
+    freqs: Tensor  # (32,)
+
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("freqs", torch.exp(torch.linspace(0, math.log(1000), 32)), persistent=False)
@@ -185,7 +187,7 @@ class UNet(nn.Module):
             above = channels[min(l + 1, last)]
             self.stages[f"up{l}"] = stage("up", l, channels[l], channels[l], blocks, skips=[channels[l]] * blocks, resample=nn.ConvTranspose3d(above, channels[l], 2, 2) if l < last else None)
         self.last = nn.Sequential(norm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], k, 3, padding=1))
-        nn.init.zeros_(self.last[-1].weight); nn.init.zeros_(self.last[-1].bias)
+        for p in self.last[-1].parameters(): nn.init.zeros_(p)
 
     def forward(self,
         x: Tensor,  # (B, cin + smooth, D, H, W)
@@ -195,7 +197,8 @@ class UNet(nn.Module):
     ) -> Tensor:  # (B, 1, D, H, W)
         "Loop over the stages."
         if self.half: x = torch.cat([haar(x[:, :self.cin]), F.avg_pool3d(x[:, self.cin:], 2)], 1)
-        h, skips, emb = self.first(x), [], self.time(t)
+        skips: list[Tensor] = []
+        h, emb = self.first(x), self.time(t)
         for stage in self.stages.values(): h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
         out = self.last(h)
         return unhaar(out.float()) if self.half else out.float()

@@ -20,6 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as W
 import matplotlib
@@ -78,10 +79,10 @@ def kind_of(name: str) -> str:  # a volume's name -> "hu", "difference", "spread
 def palette(kind: str) -> bytes:  # 251 RGB triples
     "Data colours of `kind`, a ramp for letters, a colour for each plane's line."
     colours = COLOURS[kind]
-    colours = matplotlib.colormaps[colours] if isinstance(colours, str) else matplotlib.colors.ListedColormap(colours)
+    shade = matplotlib.colormaps[colours] if isinstance(colours, str) else matplotlib.colors.ListedColormap(colours)
     ramp = np.linspace(0, 1, 8)[:, None] * np.array([[0.80, 0.84, 0.88]])
     inks = np.array([matplotlib.colors.to_rgb(ink) for ink in INKS.values()])
-    table = np.concatenate([colours(np.linspace(0, 1, LEVELS))[:, :3], ramp, inks])
+    table = np.concatenate([shade(np.linspace(0, 1, LEVELS))[:, :3], ramp, inks])
     return (table * 255).round().astype(np.uint8).tobytes()
 
 # %% ../nbs/05_visualize.ipynb #03eeed48
@@ -407,7 +408,7 @@ def view(
     return Viewer([layer(name, values) for name, values in volumes.items()], mm, window, pixels)
 
 # %% ../nbs/05_visualize.ipynb #56837696
-DARK = dict(back="#0b0d10", text="#c9d1d9", dim="#8b949e", line="#30363d", warn="#e3b341", hues=("#58a6ff", "#ff9e64", "#5fd38d", "#d2a8ff"))
+DARK: dict[str, Any] = dict(back="#0b0d10", text="#c9d1d9", dim="#8b949e", line="#30363d", warn="#e3b341", hues=("#58a6ff", "#ff9e64", "#5fd38d", "#d2a8ff"))
 
 def picture(
     axes,  # matplotlib axes
@@ -517,7 +518,7 @@ def page(
     grid = fig.add_gridspec(rows, 6, left=0.02, right=0.955, top=1 - 0.62 / height, bottom=2.75 / height, wspace=0.07, hspace=0.13, width_ratios=(1, 1, 0.16, 1, 1, 1))
     cells = [[fig.add_subplot(grid[r, c]) for c in (0, 1, 3, 4, 5)] for r in range(rows)]
     for axes in sum(cells, []): axes.set_axis_off()
-    foot = [fig.add_axes([x, 0.95 / height, w, 1.45 / height]) for x, w in ((0.04, 0.34), (0.44, 0.515))]
+    foot = [fig.add_axes((x, 0.95 / height, w, 1.45 / height)) for x, w in ((0.04, 0.34), (0.44, 0.515))]
     return fig, cells, foot
 
 # %% ../nbs/05_visualize.ipynb #32f08b59

@@ -53,6 +53,7 @@ BAD = {
     "unknown validation case": (nothing, [*TRAIN, *sets("DATA.VALIDATION_CASES=[p9]")], "'p9'"),
     "settings with a tab": (text("tiny.yml", "EPOCHS: 1\nDATA:\n\tPHANTOMS: 2\n"), TRAIN, "tiny.yml is not valid YAML at line 3, column 1: found character a tab"),
     "unknown key": (text("tiny.yml", "TRAINING: {LERNING_RATE: 1}"), TRAIN, "TRAINING.LERNING_RATE is not a known key"),
+    "unknown key explained": (nothing, [*TRAIN, "--explain", "LERNING_RATE"], "--explain LERNING_RATE: there is no such key; the nearest is TRAINING.LEARNING_RATE"),
     "text for a number": (nothing, [*TRAIN, *sets("EPOCHS=many")], "EPOCHS is 'many'"),
     "patch larger than volume": (nothing, [*TRAIN, *sets("TRAINING.PATCH_SIZE=32")], "TRAINING.PATCH_SIZE (32) is larger than DATA.TARGET_VOLUME_SIZE (16)"),
     "ratios all zero": (nothing, [*TRAIN, *sets("TRAINING.LOSS_WEIGHTS={L1: 0, SSIM: 0, FOURIER: 0, PROJECTION: 0}")], "TRAINING.LOSS_WEIGHTS are all zero"),

@@ -1,11 +1,16 @@
 "What is written in several places agrees."
 import configparser
 import re
+import shutil
+import sys
+import sysconfig
 import tomllib
+import zipfile
 
 import diffx2ct
+import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_cmd
 from packaging.requirements import Requirement
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -18,7 +23,8 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_pins_satisfy_the_declared_dependencies():
-    for name, declared in (("requirements.txt", PROJECT["dependencies"]), ("requirements-dev.txt", PROJECT["optional-dependencies"]["test"])):
+    extras = PROJECT["optional-dependencies"]
+    for name, declared in (("requirements.txt", PROJECT["dependencies"]), ("requirements-dev.txt", extras["postgresql"] + extras["test"][1:] + extras["docs"])):
         for requirement in map(Requirement, declared): assert pins(name)[requirement.name.lower()] in requirement.specifier, requirement
 
 def test_torch_comes_first_and_no_cuda_package_is_pinned():
@@ -49,3 +55,43 @@ def test_every_setting_is_read_by_some_chapter():
 
     code = "\n".join(p.read_text() for p in (ROOT / "diffx2ct").glob("*.py"))
     assert not [key for key in leaves(Config()) if not re.search(rf"\.{key}\b", code)]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    "The bin folder of a new environment with the wheel, made from the source archive, and with this one's packages, but not with this checkout."
+    base = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "config.yml"): shutil.copy(ROOT / name, base / name)
+    shutil.copytree(ROOT / "diffx2ct", base / "diffx2ct", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for args in (["-m", "build", "--no-isolation", "--outdir", base / "dist", base], ["-m", "venv", "--without-pip", base / "env"]):
+        result = run_cmd([sys.executable, *args], PYTHONPATH=None)
+        assert result.returncode == 0, result.stdout + result.stderr
+    (site,) = (base / "env/lib").glob("python3*/site-packages")
+    (site / "pinned.pth").write_text(sysconfig.get_path("purelib"))
+    (wheel,) = (base / "dist").glob("*.whl")
+    result = run_cmd([sys.executable, "-m", "pip", "--python", base / "env/bin/python", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", wheel], PYTHONPATH=None)
+    assert result.returncode == 0, result.stderr
+    return base / "env/bin"
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(installed):
+    (wheel,) = (installed.parents[1] / "dist").glob("*.whl")
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    assert names == {f"diffx2ct/{p.name}" for p in (ROOT / "diffx2ct").iterdir() if p.is_file()} and {"diffx2ct/py.typed", "diffx2ct/config.yml"} <= names
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PROJECT["scripts"])
+def test_an_installed_command_helps_from_an_empty_folder(installed, command, tmp_path):
+    result = run_cmd([installed / command, "--help"], cwd=tmp_path, PYTHONPATH=None)
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: {command} "), result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.slow
+def test_an_installed_package_knows_its_settings(installed, tmp_path):
+    result = run_cmd([installed / "python", "-c", "import diffx2ct; print(diffx2ct.__file__)"], cwd=tmp_path, PYTHONPATH=None)
+    assert result.stdout.startswith(str(installed.parent))  # and not this checkout
+    result = run_cmd([installed / "diffx2ct_train", "--explain", "TRAINING.LEARNING_RATE"], cwd=tmp_path, PYTHONPATH=None)
+    assert result.returncode == 0 and "AdamW" in result.stdout and "default  0.001" in result.stdout, result.stderr
+    result = run_cmd([installed / "diffx2ct_train", "--explain", "LERNING_RATE"], cwd=tmp_path, PYTHONPATH=None)
+    assert result.returncode == 2 and result.stderr == "diffx2ct: --explain LERNING_RATE: there is no such key; the nearest is TRAINING.LEARNING_RATE\n"
+    assert list(tmp_path.iterdir()) == []
