@@ -97,22 +97,24 @@ def read_xray(
         with hushed(): img = info.Execute()
     except RuntimeError: raise UserError(f"{path} cannot be read to its end; it is truncated, or compressed in an unknown way, so export it again") from None
     tag = lambda key: img.GetMetaData(key).strip("\0 ") if img.HasMetaDataKey(key) else ""
-    numbers = lambda key: [float(v) for v in tag(key).split("\\") if v.strip()]
+    def numbers(key):
+        try: return [float(v) for v in tag(key).split("\\") if v.strip()]
+        except ValueError: raise UserError(f"{path} says {tag(key)!r} where its header needs numbers (tag {key.replace('|', ',')}); export it again") from None
     if tag("0008|0060") not in XRAY: raise no_xray(path, f"of modality {tag('0008|0060')}")
     if math.prod(img.GetSize()[2:]) > 1: raise UserError(f"{path} holds {img.GetSize()[2]} frames; export the one that is meant as a file of its own")
     view = View(str(path), one_channel(sitk.GetArrayFromImage(img)[0], str(path)))
     dark, curve = tag("0028|0004") == "MONOCHROME1", tag("0028|1056") or "LINEAR"
-    if centre := numbers("0028|1050"):
+    if (centre := numbers("0028|1050")) and (width := numbers("0028|1051")):
         slope, shift = (numbers("0028|1053") or [1.0])[0], (numbers("0028|1052") or [0.0])[0]
         turn = lambda v: slope * (2 ** int(tag("0028|0101")) - 1) + 2 * shift - v if dark else v
-        window = through_window(turn(view.grey), centre[0], numbers("0028|1051")[0], curve)
+        window = through_window(turn(view.grey), centre[0], width[0], curve)
         view.grey = 1 - window if dark else window
     if dark: view.done.append("MONOCHROME1, so black and white were exchanged")
     for axis, (to, want) in enumerate(zip(tag("0020|0020").split("\\"), letters)):
         if to[:1] == dict(zip("LRPAFH", "RLAPHF"))[want]: view.grey, _ = view.grey.flip(1 - axis), view.done.append(f"its {('columns', 'rows')[axis]} lead to {to[0]}, so they were mirrored")
     edges, sdd, middle = numbers("0018|1164") or numbers("0028|0030"), numbers("0018|1110"), numbers("0018|1111")
-    view.mm = tuple(edges[:2]) or None
-    if found := numbers("0018|1114") or sdd and middle and [sdd[0] / middle[0]]: view.enlarged = found[0]
+    if len(edges) > 1 and min(edges) > 0: view.mm = tuple(edges[:2])
+    if found := numbers("0018|1114") or sdd and middle and middle[0] > 0 and [sdd[0] / middle[0]]: view.enlarged = found[0]
     if not numbers("0018|1164") and tag("0028|0a02"): view.enlarged = 1.0  # pixels were calibrated in the patient
     return view
 
@@ -361,6 +363,7 @@ def main(argv: list[str]):
     device = device_option(a.device)
     views = tuple(read_view(path, which) for path, which in ((a.ap, "AP"), (a.lat, "LAT")))
     for view, mm in zip(views, a.pixel_mm or ()): view.mm = (mm, mm)
+    if a.pixel_mm and all(v.stored for v in views): raise UserError(f"--pixel_mm is for pictures, but {a.ap} and {a.lat} are stored views, which lie on the model's detector already; leave it out")
     same_scale(views)
     model = load_model(a.checkpoint_dir, str(device))
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update={} if a.steps is None else {"STEPS": a.steps})

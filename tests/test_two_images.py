@@ -227,6 +227,11 @@ def test_spacing_and_magnification(here, tmp_path):
     assert seen.any(1).sum() == N // 2 and seen.any(0).all()                       # rows and columns are not confused
 
 
+def test_half_a_header_is_none(here, tmp_path):
+    view = read_view(dicom(tmp_path/"x", grey(here.y[0], 4000), WindowCenter=500, PixelSpacing=[0, 0], DistanceSourceToDetector=1500, DistanceSourceToPatient=0), "AP")
+    assert view.mm is None and view.enlarged is None and view.grey.max() > 3900                              # a centre without a width is no window
+
+
 def test_patient_orientation_is_believed(here, tmp_path):
     n = grey(here.y[1], 4000)
     plain = read_view(dicom(tmp_path/"a", n, PatientOrientation=["P", "F"]), "LAT")
@@ -264,6 +269,7 @@ def test_suspicions_warn_and_go_on(here, say, tmp_path):
 # what is refused
 
 def cut(path, to, share): to.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)]); return to
+def spoil(path, old, new): assert path.read_bytes().count(old) == 1; path.write_bytes(path.read_bytes().replace(old, new)); return path
 def nifti(a, path): sitk.WriteImage(sitk.GetImageFromArray(a), str(path)); return path
 def written(path, words): path.write_text(words); return path
 def wrong_manifest(here, tmp, spec="x2ct", domain="line_integral"):
@@ -301,6 +307,8 @@ BAD = {  # name: (what stands for the AP image, or for both; options; words of t
     "consistency on": (lambda h, t: h.pngs, ["--consistency", "on"], "--consistency on needs line integrals, but"),
     "mean of no samples": (lambda h, t: h.pngs, ["--method", "mean_of_k"], "--samples"),
     "one sample": (lambda h, t: h.pngs, ["--samples", "1"], "2 or more"),
+    "pixels of stored views": (lambda h, t: h.pts, ["--pixel_mm", "1", "1"], "--pixel_mm is for pictures"),
+    "words for numbers": (lambda h, t: spoil(dicom(t/"a", grey(h.y[0], 4000), ImagerPixelSpacing=[0.25, 0.25]), b"0.25\\0.25", b"0.2x\\0.25"), [], "says '0.2x\\\\0.25' where its header needs numbers (tag 0018,1164)"),
     "pixels of nothing": (lambda h, t: h.pngs, ["--pixel_mm", "0", "1"], "--pixel_mm"),
     "seed below zero": (lambda h, t: h.pngs, ["--seed", "-1"], "--seed -1"),
     "no such device": (lambda h, t: h.pngs, ["--device", "cuda:77"], "--device cuda:77"),
