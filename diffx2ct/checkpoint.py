@@ -157,10 +157,12 @@ def model_file(
         return folder
     if not folder.is_dir(): raise UserError(f"checkpoint folder {folder} does not exist; run_training.sh writes checkpoints/trial_<number>")
     found = [p for p in (folder/"best.safetensors", *sorted(folder.glob("model_*.safetensors"), reverse=True)) if p.exists()]
+    harmed: list[str] = []
     for path in found:
-        if not (why := harm(path)): return path
-        print(f"diffx2ct: {why}", file=sys.stderr)
-    if found: raise UserError(f"checkpoint folder {folder} holds no whole model; use another checkpoint")
+        if why := harm(path): harmed.append(why); continue
+        for why in harmed: print(f"diffx2ct: {why}; using {path.name}", file=sys.stderr)
+        return path
+    if harmed: raise UserError(f"{harmed[0]}, and there is no other whole model; use another checkpoint")
     raise UserError(f"checkpoint folder {folder} holds no model (best.safetensors or model_<step>.safetensors); train first with run_training.sh")
 
 # %% ../nbs/03b_checkpoint.ipynb #03a335f3
@@ -208,19 +210,19 @@ def load_training(
     denoiser: Denoiser, ema: Denoiser,  # filled in place
 ) -> dict | None:  # the training state; None where there is no complete pair
     "Go on from the newest complete pair of files that is whole."
-    damaged = False
+    harmed: list[str] = []
     for path in sorted(Path(folder).glob("training_*.pt"), reverse=True):
         model = path.with_name(path.name.replace("training_", "model_")).with_suffix(".safetensors")
         if not model.exists(): continue
         if why := harm(path) or harm(model):
-            damaged = True
-            if rank() == 0: print(f"diffx2ct: {why}; trying the checkpoint before it", file=sys.stderr)
+            harmed.append(why)
             continue
+        for why in harmed if rank() == 0 else (): print(f"diffx2ct: {why}; going on from {path.name}", file=sys.stderr)
         try: state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception: raise UserError(f"{path} cannot be read; remove it and its model file to start this trial again") from None
         fill(ema, read_weights(model, "ema"), model)
         fill(denoiser, read_weights(model, "raw"), model, strict=False)
         denoiser.load_state_dict({k: v for k, v in ema.named_buffers() if k in denoiser.state_dict()}, strict=False)
         return state
-    if damaged: raise UserError(f"{folder} holds no whole checkpoint to go on from; move it away to start this trial again")
+    if harmed: raise UserError(f"{harmed[0]}, and there is no whole checkpoint before it; move {folder} away to start this trial again")
     return None

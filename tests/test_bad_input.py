@@ -32,6 +32,7 @@ def cut(path, share=0.5): return lambda here: (here/path).write_bytes((here/path
 def gone(path): return lambda here: shutil.rmtree(here/path) if (here/path).is_dir() else (here/path).unlink()
 def empty(path): return lambda here: [p.unlink() for p in (here/path).glob("*.*")]
 def code(path): return lambda here: (here/path).write_bytes(pickle.dumps(Evil(), protocol=2))
+def believed(change): return lambda here: (change(here), (here/MODEL).with_name("checksums.sha256").unlink())  # as after a copy without checksums
 def foreign_db(here): sqlite3.connect(here/"s.db").executescript("create table recipes (id int); insert into recipes values (1)").connection.close()
 def manifest(**change): return lambda here: (here/"drrs/manifest.json").write_text(json.dumps(json.loads((here/"drrs/manifest.json").read_text()) | change))
 def nothing(here): pass
@@ -72,13 +73,13 @@ BAD = {
     "checkpoints is a file": (lambda here: (gone("checkpoints")(here), text("checkpoints", "x")(here)), ALONE, "checkpoints/s/single cannot be written"),
     "another model size": (nothing, [*ALONE, *sets("EPOCHS=2", "MODEL.UNET.NUM_CHANNELS=[16, 16]")], "another size"),
     "fewer epochs than trained": (nothing, [*ALONE, *sets("BATCH_SIZE=4", "EPOCHS=1")], "raise EPOCHS"),
-    "training state damaged": (cut("checkpoints/s/single/training_000002.pt"), ALONE, "training_000002.pt cannot be read"),
-    "training state with code": (code("checkpoints/s/single/training_000002.pt"), ALONE, "training_000002.pt cannot be read"),
+    "training state damaged": (cut("checkpoints/s/single/training_000002.pt"), ALONE, "training_000002.pt is damaged: it does not agree with checksums.sha256"),
+    "training state with code": (believed(code("checkpoints/s/single/training_000002.pt")), ALONE, "training_000002.pt cannot be read"),
     "no checkpoint": (nothing, ["diffx2ct_visualize", "--checkpoint_dir", "nowhere"], "checkpoint folder nowhere does not exist"),
     "checkpoint empty": (empty("checkpoints/s/single"), LOOK, "holds no model"),
-    "checkpoint of another program": (lambda here: save_file({"w": torch.ones(2)}, here/MODEL), LOOK, "best.safetensors is a safetensors file of another program"),
-    "checkpoint damaged": (cut(MODEL), LOOK, "best.safetensors is damaged"),
-    "checkpoint with code": (code(MODEL), LOOK, "best.safetensors is damaged"),
+    "checkpoint of another program": (believed(lambda here: save_file({"w": torch.ones(2)}, here/MODEL)), LOOK, "best.safetensors is a safetensors file of another program"),
+    "checkpoint damaged": (cut(MODEL), [*LOOK[:-1], MODEL], "best.safetensors is damaged"),
+    "checkpoint with code": (believed(code(MODEL)), LOOK, "best.safetensors is damaged"),
     "case unknown": (nothing, [*LOOK, "--case", "nobody"], "nobody"),
     "data has moved away": (gone("volumes"), LOOK, "DATA.PT_DATA_DIR"),
     "view with code": (code("drrs/p0/LAT.pt"), [*LOOK, "--ap", "drrs/p0/AP.pt", "--lat", "drrs/p0/LAT.pt"], "drrs/p0/LAT.pt cannot be read"),
