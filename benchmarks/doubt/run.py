@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffx2ct.checkpoint import load_model
-from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, to_hu, write_atomic
+from diffx2ct.data import UserError, command, density, save_tensor, to_hu, write_atomic
 from diffx2ct.doubt import KINDS, LEVELS, SIGNS, TISSUES, distance, ensemble, factors, gaussian, inside, kinds, limits, plot_reliability, signs, tampered, trust
 from diffx2ct.drr import coverage
 from diffx2ct.evaluate import AMP, open_cases
-from diffx2ct.lesions import auc, blob, judge, measured, plant, site, spots, template
+from diffx2ct.lesions import auc, blob, judge, measured, plant, site, spots, template, unseen
 from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import finish, reconstruct, samples
 
@@ -59,7 +59,7 @@ class Bench:
         "The K samples of a case, kept in the work folder."
         path = self.a.work / self.a.name / f"{name}_{self.a.k}_{self.a.seed}.pt"
         if not path.exists(): save_tensor(samples(self.net, self.cases[name].views, [self.a.seed + i for i in range(self.a.k)], self.c, **self.how).half(), path)
-        return load_tensor(path).float()
+        return torch.load(path, weights_only=True).float()
 
     def make(self, views: Tensor, method: str) -> Tensor:
         "One reconstruction, for the methods that draw nothing."
@@ -76,7 +76,7 @@ class Bench:
         return self.remember((name, method), make)
 
     def mask(self, name: str, where: str) -> Tensor:
-        return (self.seen[0] == 0) & (self.labels(name) != 0) if where == "unseen" else site(self.labels(name), where)
+        return unseen(self.labels(name), self.seen[0]) if where == "unseen" else site(self.labels(name), where)
 
 
 def calibration(b: Bench, name: str) -> dict:
