@@ -117,7 +117,7 @@ def tampered(
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> dict[str, Tensor]:  # what was done -> views (2, P, P)
-    "True views, and seven that are not what they pretend to be."
+    "True views, and six pairs that are not what they pretend to be."
     look = lambda v: A(density(v[None], window))[0]
     y = look(x)
     lateral = lambda degrees: torch.stack([y[0], look(turned(x, degrees))[1]])
@@ -129,7 +129,7 @@ def tampered(
 # %% ../nbs/04b_doubt.ipynb #7a2f2662
 SIGNS = {  # name: what a reader is told, its format
     "distance_ap": ("the frontal view is unlike those of the patients the model knows", ".2f"), "distance_lat": ("the lateral view is unlike those of the patients the model knows", ".2f"),
-    "residual_ap": ("the model's own answer does not explain the frontal view", ".1%"), "residual_lat": ("the model's own answer does not explain the lateral view", ".1%"),
+    "sides": ("left and right are as in a mirror image of the patients the model knows", ".2f"), "residual_ap": ("the model's own answer does not explain the frontal view", ".1%"), "residual_lat": ("the model's own answer does not explain the lateral view", ".1%"),
     "contradiction": ("the two views contradict each other, as views of two patients or two positions do", ".1%"),
     "spread": ("the model's proposals differ from each other more than usual", ".0f"), "unseen": ("more of the body than usual lies in no beam", ".1%")}
 
@@ -145,13 +145,14 @@ def signs(
     "What can be known of one reconstruction without the truth."
     A, window, y = denoiser.A, denoiser.window, views.to(denoiser.mean.device)
     apart = lambda x, of: ((y - A(density(x, window))[0]).flatten(1).norm(dim=1) / of.flatten(1).norm(dim=1).clamp(min=1e-6)).tolist()
-    usual = apart(denoiser.mean, A(density(denoiser.mean, window))[0])
+    expected = A(density(denoiser.mean, window))[0]
+    usual, odd = apart(denoiser.mean, expected), lambda image: (image - image.flip(-1)).flatten()
     left = apart(reconstruct(denoiser, views, "expected", c.model_copy(update=dict(CONSISTENCY="off")), patch=patch, amp=amp)[None].float(), y)
     mean, deviation, _ = ensemble(many)
     body = to_hu(mean, window) > -500
     seen = coverage(A.geometry, A.size, A.mm)[0]
     of_body = lambda v: v[body.to(v.device)].float().mean().item() if body.any() else 0.0
-    return dict(distance_ap=usual[0], distance_lat=usual[1], residual_ap=left[0], residual_lat=left[1], contradiction=disagreement(y[None], A, window).item(), spread=of_body(deviation) * (window[1] - window[0]), unseen=of_body(seen == 0))
+    return dict(distance_ap=usual[0], distance_lat=usual[1], sides=1 - F.cosine_similarity(odd(y[0]), odd(expected[0]), dim=0).item(), residual_ap=left[0], residual_lat=left[1], contradiction=disagreement(y[None], A, window).item(), spread=of_body(deviation) * (window[1] - window[0]), unseen=of_body(seen == 0))
 
 # %% ../nbs/04b_doubt.ipynb #f03c5fdd
 def limits(
@@ -159,7 +160,8 @@ def limits(
     margin: float = 1.25,
 ) -> dict[str, float]:
     "The largest value that counts as usual."
-    return {k: max(margin * max(r[k] for r in rows), CLASH if k == "contradiction" else 0.0) for k in SIGNS}
+    found = {k: margin * max(r[k] for r in rows) for k in SIGNS}
+    return found | dict(contradiction=max(found["contradiction"], CLASH), sides=1.0)
 
 def trust(
     found: dict[str, float],  # from `signs`
@@ -169,4 +171,4 @@ def trust(
     beyond = [k for k in SIGNS if found[k] > usual[k]]
     head = f"DOUBTFUL: {len(beyond)} of {len(SIGNS)} signs are beyond what held-out patients show." if beyond else "Nothing unusual: all signs are as in held-out patients. The picture may still be wrong."
     lines = [f"- {SIGNS[k][0]} ({found[k]:{SIGNS[k][1]}}, usual up to {usual[k]:{SIGNS[k][1]}})" for k in beyond]
-    return beyond, "\n".join([head, *lines, f"- {found['unseen']:.1%} of the body lies in no beam: there the picture is invented", f"- samples differ by {found['spread']:.0f} HU in the body on average", "Not for clinical use."])
+    return beyond, "\n".join([head, *lines, f"- {found['unseen']:.1%} of the body lies in no beam: there the picture is invented" if found["unseen"] else "- all of the body lies in a beam", f"- samples differ by {found['spread']:.0f} HU in the body on average", "Not for clinical use."])

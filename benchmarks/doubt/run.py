@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffx2ct.checkpoint import load_model
-from diffx2ct.data import UserError, command, density, save_tensor, to_hu, write_atomic
+from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, to_hu, write_atomic
 from diffx2ct.doubt import KINDS, LEVELS, SIGNS, TISSUES, distance, ensemble, factors, gaussian, inside, kinds, limits, plot_reliability, signs, tampered, trust
 from diffx2ct.drr import coverage
 from diffx2ct.evaluate import AMP, open_cases
@@ -59,7 +59,7 @@ class Bench:
         "The K samples of a case, kept in the work folder."
         path = self.a.work / self.a.name / f"{name}_{self.a.k}_{self.a.seed}.pt"
         if not path.exists(): save_tensor(samples(self.net, self.cases[name].views, [self.a.seed + i for i in range(self.a.k)], self.c, **self.how).half(), path)
-        return torch.load(path, weights_only=True).float()
+        return load_tensor(path, 5).float()
 
     def make(self, views: Tensor, method: str) -> Tensor:
         "One reconstruction, for the methods that draw nothing."
@@ -100,7 +100,7 @@ def lesion(b: Bench, name: str, kind: str, diameter: int, n: int, methods: tuple
     at_spot = lambda x: (here * to_hu(x[0], b.window)).sum().item()
     judged = {m: judge(x, b.healthy(name, m), ill, case.volume, at, diameter, b.mm, b.window) | dict(empty=at_spot(b.healthy(name, m))) for m, x in after.items()}
     change = views - case.views
-    return dict(room=True, at=list(at), view_mm=change.abs().max().item(), view_relative=(change.norm() / case.views.norm()).item(), truth=dict(response=at_spot(ill), empty=at_spot(case.volume)), methods=judged)
+    return dict(room=True, at=list(at), view_mm=change.abs().max().item(), view_relative=(change.norm() / case.views.norm()).item(), usual=at_spot(b.net.mean[0]), truth=dict(response=at_spot(ill), empty=at_spot(case.volume)), methods=judged)
 
 
 def lies(b: Bench, name: str) -> dict:
@@ -171,8 +171,8 @@ def detected(done: dict) -> dict:
         if not key.startswith("lesion") or not r["room"]: continue
         kind, d = key.split(" · ")[1:3]
         into = out.setdefault(kind, {}).setdefault(int(d.removesuffix(" mm")), {})
-        for m, v in (r["methods"] | ({} if key.endswith("drawn") else {"truth": r["truth"]})).items(): into.setdefault(m, []).append(v | dict(view_mm=r["view_mm"]))
-    figures = lambda v: dict(plants=len(v), auc=list(auc([p["response"] for p in v], [p["empty"] for p in v])), view_mm=statistics.median(p["view_mm"] for p in v)) | \
+        for m, v in (r["methods"] | ({} if key.endswith("drawn") else {"truth": r["truth"]})).items(): into.setdefault(m, []).append(v | dict(view_mm=r["view_mm"], usual=r["usual"]))
+    figures = lambda v: dict(plants=len(v), auc=list(auc([p["response"] for p in v], [p["empty"] for p in v])), auc_known=list(auc([p["response"] - p["usual"] for p in v], [p["empty"] - p["usual"] for p in v])), view_mm=statistics.median(p["view_mm"] for p in v)) | \
         ({k: statistics.mean(p[k] for p in v) for k in ("contrast", "off_d", "off_h", "off_w", "ghosts")} if "contrast" in v[0] else {})
     return {kind: {d: {m: figures(v) for m, v in ms.items()} for d, ms in sorted(ds.items())} for kind, ds in out.items()}
 
@@ -208,11 +208,11 @@ def tables(t: dict) -> str:
         worst = [min(v[i] for v in c["body_of_each_case"].values()) for i in range(3)], [max(v[i] for v in c["body_of_each_case"].values()) for i in range(3)]
         said += [f"Within the body of a single case the shares go from {percent(worst[0])} to {percent(worst[1])}.", "", "Factors q, all cases: " + "; ".join(f"{k} {', '.join(f'{x:.2f}' for x in v)}" for k, v in c["factors"].items()) + ".", ""]
     for kind, ds in t["lesions"].items():
-        said += [f"### Lesions: {kind}", "", "| diameter, mm | method | plants | views change, mm of water | AUC [95 %] | recovered contrast | off along D, H, W, mm | ghosts |", "|---|---|---|---|---|---|---|---|"]
+        said += [f"### Lesions: {kind}", "", "| diameter, mm | method | plants | views change, mm of water | AUC [95 %] | the same, mean patient subtracted | recovered contrast | off along D, H, W, mm | ghosts |", "|---|---|---|---|---|---|---|---|---|"]
+        area = lambda v: f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" + " (chance)" * (v[1] <= 0.5 <= v[2])
         for d, ms in ds.items():
             for m, f in ms.items():
-                chance = " (chance)" if f["auc"][1] <= 0.5 <= f["auc"][2] else ""
-                said.append(f"| {d} | {label(m)} | {f['plants']} | {f['view_mm']:.1f} | {f['auc'][0]:.2f} [{f['auc'][1]:.2f}, {f['auc'][2]:.2f}]{chance} | " + (f"{f['contrast']:.2f} | {f['off_d']:.0f}, {f['off_h']:.0f}, {f['off_w']:.0f} | {f['ghosts']:.1f} |" if "contrast" in f else "1 | | |"))
+                said.append(f"| {d} | {label(m)} | {f['plants']} | {f['view_mm']:.1f} | {area(f['auc'])} | {area(f['auc_known'])} | " + (f"{f['contrast']:.2f} | {f['off_d']:.0f}, {f['off_h']:.0f}, {f['off_w']:.0f} | {f['ghosts']:.1f} |" if "contrast" in f else "1 | | |"))
         said.append("")
     if n := t["lies"]:
         said += ["### Views that are not what they pretend to be", "", "| views | cases | noticed | by | " + " | ".join(k.replace("_", " ") for k in SIGNS) + " |", "|---|---|---|---|" + "---|" * len(SIGNS)]
@@ -231,17 +231,20 @@ def curves(t: dict, out: Path) -> None:
     import matplotlib.pyplot as plt
     styles = dict(zip(("truth", *CHEAP, *DRAWN), ("k:", "C0o-", "C1o-", "C2s--", "C3^-", "C4v-")))
     if kinds_ := list(t["lesions"]):
-        fig, axes = plt.subplots(2, len(kinds_), figsize=(2.6 * len(kinds_) + 0.6, 4.6), dpi=90, squeeze=False, sharey="row")
+        fig, axes = plt.subplots(3, len(kinds_), figsize=(2.6 * len(kinds_) + 0.6, 6.6), dpi=80, squeeze=False, sharey="row")
         for column, kind in zip(axes.T, kinds_):
             for m, style in styles.items():
                 at = [(d, ms[m]) for d, ms in t["lesions"][kind].items() if m in ms]
                 if not at: continue
-                column[0].plot([d for d, _ in at], [f["auc"][0] for _, f in at], style, ms=3, lw=1, label=m.replace("_", " "))
-                column[0].fill_between([d for d, _ in at], [f["auc"][1] for _, f in at], [f["auc"][2] for _, f in at], color=style[:2] if style[0] == "C" else "k", alpha=0.08)
-                if m != "truth": column[1].plot([d for d, _ in at], [f["contrast"] for _, f in at], style, ms=3, lw=1)
-            column[0].axhline(0.5, color="grey", lw=0.7); column[0].set_title(kind, fontsize=8); column[1].set_xlabel("diameter, mm", fontsize=8); column[1].axhline(0, color="grey", lw=0.7)
+                for ax, which in zip(column, ("auc", "auc_known")):
+                    ax.plot([d for d, _ in at], [f[which][0] for _, f in at], style, ms=3, lw=1, label=m.replace("_", " "))
+                    ax.fill_between([d for d, _ in at], [f[which][1] for _, f in at], [f[which][2] for _, f in at], color=style[:2] if style[0] == "C" else "k", alpha=0.08)
+                    ax.axhline(0.5, color="grey", lw=0.7)
+                if m != "truth": column[2].plot([d for d, _ in at], [f["contrast"] for _, f in at], style, ms=3, lw=1)
+            column[0].set_title(kind, fontsize=8); column[2].set_xlabel("diameter, mm", fontsize=8); column[2].axhline(0, color="grey", lw=0.7)
             for ax in column: ax.grid(alpha=0.3); ax.tick_params(labelsize=7); ax.set_xticks(sorted(DIAMETERS))
-        axes[0, 0].set_ylabel("AUC", fontsize=8); axes[1, 0].set_ylabel("recovered contrast", fontsize=8); axes[0, 0].legend(fontsize=6)
+        for ax, what in zip(axes[:, 0], ("AUC", "AUC, mean patient subtracted", "recovered contrast")): ax.set_ylabel(what, fontsize=8)
+        axes[0, 0].legend(fontsize=6)
         fig.tight_layout(); write_atomic(out / "lesions.png", lambda p: fig.savefig(p)); plt.close(fig)
     if t["calibration"]:
         fig, axes = plt.subplots(1, 2, figsize=(7, 3.6), dpi=90)
