@@ -105,12 +105,13 @@ def template(
     return ball / ball.sum() - shell / shell.sum()
 
 def auc(
-    plants: Sequence[float],  # responses where there is something
-    empty: Sequence[float],  # and where there is nothing
+    plants: Sequence[float],  # responses at two spots or more with something there
+    empty: Sequence[float],  # and at the same spots with nothing
 ) -> tuple[float, float, float]:  # area under the ROC curve, with a 95 % bootstrap interval over plants
-    "How often a plant answers more strongly than an empty spot."
+    "How often a plant answers more strongly than an empty spot elsewhere."
     p, e = torch.tensor(plants)[:, None], torch.tensor(empty)
-    return bootstrap(((p > e).double() + (p == e).double() / 2).mean(1).tolist())
+    wins = (p > e).double() + (p == e).double() / 2
+    return bootstrap(((wins.sum(1) - wins.diagonal()) / (len(e) - 1)).tolist())
 
 # %% ../nbs/04c_lesions.ipynb #c64ddbf5
 def judge(

@@ -48,6 +48,6 @@ def test_a_rehearsal_fills_every_table_and_is_not_repeated(tmp_path, checkpoint)
         assert set(methods) == {"consistent_mean", "expected", "expected (off)", "sample", "mean_of_k", "truth"} and all(0 <= f["auc"][0] <= 1 for f in methods.values())
     assert tables["lesions"]["lung, solid"]["32"]["truth"]["auc"][0] > 0.7                     # what was planted is there, even in voxels of 20 mm
     assert tables["lies"]["views exchanged"]["cases"] == 4 and tables["reader"]["expected"]["cases"] == 4
-    assert all((tmp_path / "out" / f).stat().st_size > 1000 for f in ("lesions.png", "reliability.png", "demo.md"))
+    assert all((tmp_path / "out" / f).stat().st_size > 1000 for f in ("lesions.png", "lesion.png", "reliability.png", "demo.md"))
     other = run_cmd([*args, "--seed", "1"], cwd=tmp_path)
     assert other.returncode == 2 and "other settings (seed differ)" in other.stderr

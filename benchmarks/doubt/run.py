@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffx2ct.checkpoint import load_model
-from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, to_hu, write_atomic
+from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, show_mpr, to_hu, write_atomic
 from diffx2ct.doubt import KINDS, LEVELS, SIGNS, TISSUES, distance, ensemble, factors, gaussian, inside, kinds, limits, plot_reliability, signs, tampered, trust
 from diffx2ct.drr import coverage
 from diffx2ct.evaluate import AMP, open_cases
@@ -175,7 +175,7 @@ def detected(done: dict) -> dict:
         for m, v in (r["methods"] | ({} if key.endswith("drawn") else {"truth": r["truth"]})).items(): into.setdefault(m, []).append(v | dict(view_mm=r["view_mm"], usual=r["usual"]))
     figures = lambda v: dict(plants=len(v), auc=list(auc([p["response"] for p in v], [p["empty"] for p in v])), auc_known=list(auc([p["response"] - p["usual"] for p in v], [p["empty"] - p["usual"] for p in v])), view_mm=statistics.median(p["view_mm"] for p in v)) | \
         ({k: statistics.mean(p[k] for p in v) for k in ("contrast", "off_d", "off_h", "off_w", "ghosts")} if "contrast" in v[0] else {})
-    return {kind: {d: {m: figures(v) for m, v in ms.items()} for d, ms in sorted(ds.items())} for kind, ds in out.items()}
+    return {kind: {d: {m: figures(v) for m, v in ms.items() if len(v) > 1} for d, ms in sorted(ds.items())} for kind, ds in out.items()}
 
 
 def noticed(b: Bench, done: dict) -> dict:
@@ -254,6 +254,17 @@ def curves(t: dict, out: Path) -> None:
         fig.tight_layout(); write_atomic(out / "reliability.png", lambda p: fig.savefig(p)); plt.close(fig)
 
 
+def picture(b: Bench, done: dict, out: Path) -> None:
+    "One planted lesion of 24 mm, through the cross-hair: what was there, what each method shows, and what the lesion changed."
+    row = next(((k, r) for k, r in done.items() if k.startswith("lesion · lung, solid · 24 mm · 0") and r["room"] and not k.endswith("drawn")), None)
+    if row is None or (out / "lesion.png").exists(): return
+    case, at = b.cases[row[0].split(" · ")[4]], row[1]["at"]
+    ill = plant(case.volume, blob(b.size, b.mm, at, 24), LESIONS["lung, solid"][1], b.window)
+    views, hu = b.look(ill), lambda x: to_hu(x[0], b.window)
+    made = {m: b.make(views, m) for m in ("consistent_mean", "expected")}
+    show_mpr({"truth": hu(ill)} | {m.replace("_", " "): hu(x) for m, x in made.items()} | {f"difference, {m.replace('_', ' ')}": hu(x) - hu(b.healthy(case.name, m)) for m, x in made.items()}, at=tuple(at), views=views, path=out / "lesion.png")
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file; trained on phantoms")
@@ -297,6 +308,7 @@ def main(argv: list[str]) -> None:
     text = tables(t)
     write_atomic(a.out / f"{a.name}.md", lambda p: p.write_text(text + "\n"))
     curves(t, a.out)
+    picture(b, done, a.out)
     print(text)
     left = sum(k not in done for k in wanted)
     if left: print(f"{left} of {len(wanted)} rows are still to be made; the same command goes on from here")
