@@ -30,6 +30,9 @@ def test_bad_options_are_one_sentence(tmp_path, checkpoint):
         got = run_cmd([sys.executable, RUN, "--checkpoint_dir", checkpoint, "--out", tmp_path / "out", *options], cwd=tmp_path)
         assert got.returncode == 2 and words in got.stderr and got.stderr.count("\n") == 1, got.stderr
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir(); (tmp_path / "out/demo.json").write_text("{")
+    got = run_cmd([sys.executable, RUN, "--checkpoint_dir", checkpoint, "--out", tmp_path / "out"], cwd=tmp_path)
+    assert got.returncode == 2 and "demo.json is damaged" in got.stderr and "Traceback" not in got.stderr
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ python benchmarks/doubt/run.py --checkpoint_dir checkpoints/trial_0 --list      
 The cases are the checkpoint's own held-out phantoms, whose labels are known. Each row is a case and a question, and its figures are saved as soon as they are there.
 Whatever is fitted is fitted on every other case and tested on the rest, and then the other way round. One thread, one seed; samples are kept in --work."""
 import argparse, json, math, statistics, sys, time
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -40,7 +39,8 @@ class Bench:
         self.a, self.model = a, load_model(a.checkpoint_dir)
         self.net, self.c = self.model.denoiser, self.model.config.DIFFUSION
         if not self.net.line_integrals: raise UserError("this benchmark renders views with and without a lesion and needs a model of line integrals")
-        self.cases = {case.name: case for case in map(open_cases(self.model).__getitem__, range(len(open_cases(self.model))))}
+        pairs = open_cases(self.model)
+        self.cases = {case.name: case for case in (pairs[i] for i in range(len(pairs)))}
         if not all(n.startswith("phantom") for n in self.cases): raise UserError("this benchmark needs a checkpoint whose held-out cases are phantoms, for their labels")
         self.size, self.mm, self.window, self.A = self.net.A.size, self.net.A.mm, self.net.window, self.net.A
         self.how = dict(patch=self.model.config.TRAINING.PATCH_SIZE, amp=AMP[self.model.config.TRAINING.AMP])
@@ -231,9 +231,9 @@ def curves(t: dict, out: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     styles = dict(zip(("truth", *CHEAP, *DRAWN), ("k:", "C0o-", "C1o-", "C2s--", "C3^-", "C4v-")))
-    if kinds_ := list(t["lesions"]):
-        fig, axes = plt.subplots(3, len(kinds_), figsize=(2.6 * len(kinds_) + 0.6, 6.6), dpi=80, squeeze=False, sharey="row")
-        for column, kind in zip(axes.T, kinds_):
+    if planted := list(t["lesions"]):
+        fig, axes = plt.subplots(3, len(planted), figsize=(2.6 * len(planted) + 0.6, 6.6), dpi=80, squeeze=False, sharey="row")
+        for column, kind in zip(axes.T, planted):
             for m, style in styles.items():
                 at = [(d, ms[m]) for d, ms in t["lesions"][kind].items() if m in ms]
                 if not at: continue
@@ -290,7 +290,8 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     b, path = Bench(a), a.out / f"{a.name}.json"
     facts = dict(step=b.model.meta.get("step"), size=b.size, mm=b.mm, geometry=b.A.geometry.kind, steps=b.c.STEPS, sampler=b.c.SAMPLER, k=a.k, mean_of=a.mean_of, seed=a.seed, cases=list(b.cases))
-    kept = json.loads(path.read_text()) if path.exists() else dict(settings=facts, rows={})
+    try: kept = json.loads(path.read_text()) if path.exists() else dict(settings=facts, rows={})
+    except ValueError: raise UserError(f"{path} is damaged; remove it, or choose another --name") from None
     if kept["settings"] != facts: raise UserError(f"{path} was made with other settings ({', '.join(k for k in facts if kept['settings'].get(k) != facts[k])} differ); choose another --name or --out")
     done, wanted = kept["rows"], {k: v for k, v in rows(b).items() if all(w in k for w in a.only)}
     if a.list:
