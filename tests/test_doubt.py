@@ -1,0 +1,56 @@
+"The benchmark of doubt, rehearsed at 16^3 with an untrained model."
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run_cmd
+
+RUN = ROOT / "benchmarks" / "doubt" / "run.py"
+TINY = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=6", "DATA.VALIDATION_CASES=[phantom0002, phantom0003, phantom0004, phantom0005]", "TRAINING.PATCH_SIZE=16", "MODEL.UNET.NUM_CHANNELS=[16, 24]",
+        "MODEL.UNET.ATTENTION_LEVELS=[false, true]", "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true]", "TRAINING.COARSE_EPOCHS=[]", "DIFFUSION.STEPS=1", "TRAINING.AMP=off"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from diffx2ct.checkpoint import describe, save_model
+    from diffx2ct.data import load_config, to_unit
+    from diffx2ct.diffusion import build
+    from diffx2ct.drr import geometry
+    from diffx2ct.phantom import phantom
+    c = load_config(sets=TINY)
+    net = build(c, geometry("parallel", 320), 20.0)
+    net.mean.copy_(to_unit(phantom(0, 16)[0], net.window)[None, None])
+    folder = tmp_path_factory.mktemp("untrained")
+    save_model(folder / "best.safetensors", net, describe(net, c, step=0))
+    return folder
+
+
+def test_bad_options_are_one_sentence(tmp_path, checkpoint):
+    for options, words in ((["--k", "1"], "--k 1 must be 2 or more"), (["--k", "2", "--mean_of", "3"], "--mean_of 3 takes its samples"), (["--checkpoint_dir", tmp_path / "none"], "does not exist")):
+        got = run_cmd([sys.executable, RUN, "--checkpoint_dir", checkpoint, "--out", tmp_path / "out", *options], cwd=tmp_path)
+        assert got.returncode == 2 and words in got.stderr and got.stderr.count("\n") == 1, got.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir(); (tmp_path / "out/demo.json").write_text("{")
+    got = run_cmd([sys.executable, RUN, "--checkpoint_dir", checkpoint, "--out", tmp_path / "out"], cwd=tmp_path)
+    assert got.returncode == 2 and "demo.json is damaged" in got.stderr and "Traceback" not in got.stderr
+
+
+@pytest.mark.slow
+def test_a_rehearsal_fills_every_table_and_is_not_repeated(tmp_path, checkpoint):
+    args = [sys.executable, RUN, "--checkpoint_dir", checkpoint, "--out", tmp_path / "out", "--work", tmp_path / "work", "--k", "2", "--mean_of", "1", "--plants", "1"]
+    part = run_cmd([*args, "--only", "calibration"], cwd=tmp_path)
+    assert part.returncode == 0 and "### Calibration: 4 cases, 2 samples" in part.stdout and "### Lesions" not in part.stdout, part.stderr
+    before = json.loads((tmp_path / "out/demo.json").read_text())["rows"]
+    got = run_cmd(args, cwd=tmp_path)
+    assert got.returncode == 0 and "still to be made" not in got.stdout, got.stderr
+    kept, tables = (json.loads((tmp_path / "out" / f).read_text()) for f in ("demo.json", "demo_tables.json"))
+    assert {k: kept["rows"][k] for k in before} == before                                     # and what was there was kept
+    for text in ("### Calibration", "### Lesions: lung, solid", "### Views that are not", "### What a reader"): assert text in got.stdout
+    for how in ("before", "after"): assert all(0 <= v <= 1 for v in tables["calibration"]["levels"]["body"][how])
+    for diameter, methods in tables["lesions"]["lung, solid"].items():
+        assert set(methods) == {"consistent_mean", "expected", "expected (off)", "sample", "mean_of_k", "truth"} and all(0 <= f["auc"][0] <= 1 for f in methods.values())
+    assert tables["lesions"]["lung, solid"]["32"]["truth"]["auc"][0] > 0.7                     # what was planted is there, even in voxels of 20 mm
+    assert tables["lies"]["views exchanged"]["cases"] == 4 and tables["reader"]["expected"]["cases"] == 4
+    assert all((tmp_path / "out" / f).stat().st_size > 1000 for f in ("lesions.png", "lesion.png", "reliability.png", "demo.md"))
+    other = run_cmd([*args, "--seed", "1"], cwd=tmp_path)
+    assert other.returncode == 2 and "other settings (seed differ)" in other.stderr
