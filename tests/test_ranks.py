@@ -117,12 +117,12 @@ def database(tmp_path) -> str:
 def share_a_study(tmp_path: Path, storage: str):
     "Two machines, which is to say two folders, work on one study: every trial is done once, and each folder holds its own."
     for name in ("a", "b"): (tmp_path / name).mkdir(); (tmp_path / name / "tiny.yml").write_text(TINY)
-    run = lambda name: subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "shared", "--n_trials", "4", "--set", f"OPTUNA.STORAGE={storage}", "--set", "EPOCHS=2", "--set", "DEVICES=cpu"], cwd=tmp_path / name, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    run = lambda name: subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "shared", "--n_trials", "6", "--set", f"OPTUNA.STORAGE={storage}", "--set", "EPOCHS=4", "--set", "DEVICES=cpu"], cwd=tmp_path / name, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     for p in [run("a"), run("b")]:
         out, err = p.communicate(timeout=300)
         assert p.returncode == 0 and "Traceback" not in err and "best trial" in out, (out, err)
     there = {name: {f.name for f in (tmp_path / name / "checkpoints" / "shared").glob("trial_*") if next(f.glob("model_*.safetensors"), None)} for name in ("a", "b")}
-    assert there["a"] | there["b"] == {f"trial_{k}" for k in range(4)} and not there["a"] & there["b"] and all(there.values()), there
+    assert there["a"] | there["b"] == {f"trial_{k}" for k in range(6)} and not there["a"] & there["b"] and all(there.values()), there
     assert not list(tmp_path.glob("*/*.db"))
 
 
