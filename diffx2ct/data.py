@@ -32,6 +32,7 @@ class UserError(Exception):
 
 def command(
     main: Callable,  # the body of a console command, called with the list of arguments (default: `sys.argv[1:]`)
+    again: str = "goes on from here",  # what the same command does after Ctrl-C
 ) -> Callable:
     "Wrap a console command: `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."
     @functools.wraps(main)
@@ -42,7 +43,7 @@ def command(
             print(f"diffx2ct: {e}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("diffx2ct: stopped; the same command goes on from here", file=sys.stderr)
+            print(f"diffx2ct: stopped; the same command {again}", file=sys.stderr)
             sys.exit(130)
     return wrapped
 

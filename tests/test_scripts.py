@@ -1,5 +1,6 @@
 "The shell scripts and the start of the commands, without a model."
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def test_help_from_a_folder_with_spaces(script, tmp_path):
 def test_commands_explain_themselves_and_refuse_unknown_options(command, tmp_path):
     shown = run_cmd([command, "--help"], cwd=tmp_path)
     assert shown.returncode == 0 and shown.stdout.startswith(f"usage: {command}"), shown.stderr
+    assert re.search(r"^  (\./run_\w+\.sh|diffx2ct_\w+) \S", shown.stdout, re.M)  # an example
     refused = run_cmd([command, "--no_such_option"], cwd=tmp_path)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "--no_such_option" in refused.stderr or "are required" in refused.stderr
