@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'PLANES', 'UserError', 'command', 'write_atomic',
            'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights',
-           'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'OptunaConfig', 'Config', 'check_config',
-           'sentence', 'set_key', 'merge', 'read_yaml', 'load_config', 'comments', 'flat_schema', 'words', 'shown',
-           'explain', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr', 'draw_plane', 'save_tensor', 'write_pt',
-           'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'read_manifest', 'patient_of', 'split_cases',
-           'crop_origin', 'crop', 'Case', 'CTPairs']
+           'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig', 'Config',
+           'check_config', 'sentence', 'set_key', 'merge', 'read_yaml', 'load_config', 'comments', 'flat_schema',
+           'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr', 'draw_plane',
+           'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'read_manifest',
+           'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
 import copy, difflib, functools, json, os, random, re, sys, tempfile
@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 from torch import Tensor
 
 # %% ../nbs/00_data.ipynb #94ce9de1
@@ -32,6 +32,7 @@ class UserError(Exception):
 
 def command(
     main: Callable,  # the body of a console command, called with the list of arguments (default: `sys.argv[1:]`)
+    again: str = "goes on from here",  # what the same command does after Ctrl-C
 ) -> Callable:
     "Wrap a console command: `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."
     @functools.wraps(main)
@@ -42,7 +43,7 @@ def command(
             print(f"diffx2ct: {e}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("diffx2ct: stopped; the same command goes on from here", file=sys.stderr)
+            print(f"diffx2ct: stopped; the same command {again}", file=sys.stderr)
             sys.exit(130)
     return wrapped
 
@@ -207,10 +208,14 @@ class Range(Section):
         elif self.log and self.step: raise ValueError("log and step exclude each other")
         return self
 
+def hidden(url: str | None) -> str | None:
+    "A database URL as it may be written down: without user, password and options."
+    return url and re.sub(r"(?<=://).*@|(?<=\?).*", "***", url)
+
 class OptunaConfig(Section):
     "The search (chapter 04)."
     N_TRIALS: Count = 4
-    STORAGE: str | None = None
+    STORAGE: Annotated[str | None, Field(repr=False), PlainSerializer(hidden)] = None  # dumped, shown or printed it says where, not who
     PRUNER: Literal["median", "hyperband", "none"] = "median"
     STARTUP_TRIALS: Annotated[int, Field(ge=0)] = 2
     RETRAIN_FACTOR: Positive = 3.0

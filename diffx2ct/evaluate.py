@@ -10,6 +10,7 @@ __all__ = ['FIGURES', 'score', 'check_like', 'open_cases', 'trained_on', 'means'
 import argparse, json, math, sys, time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -133,20 +134,23 @@ def evaluate(
     steps: int | None = None,  # of each sample; None: as in the checkpoint's settings
     consistency: str | None = None,  # on, soft or off; None: as in the checkpoint's settings
 ) -> dict:  # settings, means, cases
-    "Score methods on cases."
+    "Score methods on cases; Ctrl-C ends it with the cases done so far."
     net, c, found = model.denoiser, model.config, {}
     d = c.DIFFUSION.model_copy(update=dict(STEPS=steps or c.DIFFUSION.STEPS, CONSISTENCY=consistency or c.DIFFUSION.CONSISTENCY))
     with tqdm(total=len(cases) * len(methods), desc="evaluating", unit="volume", leave=False, disable=None) as bar:
-        for case in (cases[i] for i in range(len(cases))):
-            views = case.views[None].to(net.mean.device)
-            clash, weight = (disagreement(views, net.A, net.window).item(), litres(views, net.A)[0].tolist()) if net.line_integrals else (None, None)
-            how, scores = careful(net, case.views, d, case.name), {}
-            for m in methods:
-                start = time.perf_counter()
-                x = reconstruct(net, case.views, m, how, k, seed, c.TRAINING.PATCH_SIZE, AMP[c.TRAINING.AMP]).float().cpu()
-                scores[m] = {"seconds": time.perf_counter() - start, **score(x, case, net, protocol, c.DATA.AIR_THRESHOLD)}
-                bar.update()
-            found[case.name] = dict(contradiction=clash, litres=weight, consistency=how.CONSISTENCY, scores=scores)
+        try:
+            for case in (cases[i] for i in range(len(cases))):
+                views = case.views[None].to(net.mean.device)
+                clash, weight = (disagreement(views, net.A, net.window).item(), litres(views, net.A)[0].tolist()) if net.line_integrals else (None, None)
+                how, scores = careful(net, case.views, d, case.name), {}
+                for m in methods:
+                    start = time.perf_counter()
+                    x = reconstruct(net, case.views, m, how, k, seed, c.TRAINING.PATCH_SIZE, AMP[c.TRAINING.AMP]).float().cpu()
+                    scores[m] = {"seconds": time.perf_counter() - start, **score(x, case, net, protocol, c.DATA.AIR_THRESHOLD)}
+                    bar.update()
+                found[case.name] = dict(contradiction=clash, litres=weight, consistency=how.CONSISTENCY, scores=scores)
+        except KeyboardInterrupt:
+            if not found: raise
     return dict(settings=settings(model, protocol=protocol, methods=list(methods), seed=seed, k=k, steps=d.STEPS, consistency=d.CONSISTENCY), means=means(found, methods, seed), cases=found)
 
 # %% ../nbs/04a_evaluate.ipynb #1b1ce60f
@@ -237,7 +241,7 @@ def check_options(a: argparse.Namespace) -> torch.device:
     if a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--plot {a.plot} must end in .png, .pdf or .svg")
     return device_option(a.device)
 
-@command
+@partial(command, again="begins again")
 def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_evaluate`."
     a = parser().parse_args(argv)
@@ -251,3 +255,4 @@ def main(argv: list[str]) -> None:
     print(table(result))
     if a.json: print(f"\nfigures: {write_atomic(a.json, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False)))}")
     if a.plot: plot_scores(result, path=a.plot); print(f"picture: {a.plot}")
+    if len(result["cases"]) < len(cases): raise KeyboardInterrupt

