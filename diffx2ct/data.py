@@ -160,6 +160,7 @@ class TrainingConfig(Section):
     START_FROM: str | None = None
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     COARSE_EPOCHS: list[Count] = []
+    PHANTOM_EPOCHS: Annotated[int, Field(ge=0)] = 0
     LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [12, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()
     FULL_NOISE_RATIO: Ratio = 0.75
@@ -262,6 +263,8 @@ def check_config(
         refuse(size % stride, f"{key} ({size}) must be a multiple of {stride} for the {len(u.NUM_CHANNELS)} levels of MODEL.UNET.NUM_CHANNELS")
     refuse(t.COARSE_EPOCHS and c.MODEL.BASE == "none", "TRAINING.COARSE_EPOCHS makes a better base, but MODEL.BASE is none; set it to consistent_mean, or COARSE_EPOCHS to []")
     refuse(len(t.COARSE_EPOCHS) >= len(u.NUM_CHANNELS), f"TRAINING.COARSE_EPOCHS names {len(t.COARSE_EPOCHS)} coarser stages, but each needs a level of its own and MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; name fewer")
+    refuse(t.PHANTOM_EPOCHS and c.DATA.PT_DATA_DIR is None, "TRAINING.PHANTOM_EPOCHS trains on phantoms before your own cases, but DATA.PT_DATA_DIR is null, which is phantoms alone; name a folder, or set PHANTOM_EPOCHS to 0")
+    refuse(t.PHANTOM_EPOCHS and t.START_FROM, "TRAINING.START_FROM and TRAINING.PHANTOM_EPOCHS both say where the weights begin; set one of them to null or 0")
     plain = c.model_copy(update=dict(OPTUNA=c.OPTUNA.model_copy(update=dict(PARAMS={}))))
     for key, r in c.OPTUNA.PARAMS.items():
         refuse(key.startswith("OPTUNA."), f"OPTUNA.PARAMS.{key}: the search cannot search its own settings; remove it")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AMP', 'Reporter', 'SILENT', 'PATIENCE', 'Data', 'phantom_names', 'make_phantoms', 'open_data', 'Pooled', 'pooled',
-           'Draw', 'steps_per_epoch', 'draw', 'Crops', 'clip_threshold', 'plot_norms', 'lr_factor', 'Diverged',
-           'bf16_pays', 'seen', 'Loss', 'train_step', 'validate', 'folder_id', 'wandb_mode', 'start_wandb', 'to_wandb',
-           'peaks', 'prepare_run', 'averaging', 'train_devices', 'steps_in_all', 'train_run', 'Stop', 'deaf',
+           'on_phantoms', 'stages', 'Draw', 'steps_per_epoch', 'draw', 'Crops', 'clip_threshold', 'plot_norms',
+           'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'Loss', 'train_step', 'validate', 'folder_id', 'wandb_mode',
+           'start_wandb', 'to_wandb', 'peaks', 'prepare_run', 'averaging', 'train_devices', 'train_run', 'Stop', 'deaf',
            'pictures', 'case_table', 'check_study', 'journal', 'open_study', 'suggest', 'flat', 'current',
            'start_values', 'Sampler', 'try_lock', 'link', 'next_trial', 'passing', 'lead', 'follow', 'NoRoom',
            'fitting', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main', 'start_ranks',
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, toned
 from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model
-from .data import (CTPairs, Case, Config, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
+from .data import (CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
 from .metrics import metrics, psnr
@@ -112,6 +112,25 @@ class Pooled:
 def pooled(data: Data) -> Data:
     "The data of the coarse stage."
     return Data(Pooled(data.train), Pooled(data.valid), data.geometry, 2 * data.mm, data.line_integrals)
+
+# %% ../nbs/04_train_optuna.ipynb #fc342206
+def on_phantoms(c: Config, data: Data) -> Config:
+    "The settings of a training on embedded phantoms in the cube and before the machine of these data."
+    if not data.line_integrals: raise UserError("TRAINING.PHANTOM_EPOCHS needs line-integral views; set it to 0 for display images")
+    c = c.model_copy(deep=True)
+    d, t, g = c.DATA, c.TRAINING, data.geometry
+    c.EPOCHS, c.VALIDATION_SPLIT, t.PHANTOM_EPOCHS, t.LOSS_PHASE_EPOCHS = t.PHANTOM_EPOCHS, 0.05, 0, [t.PHANTOM_EPOCHS, 0]
+    t.VALIDATION_FREQ, t.CHECKPOINT_FREQ = max(1, c.EPOCHS // 4), max(1, c.EPOCHS // 10)
+    d.PT_DATA_DIR, d.DRR_DIR, d.VALIDATION_CASES, d.DATA_RATIO, d.CUBE_MM = None, None, [], 1.0, data.mm * d.TARGET_VOLUME_SIZE
+    d.GEOMETRY = "parallel" if g.kind == "parallel" else GeometryConfig(KIND=g.kind, SAD_MM=g.sad_mm, SDD_MM=g.sdd_mm, PANEL_MM=g.panel_mm)
+    return c
+
+def stages(c: Config, data: Data) -> list[tuple[str, Config, Data]]:  # folder within the next stage's folder, settings, data; the run itself comes last
+    "What is trained one after another: phantoms, coarser networks, the run itself."
+    if c.TRAINING.COARSE_EPOCHS: earlier = stages(halved(c), pooled(data)); earlier[-1] = ("coarse", *earlier[-1][1:])
+    elif c.TRAINING.PHANTOM_EPOCHS: earlier = [("phantoms", p := on_phantoms(c, data), open_data(p))]
+    else: earlier = []
+    return earlier + [("", c, data)]
 
 # %% ../nbs/04_train_optuna.ipynb #b121a6d3
 @dataclass(frozen=True)
@@ -342,18 +361,19 @@ def peaks() -> dict[str, float]:
 # %% ../nbs/04_train_optuna.ipynb #fdca3c62
 def prepare_run(
     c: Config, data: Data,
-    coarse: Path | None = None,  # folder of the trained coarse stage
+    earlier: Path | None = None,  # folder of the stage before: the coarse network, or phantoms
 ) -> Denoiser:
     "A fresh denoiser with the mean and the scales of its training cases."
     if c.TRAINING.FLIP_AXES and not data.line_integrals: raise UserError("TRAINING.FLIP_AXES needs line-integral views, which can be rendered again; set it to [] for display images")
     if not data.line_integrals and renders(c.TRAINING.AUGMENT, ()): print("display images cannot be rendered again: of TRAINING.AUGMENT only GAMMA is used")
     torch.manual_seed(c.SEED)
     denoiser = build(c, data.geometry, data.mm, data.line_integrals)
-    if c.TRAINING.START_FROM:                                 # weights of another training; mean and scales belong to the data
-        path = model_file(c.TRAINING.START_FROM)
-        read_header(path)
-        fill(denoiser, {k: v for k, v in read_weights(path, "ema").items() if k.startswith(("unet.", "encoder."))}, path, strict=False)
-    if coarse: fill(denoiser.coarse, read_weights(path := newest(coarse), "ema"), path)
+    stage = newest(earlier) if earlier else None
+    if c.TRAINING.COARSE_EPOCHS: fill(denoiser.coarse, read_weights(stage, "ema"), stage)
+    source = model_file(c.TRAINING.START_FROM) if c.TRAINING.START_FROM else stage if c.TRAINING.PHANTOM_EPOCHS and not c.TRAINING.COARSE_EPOCHS else None
+    if source:                                                # weights of another training; mean and scales belong to the data
+        read_header(source)
+        fill(denoiser, {k: v for k, v in read_weights(source, "ema").items() if k.startswith(("unet.", "encoder."))}, source, strict=False)
     denoiser.eval()
     cases = [data.train[i] for i in range(len(data.train))]
     for case in cases: denoiser.mean += case.volume[None] / len(cases)
@@ -373,10 +393,6 @@ def train_devices(c: Config) -> list[torch.device]:
     return devices
 
 # %% ../nbs/04_train_optuna.ipynb #8670f6ad
-def steps_in_all(c: Config, cases: int) -> int:
-    "Optimizer steps of a run with its coarse stages."
-    return steps_per_epoch(c, cases) * c.EPOCHS + (steps_in_all(halved(c), cases) if c.TRAINING.COARSE_EPOCHS else 0)
-
 def train_run(
     c: Config, data: Data,
     folder: Path,  # checkpoints go here; what is there is gone on with
@@ -386,11 +402,11 @@ def train_run(
     title: str = "training",
 ) -> float:  # best validation PSNR, dB
     "Train from the settings, or from where the folder's checkpoint stands, to the last epoch."
-    coarse = folder/"coarse" if c.TRAINING.COARSE_EPOCHS else None
-    before = steps_in_all(halved(c), len(data.train)) if coarse else 0
-    if coarse: train_run(halved(c), pooled(data), coarse, meta, report_to=report_to and (lambda values, step: report_to({f"coarse/{k}": v for k, v in values.items()}, step)), title=f"{title}, coarse")
+    *earlier, _ = stages(c, data)
+    before = sum(s.EPOCHS * steps_per_epoch(s, len(d.train)) for _, s, d in earlier)
+    for name, s, d in earlier[-1:]: train_run(s, d, folder/name, meta, report_to=report_to and (lambda values, step: report_to({f"{name}/{k}": v for k, v in values.items()}, step)), title=f"{title}, {name}")
     devices = train_devices(c)
-    denoiser = prepare_run(c, data, coarse)
+    denoiser = prepare_run(c, data, folder/earlier[-1][0] if earlier else None)
     average = AveragedModel(denoiser, multi_avg_fn=averaging(c.MODEL.EMA_DECAY))
     ema = average.module.requires_grad_(False)
     saved = load_training(folder, denoiser, ema)
@@ -836,6 +852,7 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
         c = suggest(optuna.trial.FixedTrial(best.params), c)
         c.EPOCHS = max(1, round(c.EPOCHS * c.OPTUNA.RETRAIN_FACTOR))
         c.TRAINING.LOSS_PHASE_EPOCHS = [round(e * c.OPTUNA.RETRAIN_FACTOR) for e in c.TRAINING.LOSS_PHASE_EPOCHS]
+        c.TRAINING.PHANTOM_EPOCHS = round(c.TRAINING.PHANTOM_EPOCHS * c.OPTUNA.RETRAIN_FACTOR)
         c.TRAINING.COARSE_EPOCHS = [max(1, round(e * c.OPTUNA.RETRAIN_FACTOR)) for e in c.TRAINING.COARSE_EPOCHS]
         if newest(folder):
             there = Config.model_validate(read_header(model_file(folder))["config"])

@@ -24,16 +24,15 @@ DATA = {
     "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), profile="few", sets={"DATA.VALIDATION_CASES": STS, "TRAINING.COARSE_EPOCHS": [], "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32,
                           "MODEL.UNET.NUM_CHANNELS": [48, 96, 128], "MODEL.UNET.PLANAR_LEVELS": 2, "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True], "BATCH_SIZE": 4}),
 }
-DATA["phantoms32"] = dict(minutes=5, profile="few", sets={k: v for k, v in DATA["sarcoma32"]["sets"].items() if k != "DATA.VALIDATION_CASES"} | {"DATA.PHANTOMS": 272, "DATA.PT_DATA_DIR": None, "DATA.DRR_DIR": None, "DATA.CUBE_MM": 209.28})
 # methods: settings that differ from ours
 METHODS = {
     "ours": {},
     "regression": {"TRAINING.FULL_NOISE_RATIO": 1.0},  # the same backbone, never shown a noisy volume
     "original_style": {  # noise prediction from noise alone, conditioned by cross-attention only, at full resolution
         "MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256], "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2,
-        "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "TRAINING.COARSE_EPOCHS": [], "DIFFUSION.PREDICTION": "eps", "DIFFUSION.SCHEDULE": "linear", "DIFFUSION.SAMPLER": "ddim", "DIFFUSION.STEPS": 50, "DIFFUSION.CONSISTENCY": "off",
+        "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "TRAINING.COARSE_EPOCHS": [], "TRAINING.PHANTOM_EPOCHS": 0, "DIFFUSION.PREDICTION": "eps", "DIFFUSION.SCHEDULE": "linear", "DIFFUSION.SAMPLER": "ddim", "DIFFUSION.STEPS": 50, "DIFFUSION.CONSISTENCY": "off",
         "TRAINING.FULL_NOISE_RATIO": 0.0, "TRAINING.LEARNING_RATE": 2e-4, "BATCH_SIZE": 1},
-    "single_scale": {"TRAINING.COARSE_EPOCHS": []},  # no coarse network first
+    "single_scale": {"TRAINING.COARSE_EPOCHS": [], "TRAINING.PHANTOM_EPOCHS": 0},  # no coarse network first
 }
 ABLATIONS = {
     "ours": {},
@@ -44,17 +43,16 @@ ABLATIONS = {
     "without bottleneck context": {"MODEL.UNET.ATTENTION_LEVELS": [False, False, False], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, False]},
     "without planar convolutions": {"MODEL.UNET.PLANAR_LEVELS": 0},
     "without augmentation (mirror images only)": {"TRAINING.AUGMENT.SHARE": 0},
+    "without phantoms first": {"TRAINING.PHANTOM_EPOCHS": 0},
     "without diffusion (plain regression)": {"TRAINING.FULL_NOISE_RATIO": 1.0},
 }
 SEEDS = 3
-PRETRAINED = {"start from phantoms": "phantoms32 · pretraining · seed 0"}  # rows of the ablation that begin with another row's weights
 
 
 def rows() -> list[dict]:
     "All rows of both tables, in the order in which they are worth having."
     out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone") if m != "single_scale" or d == "sarcoma"]
     out += [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS]
-    out += [dict(table="pretraining", data="phantoms32", method="pretraining", seed=0)] + [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in PRETRAINED]
     for r in out: r["name"] = " · ".join([r["data"], r["method"], f"seed {r['seed']}"])
     return out
 
@@ -79,8 +77,7 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
 def step_seconds(T, c, data) -> float:
     "CPU seconds of a training step: the median of ten of a throwaway network, and a little for the averaging of weights."
     import torch
-    net = T.prepare_run(c, data)
-    net.train()
+    net = T.build(c, data.geometry, data.mm, data.line_integrals).train()
     optimizer, scaler, norms = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-6), torch.amp.GradScaler("cpu", enabled=False), []
     crops, micro, times = T.Crops(data.train, [x for s in range(12) for x in T.draw(c, len(data.train), s)], c, data.line_integrals), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
     for s in range(12):
@@ -101,22 +98,19 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     os.environ["WANDB_MODE"] = "disabled"
     d, folder = DATA[row["data"]], work / slug(row["name"])
     differs = (METHODS if row["table"] == "main" else ABLATIONS).get(row["method"], {})
-    if row["method"] in PRETRAINED: differs = {"TRAINING.START_FROM": str(work / slug(PRETRAINED[row["method"]]))}
     sets = d["sets"] | paths | differs | {"SEED": row["seed"], "DEVICES": "cpu"}
     config = lambda **more: load_config(HERE.parents[1] / "config.yml", d.get("profile"), [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix(chr(10)).removesuffix('...').strip()}" for k, v in (sets | more).items()] + over)
     c = config()
     data = T.open_data(c)
     plan = folder / "plan.json"
     if not plan.exists():
-        stages = [(c, data)]
-        while stages[-1][0].TRAINING.COARSE_EPOCHS: stages.append((T.halved(stages[-1][0]), T.pooled(stages[-1][1])))
-        full = sum(s.EPOCHS * T.steps_per_epoch(s, len(d.train)) * step_seconds(T, s, d) for s, d in stages)  # what the settings' own epochs would take
+        full = sum(s.EPOCHS * T.steps_per_epoch(s, len(d.train)) * step_seconds(T, s, d) for _, s, d in T.stages(c, data))  # what the settings' own epochs would take
         share = minutes * 60 / full
         folder.mkdir(parents=True, exist_ok=True)
-        plan.write_text(json.dumps(dict(epochs=max(1, round(c.EPOCHS * share)), coarse=[max(1, round(e * share)) for e in c.TRAINING.COARSE_EPOCHS])))
+        plan.write_text(json.dumps(dict(epochs=max(1, round(c.EPOCHS * share)), coarse=[max(1, round(e * share)) for e in c.TRAINING.COARSE_EPOCHS], phantoms=round(c.TRAINING.PHANTOM_EPOCHS * share))))
     plan = json.loads(plan.read_text())
     epochs = plan["epochs"]
-    c = config(**{"EPOCHS": epochs, "TRAINING.COARSE_EPOCHS": plan["coarse"], "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
+    c = config(**{"EPOCHS": epochs, "TRAINING.COARSE_EPOCHS": plan["coarse"], "TRAINING.PHANTOM_EPOCHS": plan["phantoms"], "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
     apart, validate = [0.0], T.validate
     def timed(*a):
         start = time.process_time()
@@ -139,7 +133,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         got = evaluate(model, open_cases(model), [m for m in methods if consistency == "on" or m in ("expected", "sample")], seed=0, consistency=consistency)
         scores |= {m + ("" if consistency == "on" else " (off)"): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
         if consistency == "on": cases = {n: {m: round(s["psnr"], 3) for m, s in v["scores"].items()} for n, v in got["cases"].items()}
-    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], coarse_seconds=round(coarse_seconds[0]), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
+    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], phantom_epochs=plan["phantoms"], coarse_seconds=round(coarse_seconds[0]), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
                         scores=scores, cases=cases, torch=torch.__version__, evaluation_seconds=round(time.time() - start))
     write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
 
@@ -164,7 +158,7 @@ def summary(out: Path) -> str:
         of = lambda m: [r["scores"]["expected"]["psnr"][0] for r in part if r["method"] == m]
         ours = of("ours")
         said += [f"### ablation on sarcoma32, {part[0]['minutes']:g} CPU minutes a row", "", "| row | seeds | expected + consistency, dB | what the part earns |", "|---|---|---|---|"]
-        for m in [*ABLATIONS, *PRETRAINED]:
+        for m in ABLATIONS:
             if v := of(m): said.append(f"| {m} | {len(v)} | {statistics.mean(v):.2f}" + (f" (sd {statistics.stdev(v):.2f})" if len(v) > 1 else "") + f" | {statistics.mean(ours) - statistics.mean(v):+.2f} |" if ours and m != "ours" else f"| {m} | {len(v)} | {statistics.mean(v):.2f} | |")
         said.append("")
     return "\n".join(said)
@@ -237,8 +231,6 @@ def main():
     todo = [r for r in todo if r["data"] in ready]
     bar = tqdm(total=round(sum(a.minutes or DATA[r["data"]]["minutes"] for r in todo), 1), desc="quality", unit="CPU min")
     def one(r):
-        first = PRETRAINED.get(r["method"])
-        while first and any(x["name"] == first for x in todo) and not (a.out / f"{slug(first)}.json").exists(): time.sleep(5)
         command = [sys.executable, __file__, "--row", json.dumps([r, ready[r["data"]]]), "--out", a.out, "--work", a.work, *(["--minutes", a.minutes] if a.minutes else []), *(x for s in a.sets for x in ("--set", s))]
         log = a.work / f"{slug(r['name'])}.log"
         with open(log, "a") as f: done = subprocess.run([str(x) for x in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=f, stderr=f).returncode == 0
