@@ -32,7 +32,6 @@ METHODS = {
         "MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256], "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2,
         "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "TRAINING.COARSE_EPOCHS": [], "TRAINING.PHANTOM_EPOCHS": 0, "DIFFUSION.PREDICTION": "eps", "DIFFUSION.SCHEDULE": "linear", "DIFFUSION.SAMPLER": "ddim", "DIFFUSION.STEPS": 50, "DIFFUSION.CONSISTENCY": "off",
         "TRAINING.FULL_NOISE_RATIO": 0.0, "TRAINING.LEARNING_RATE": 2e-4, "BATCH_SIZE": 1},
-    "single_scale": {"TRAINING.COARSE_EPOCHS": [], "TRAINING.PHANTOM_EPOCHS": 0},  # no coarse network first
 }
 ABLATIONS = {
     "ours": {},
@@ -51,7 +50,7 @@ SEEDS = 3
 
 def rows() -> list[dict]:
     "All rows of both tables, in the order in which they are worth having."
-    out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone") if m != "single_scale" or d == "sarcoma"]
+    out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone")]
     out += [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS]
     for r in out: r["name"] = " · ".join([r["data"], r["method"], f"seed {r['seed']}"])
     return out
