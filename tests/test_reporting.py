@@ -40,7 +40,7 @@ def here(tmp_path_factory) -> Path:
         assert p.returncode == 0, p.stderr
         out.append(p.stdout + p.stderr)
     go("diffx2ct_prepare", "scans", "--out", "mine", "--size", "16", "--mm", "20", "--pictures")
-    sets = ["DATA.PT_DATA_DIR=mine/volumes", "DATA.DRR_DIR=mine/drrs", "DATA.CUBE_MM=320", f"EPOCHS={EPOCHS}", "TRAINING.COARSE_EPOCHS=[2]", "TRAINING.VISUALIZATION_FREQ=3", f"OPTUNA.STORAGE=postgresql://ann:{PASSWORD}@localhost/x"]
+    sets = ["DATA.PT_DATA_DIR=mine/volumes", "DATA.DRR_DIR=mine/drrs", "DATA.CUBE_MM=320", f"EPOCHS={EPOCHS}", "TRAINING.COARSE_EPOCHS=[2]", "TRAINING.VISUALIZATION_FREQ=2", f"OPTUNA.STORAGE=postgresql://ann:{PASSWORD}@localhost/x"]
     train = ["diffx2ct_train", "--config", "tiny.yml", "--study_name", "s", "--no_search", *(x for s in sets for x in ("--set", s))]
     for number, at in ((signal.SIGTERM, 4), (signal.SIGKILL, 6)):
         p = subprocess.Popen([BIN/train[0], *train[1:]], cwd=here, env={k: v for k, v in (os.environ | env).items() if v is not None}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
@@ -53,7 +53,7 @@ def here(tmp_path_factory) -> Path:
         assert p.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), out[-1]
     go(*train)
     go("diffx2ct_visualize", "--checkpoint_dir", "checkpoints/s/single", "--samples", "2", "--cases", "1")
-    (here/"terminal.txt").write_text("".join(out))
+    (here/"terminal.txt").write_text("".join(out), encoding="utf-8")
     return here
 
 
@@ -77,7 +77,7 @@ def test_pictures_of_the_same_cases_a_table_and_the_model(here):
     files = [f for f in runs(here) if "-visualize" not in f.name]
     rows, found = [r for f in files for r in rows_of(f)], [x for f in files for x in records(f)]
     drawn = [{k for k in r if k.startswith("MPR/") and k.endswith("._type")} for r in rows]
-    assert sum(map(bool, drawn)) == 2 and len(set(map(frozenset, filter(None, drawn)))) == 1
+    assert sum(map(bool, drawn)) >= 2 and len(set(map(frozenset, filter(None, drawn)))) == 1
     for picture in files[0].parents[1].glob("*/files/media/images/**/MPR/*.png"): good_picture(picture)
     assert rows[-1]["cases._type"] == "table-file"
     (path,) = files[-1].parent.glob("files/media/table/cases*.json")
