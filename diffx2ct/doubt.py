@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import diffx2ct
 from .checkpoint import Model, digest, harm, load_model, write_summed
@@ -229,7 +229,7 @@ def fit(
         many = samples(net, case.views, list(range(seed, seed + k)), c, **how).float()
         rows[case.name], many = signs(net, case.views, many, c, **how), many.cpu()
         for n, parts in found.items():
-            mean, deviation, _ = ensemble(many[:n])
+            mean, deviation = many[:n].mean(0), many[:n].std(0)
             parts.append([v.flatten()[pick] for v in (distance(case.volume, mean, deviation, net.window), kinds(mean, seen, net.window))])
     if len(rows) < 2: raise UserError(f"factors and limits need two held-out cases or more, not {len(rows)}; name a folder of prepared cases with --data")
     q = {n: factors(*map(torch.cat, zip(*parts))).tolist() for n, parts in found.items()}
@@ -243,11 +243,12 @@ def fitted(
     "What is kept beside a model; where there is nothing that fits, the factors of somebody who believes the spread."
     path = model.path.parent/KEPT
     if not path.exists(): return gaussian(), None, f"not calibrated: no {KEPT}, see diffx2ct_doubt"
-    if why := harm(path): raise UserError(f"{why}; run diffx2ct_doubt again")
+    damaged = gaussian(), None, f"not calibrated: {KEPT} is damaged, run diffx2ct_doubt again"
+    if harm(path): return damaged
     try:
         d = json.loads(path.read_text())
         q, usual, of, drawn, cases = {int(n): torch.tensor(v) for n, v in d["factors"].items()}, d["limits"], d["model"], {n: d[n] for n in settings(c)}, len(d["cases"])
-    except (ValueError, KeyError, TypeError, AttributeError): raise UserError(f"{path} cannot be read; run diffx2ct_doubt again") from None
+    except (ValueError, KeyError, TypeError, AttributeError): return damaged
     if of != digest(model.path): return gaussian(), None, f"not calibrated: {KEPT} is of another model"
     other = [f"{n} {drawn[n]}, not {v}" for n, v in settings(c).items() if drawn[n] != v]
     if other or k not in q: return gaussian(), usual, "not calibrated: fitted for " + (", ".join(other) or f"2 to {max(q)} samples")
@@ -267,9 +268,9 @@ def examine(
     seen, many = coverage(net.A.geometry, net.A.size, net.A.mm)[0], many.float().cpu()
     maps = {"coverage": seen[0]}
     if len(many) > 1:
-        mean, deviation, _ = ensemble(many)
+        mean, deviation = many.mean(0), many.std(0)
         maps |= {"mean": to_hu(mean[0], net.window), "spread": deviation[0] * (net.window[1] - net.window[0]), "spread_95": half_width(deviation, kinds(mean, seen, net.window), q[:, LEVELS.index(0.95)], net.window)[0]}
-    return maps, dict(signs=found, limits=usual, beyond=beyond, calibration=said if len(many) > 1 else "no spread: fewer than two samples", report=text)
+    return maps, dict(signs=found, limits=usual, beyond=beyond, calibration="no spread: fewer than two samples" if len(many) < 2 and usual else said, report=text)
 
 # %% ../nbs/04b_doubt.ipynb #061aa294
 def parser() -> argparse.ArgumentParser:
