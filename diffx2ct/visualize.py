@@ -188,7 +188,7 @@ def save_nifti(
     path: str | Path,  # ends in .nii or .nii.gz
     centre: tuple[float, float, float] = (0, 0, 0),  # where the volume's centre lies in patient space (left, back, head), mm
     dtype: type = np.int16,  # int16 rounds to whole HU
-    note: str = "",  # kept in the header (`descrip`), up to 79 characters
+    note: str = "",  # kept in the header (`descrip`), the first 79 characters of it
 ) -> Path:
     "Write a volume with its voxel size, place and direction."
     values, path = np.asarray(hu), Path(path)
@@ -196,7 +196,7 @@ def save_nifti(
     if not path.name.endswith((".nii", ".nii.gz")): raise UserError(f"{path} is no name for a NIfTI file; end it in .nii or .nii.gz")
     image = as_image((np.rint(values) if np.issubdtype(dtype, np.integer) else values).astype(dtype), mm)
     image.SetOrigin([o + float(c) for o, c in zip(image.GetOrigin(), centre)])
-    image.SetMetaData("ITK_FileNotes", note)
+    image.SetMetaData("ITK_FileNotes", note[:79])
     def write(part):
         whole = part.with_name(part.stem + path.name)  # ITK tells the format by the name's end
         try:
