@@ -49,7 +49,8 @@ class Bench:
         if len(self.cases) < 2: raise UserError("this benchmark needs two held-out cases or more; name a folder of prepared cases with --data")
         if a.data and (learnt := trained_on(list(self.cases), self.model.config)): print(f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} patients ({', '.join(learnt[:4])}); the figures do not count", file=sys.stderr)
         self.size, self.mm, self.window, self.A = self.net.A.size, self.net.A.mm, self.net.window, self.net.A
-        self.how = dict(patch=self.model.config.TRAINING.PATCH_SIZE, amp=AMP[self.model.config.TRAINING.AMP])
+        self.digest = digest(self.model.path)
+        self.work, self.how = a.work / f"{a.name}_{self.digest[:8]}", dict(patch=self.model.config.TRAINING.PATCH_SIZE, amp=AMP[self.model.config.TRAINING.AMP])
         self.seen, self.known = coverage(self.A.geometry, self.size, self.mm)[0], {}
 
     def look(self, x: Tensor) -> Tensor: return self.A(density(x[None], self.window))[0]
@@ -63,7 +64,7 @@ class Bench:
 
     def ensemble(self, name: str) -> Tensor:
         "The K samples of a case, kept in the work folder."
-        path = self.a.work / f"{self.a.name}_{digest(self.model.path)[:8]}" / f"{name}_{self.a.k}_{self.a.seed}.pt"
+        path = self.work / f"{name}_{self.a.k}_{self.a.seed}.pt"
         if not path.exists(): save_tensor(samples(self.net, self.cases[name].views, [self.a.seed + i for i in range(self.a.k)], self.c, **self.how).half(), path)
         return load_tensor(path, 5).float()
 
@@ -317,7 +318,7 @@ def main(argv: list[str]) -> None:
     if a.mean_of > a.k: raise UserError(f"--mean_of {a.mean_of} takes its samples from the {a.k} of --k; ask for fewer or draw more")
     torch.set_num_threads(1)
     b, path = Bench(a), a.out / f"{a.name}.json"
-    facts = dict(model=digest(b.model.path), step=b.model.meta.get("step"), signs=list(SIGNS), size=b.size, mm=b.mm, geometry=b.A.geometry.kind, steps=b.c.STEPS, sampler=b.c.SAMPLER, k=a.k, mean_of=a.mean_of, seed=a.seed, cases=list(b.cases))
+    facts = dict(model=b.digest, step=b.model.meta.get("step"), signs=list(SIGNS), size=b.size, mm=b.mm, geometry=b.A.geometry.kind, steps=b.c.STEPS, sampler=b.c.SAMPLER, k=a.k, mean_of=a.mean_of, seed=a.seed, cases=list(b.cases))
     try: kept = json.loads(path.read_text()) if path.exists() else dict(settings=facts, rows={})
     except ValueError: raise UserError(f"{path} is damaged; remove it, or choose another --name") from None
     if kept["settings"] != facts: raise UserError(f"{path} was made with other settings ({', '.join(k for k in facts if kept['settings'].get(k) != facts[k])} differ); choose another --name or --out")
