@@ -240,7 +240,7 @@ def tables(t: dict) -> str:
     return "\n".join(said)
 
 
-def bar(out: Path) -> str:
+def cleared(out: Path) -> str:
     "Solid nodules in lung, of every model in the folder: who clears the bar?"
     methods = (*CHEAP, *DRAWN)
     said = ["### The bar: AUC of solid nodules in lung [95 %]", "", "| model | beams | observer | diameter, mm | plants | bar | " + " | ".join(map(label, methods)) + " |", "|---|---|---|---|---|---|" + "---|" * len(methods)]
@@ -339,7 +339,7 @@ def main(argv: list[str]) -> None:
     write_atomic(a.out / f"{a.name}.md", lambda p: p.write_text(text + "\n"))
     curves(t, a.out, a.name)
     picture(b, done, a.out)
-    write_atomic(a.out / "bar.md", lambda p: p.write_text(bar(a.out) + "\n"))
+    write_atomic(a.out / "bar.md", lambda p: p.write_text(cleared(a.out) + "\n"))
     print(text)
     left = sum(k not in done for k in wanted)
     if left: print(f"{left} of {len(wanted)} rows are still to be made; the same command goes on from here")
