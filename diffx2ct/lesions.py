@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blob', 'plant', 'between', 'site', 'spots', 'correlate', 'template', 'auc', 'judge', 'unseen', 'enclosed',
-           'spine_line', 'cardiothoracic', 'organs', 'dice', 'measured']
+           'spine_line', 'cardiothoracic', 'organs', 'outlined', 'dice', 'measured']
 
 # %% ../nbs/04c_lesions.ipynb #b78ab6d3
 import math
@@ -184,6 +184,19 @@ def organs(
     lung = body & (hu < -400)
     return dict(body=body, lung=lung, spine=spine_line(hu, body), ratio=cardiothoracic(lung))
 
+# %% ../nbs/04c_lesions.ipynb #bb4538f7
+def outlined(
+    x: Tensor,  # (1, D, H, W) unit volume
+    window: tuple[float, float],  # (HU_MIN, HU_MAX)
+) -> Tensor:  # (D, H, W) values of LABELS
+    "Labels by thresholds."
+    o, hu = organs(x, window), to_hu(x[0].float(), window)
+    w = torch.arange(hu.shape[-1])
+    right = w < (o["body"] * w).sum() / o["body"].sum().clamp(min=1)
+    out = torch.full(hu.shape, LABELS["air"])
+    for name, part in dict(fat=hu < -30, body=(hu >= -30) & (hu < 150), bone=hu >= 150, lung_right=o["lung"] & right, lung_left=o["lung"] & ~right).items(): out[o["body"] & part] = LABELS[name]
+    return out
+
 # %% ../nbs/04c_lesions.ipynb #34443cd7
 def dice(a: Tensor, b: Tensor) -> float:  # NaN where both are empty
     "Overlap of two masks."
@@ -191,13 +204,13 @@ def dice(a: Tensor, b: Tensor) -> float:  # NaN where both are empty
 
 def measured(
     x: Tensor, truth: Tensor,  # (1, D, H, W) unit volumes
-    labels: Tensor,  # (D, H, W) of `phantom`
+    labels: Tensor,  # (D, H, W) of `phantom` or `outlined`
     mm: float,  # voxel edge
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> dict[str, float]:
-    "A reconstruction against the truth, in the units of a report."
+    "A reconstruction against the truth, in the units of a report; NaN for tissues nobody has outlined."
     a, b = organs(x, window), organs(truth, window)
     litres = lambda m: m.sum().item() * mm ** 3 / 1e6
     apart = ((a["spine"] - b["spine"]).norm(dim=1) * mm)
-    tissue = {f"hu_{k}": (to_hu(x, window) - to_hu(truth, window))[0][labels == v].mean().item() for k, v in LABELS.items() if k in ("lung_right", "lung_left", "heart", "liver", "bone", "fat")}
+    tissue = {f"hu_{k}": (to_hu(x, window) - to_hu(truth, window))[0][labels == v].mean().item() for k, v in LABELS.items() if k in ("lung_right", "lung_left", "heart", "liver", "bone", "fat", "body")}
     return dict(lung_litres=litres(a["lung"]) - litres(b["lung"]), lung_dice=dice(a["lung"], b["lung"]), body_dice=dice(a["body"], b["body"]), spine_mm=apart.nanmean().item(), ratio=a["ratio"] - b["ratio"], **tissue)

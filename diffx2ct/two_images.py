@@ -9,7 +9,7 @@ __all__ = ['XRAY', 'ORDER', 'RESEMBLES', 'EXCHANGED', 'MIRRORED', 'WARNING', 'Vi
            'save_dicom', 'parser', 'check_options', 'main', 'write']
 
 # %% ../nbs/05a_two_images.ipynb #9219d129
-import argparse, math, os, shutil, sys, tempfile
+import argparse, json, math, os, shutil, sys, tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,15 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu
+from .data import WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu, write_atomic
 from .diffusion import Denoiser
+from .doubt import examine
 from .drr import Projector, centres, hat_matrix, to_display
 from .parallel import device_option
 from .reconstruct import METHODS, careful, finish, methods_of, reconstruct, samples
 from .scans import as_image, hushed, is_dicom, orient, suffix_of, whole_nifti
 from .train import AMP
-from .visualize import save_nifti
+from .visualize import NOTES, save_nifti
 
 # %% ../nbs/05a_two_images.ipynb #19d3d7b3
 @dataclass
@@ -320,7 +321,9 @@ the model's mean patient. Only .pt files, as diffx2ct_prepare stores them, are t
   diffx2ct_reconstruct AP.dcm LAT.dcm --checkpoint_dir checkpoints/best --out case.nii.gz --samples 8 --seed 3
   diffx2ct_reconstruct data/drrs/p1/AP.pt data/drrs/p1/LAT.pt --checkpoint_dir checkpoints/best --out p1.nii.gz --method consistent_mean
 
-The third of these writes a series for a workstation, the fourth also case_mean.nii.gz and case_spread.nii.gz: where the spread is large, the views did not say what is there.""")
+Beside --out: case_coverage.nii.gz, the beams through each voxel (where there is none, the volume is prior only), and case_trust.json, whether there is reason to doubt it as a whole.
+The third of these writes a series for a workstation, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large, the views did not say what is there.
+The last is half of the 95 % interval in HU; after diffx2ct_doubt has been run on the checkpoint it is calibrated, and the trust report has limits. Both say so.""")
     p.add_argument("ap", metavar="AP", help="frontal view")
     p.add_argument("lat", metavar="LAT", help="lateral view")
     p.add_argument("--checkpoint_dir", required=True, metavar="DIR", help="folder that diffx2ct_train wrote, or one model file")
@@ -380,13 +383,16 @@ def main(argv: list[str]):
     many = samples(net, y, list(range(a.seed, a.seed + a.samples)), c, **how) if a.samples else None
     mean = finish(net, many.mean(0, keepdim=True), y[None].to(many.device), c.CONSISTENCY)[0] if a.samples else None
     shown = mean if a.method == "mean_of_k" else reconstruct(net, y, a.method, c, seed=a.seed, **how)
-    write(a, model, shown, mean, many, c)
+    maps, report = examine(model, y, many if a.samples else shown[None], c)
+    print(report["report"], report["calibration"], sep="\n")
+    write(a, model, shown, mean, maps, report, c)
 
 def write(
     a: argparse.Namespace,  # reads out, dicom, method, samples, seed
     model: Model,
     shown: Tensor,  # (1, D, H, W) unit volume
-    mean: Tensor | None, many: Tensor | None,  # (1, D, H, W) and (K, 1, D, H, W) unit volumes
+    mean: Tensor | None,  # (1, D, H, W) of the samples
+    maps: dict[str, Tensor], report: dict,  # of `examine`
     c: DiffusionConfig,  # reads CONSISTENCY
 ) -> None:
     "Write all files of a case and say which."
@@ -396,9 +402,12 @@ def write(
     if a.out:
         stem, kind = a.out[:-len(suffix_of(Path(a.out)))], suffix_of(Path(a.out))
         written.append(save_nifti(hu(shown), net.A.mm, a.out, note=note(f"{a.method}, seed {a.seed}")))
-    if a.samples:
-        seeds = f"seeds {a.seed} to {a.seed + a.samples - 1}"
-        written.append(save_nifti(hu(mean), net.A.mm, f"{stem}_mean{kind}", note=note(f"mean, {seeds}")))
-        written.append(save_nifti(many.float().cpu().std(0)[0] * (net.window[1] - net.window[0]), net.A.mm, f"{stem}_spread{kind}", note=note(f"spread, {seeds}")))
+        if mean is not None:
+            seeds = f"seeds {a.seed} to {a.seed + a.samples - 1}"
+            written.append(save_nifti(hu(mean), net.A.mm, f"{stem}_mean{kind}", note=note(f"mean, {seeds}")))
+            written.append(save_nifti(maps["spread"], net.A.mm, f"{stem}_spread{kind}", note=note(f"spread, {seeds}")))
+            written.append(save_nifti(maps["spread_95"], net.A.mm, f"{stem}_spread_95{kind}", note=NOTES["spread_95"].format(report["calibration"])))
+        written.append(save_nifti(maps["coverage"], net.A.mm, f"{stem}_coverage{kind}", note=NOTES["coverage"]))
+        written.append(write_atomic(f"{stem}_trust.json", lambda p: p.write_text(json.dumps(report, indent=1))))
     if a.dicom: written.append(save_dicom(hu(shown), net.A.mm, a.dicom, note(f"diffx2ct {a.method}, seed {a.seed}, of two X-ray images")))
     print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; not for clinical use")

@@ -38,7 +38,7 @@ def test_bad_options_are_one_sentence(tmp_path, checkpoint):
 @pytest.mark.slow
 def test_a_rehearsal_fills_every_table_and_is_not_repeated(tmp_path, checkpoint):
     args = [sys.executable, RUN, "--checkpoint_dir", checkpoint, "--out", tmp_path / "out", "--work", tmp_path / "work", "--k", "2", "--mean_of", "1", "--plants", "1"]
-    part = run_cmd([*args, "--only", "calibration"], cwd=tmp_path)
+    part = run_cmd([*args, "--figure", "calibration"], cwd=tmp_path)
     assert part.returncode == 0 and "### Calibration: 4 cases, 2 samples" in part.stdout and "### Lesions" not in part.stdout, part.stderr
     before = json.loads((tmp_path / "out/demo.json").read_text())["rows"]
     got = run_cmd(args, cwd=tmp_path)
@@ -51,6 +51,27 @@ def test_a_rehearsal_fills_every_table_and_is_not_repeated(tmp_path, checkpoint)
         assert set(methods) == {"consistent_mean", "expected", "expected (off)", "sample", "mean_of_k", "truth"} and all(0 <= f["auc"][0] <= 1 for f in methods.values())
     assert tables["lesions"]["lung, solid"]["32"]["truth"]["auc"][0] > 0.7                     # what was planted is there, even in voxels of 20 mm
     assert tables["lies"]["views exchanged"]["cases"] == 4 and tables["reader"]["expected"]["cases"] == 4
-    assert all((tmp_path / "out" / f).stat().st_size > 1000 for f in ("lesions.png", "lesion.png", "reliability.png", "demo.md"))
+    assert all((tmp_path / "out" / f).stat().st_size > 1000 for f in ("demo_lesions.png", "demo_lesion.png", "demo_reliability.png", "demo.md"))
+    bar = (tmp_path / "out/bar.md").read_text()
+    assert bar.count("| demo | parallel |") == 6 and "| the filter | 24 |" in bar and "| - |" not in bar                       # both sizes, three observers, every method
     other = run_cmd([*args, "--seed", "1"], cwd=tmp_path)
     assert other.returncode == 2 and "other settings (seed differ)" in other.stderr
+
+
+@pytest.mark.slow
+def test_what_is_fitted_goes_with_every_volume(tmp_path, checkpoint):
+    import SimpleITK as sitk
+    note = lambda name: sitk.ReadImage(str(tmp_path / name)).GetMetaData("descrip")
+    fitted = run_cmd([sys.executable, "-m", "diffx2ct.doubt", "--checkpoint_dir", checkpoint, "--k", "3"], cwd=tmp_path)
+    assert fitted.returncode == 0 and "fitted on 4 cases, 3 samples each" in fitted.stdout and fitted.stderr == "", fitted.stderr
+    seen = run_cmd(["diffx2ct_visualize", "--checkpoint_dir", checkpoint, "--samples", "3", "--out", tmp_path / "seen"], cwd=tmp_path)
+    trust = json.loads((tmp_path / "seen/trust.json").read_text())
+    assert seen.returncode == 0 and trust["calibration"] == "calibrated on 4 held-out cases" and trust["report"] in seen.stdout and trust["beyond"] == [], seen.stderr  # it is one of those the limits are of
+    assert note("seen/spread_95.nii.gz").startswith("calibrated on 4 held-out cases; half of the 95 % interval") and "prior only" in note("seen/coverage.nii.gz")
+    AP = next(tmp_path.rglob("phantom0002/AP.pt"))
+    made = run_cmd(["diffx2ct_reconstruct", AP, AP.with_name("LAT.pt"), "--checkpoint_dir", checkpoint, "--out", "case.nii.gz", "--samples", "4"], cwd=tmp_path)
+    assert made.returncode == 0 and note("case_spread_95.nii.gz").startswith("not calibrated: fitted for 2 to 3 samples"), made.stderr
+    (checkpoint / "doubt.json").write_text("{}")
+    broken = run_cmd(["diffx2ct_reconstruct", AP, AP.with_name("LAT.pt"), "--checkpoint_dir", checkpoint, "--out", "again.nii.gz"], cwd=tmp_path)
+    (checkpoint / "doubt.json").unlink()
+    assert broken.returncode == 0 and json.loads((tmp_path / "again_trust.json").read_text())["report"].startswith("NOT JUDGED")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import BIN, ROOT, run_cmd
 
-COMMANDS = ["diffx2ct_train", "diffx2ct_prepare", "diffx2ct_visualize", "diffx2ct_evaluate", "diffx2ct_reconstruct"]
+COMMANDS = ["diffx2ct_train", "diffx2ct_prepare", "diffx2ct_visualize", "diffx2ct_evaluate", "diffx2ct_doubt", "diffx2ct_reconstruct"]
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_one_command_from_two_pictures_to_a_volume(here, tmp_path):
     "As a process of its own, in another folder, and what it says."
     made = run_cmd([sys.executable, "-c", "from diffx2ct.two_images import main; main()", *here.pngs, "--checkpoint_dir", here.at/"model", "--out", "deep/case.nii.gz"], cwd=tmp_path)
     assert made.returncode == 0 and made.stderr == "", made.stderr
-    assert [p.name for p in (tmp_path/"deep").iterdir()] == ["case.nii.gz"] and [p.name for p in tmp_path.iterdir()] == ["deep"]
+    assert sorted(p.name for p in (tmp_path/"deep").iterdir()) == ["case.nii.gz", "case_coverage.nii.gz", "case_trust.json"] and [p.name for p in tmp_path.iterdir()] == ["deep"]
     notes = [line for line in made.stdout.splitlines() if line.startswith("note: ")]
     assert len(notes) == 3 and "display images, so consistency is soft" in notes[2] and "not for clinical use" in made.stdout.splitlines()[-1]
 
@@ -168,8 +168,8 @@ def test_samples_mean_and_spread(here, say, tmp_path):
     read = lambda name: sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/name))).astype(float)
     note = lambda name: sitk.ReadImage(str(tmp_path/name)).GetMetaData("descrip").strip()
     for name, seed in (("a", 3), ("b", 3), ("c", 4)): say("--out", tmp_path/f"{name}.nii.gz", "--method", "sample", "--samples", 3, "--steps", 2, "--seed", seed)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}{k}.nii.gz" for n in "abc" for k in ("", "_mean", "_spread"))
-    for k in ("", "_mean", "_spread"):
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}{k}" for n in "abc" for k in (".nii.gz", "_mean.nii.gz", "_spread.nii.gz", "_spread_95.nii.gz", "_coverage.nii.gz", "_trust.json"))
+    for k in ("", "_mean", "_spread", "_spread_95"):
         assert (read(f"a{k}.nii.gz") == read(f"b{k}.nii.gz")).all() and (read(f"a{k}.nii.gz") != read(f"c{k}.nii.gz")).any()
     assert read("a_spread.nii.gz").min() >= 0 < read("a_spread.nii.gz").mean()
     assert "sample, seed 3" in note("a.nii.gz") and "mean, seeds 3 to 5" in note("a_mean.nii.gz") and "spread, seeds 4 to 6" in note("c_spread.nii.gz")
