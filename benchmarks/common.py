@@ -1,6 +1,7 @@
 "What the benchmarks share: settings, a case, interleaved timing, tables and results. Light to import, so that a process may start others without weighing on their memory."
-import json, os, platform, random, statistics, time
-from collections.abc import Callable
+import json, os, platform, random, shutil, statistics, subprocess, tempfile, time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +84,27 @@ def table(rows: list[dict]) -> str:
     "Rows of equal keys as a Markdown table."
     show = lambda v: "-" if v is None else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else f"{v:.3g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}" if isinstance(v, float) else str(v)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---"] * len(rows[0]), *([show(v) for v in r.values()] for r in rows)])
+
+
+@contextmanager
+def postgres() -> Iterator[tuple[str, Callable]]:  # URL, and what stops the server without ceremony and starts it again
+    "A PostgreSQL server of our own, on a socket in a scratch folder."
+    from diffx2ct.data import UserError
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found: raise UserError("there is no PostgreSQL server; install one (Debian: apt-get install postgresql)")
+    home = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))                      # short, as sockets want it
+    me = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []         # PostgreSQL does not run as root
+    if me: shutil.chown(home, "postgres")
+    call = lambda tool, *args: subprocess.run([*me, found[-1].with_name(tool), *args], check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd="/tmp")
+    data = ("-D", home / "data")
+    stop, begin = (lambda: call("pg_ctl", *data, "-m", "immediate", "stop")), lambda: call("pg_ctl", *data, "-w", "-l", home / "log", "-o", f"-k {home} -c listen_addresses='' -c fsync=off", "start")
+    def restart(): stop(); time.sleep(3); begin()
+    call("initdb", *data, "-A", "trust", "-U", "tester", "--no-sync")
+    begin()
+    try: yield f"postgresql+psycopg2://tester@/postgres?host={home}", restart
+    finally:
+        stop()
+        shutil.rmtree(home)
 
 
 def machine() -> dict:

@@ -1,12 +1,15 @@
 "Several processes train one network: losses, weights and checkpoints are those of one."
-import os, shutil, signal, socket, subprocess, sys, tempfile, time
+import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, run_cmd
+from conftest import BIN, ROOT, run_cmd
 from safetensors.torch import load_file
 from test_training import TINY
+
+sys.path.append(str(ROOT / "benchmarks"))
+from common import postgres
 
 STILL = ["--no_search", "--set", "BATCH_SIZE=4", "--set", "TRAINING.AUGMENT.PHOTONS=10000", "--set", "DEVICES=cpu"]
 
@@ -99,19 +102,10 @@ def test_ranks_with_other_settings(place):
 
 
 @pytest.fixture
-def database(tmp_path) -> str:
+def database() -> str:
     "URL of a PostgreSQL server of our own, on a socket in a scratch folder."
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found: pytest.skip("no PostgreSQL server (Debian: apt-get install postgresql)")
-    home = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))                      # short, as sockets want it
-    me = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []         # PostgreSQL does not run as root
-    if me: shutil.chown(home, "postgres")
-    call = lambda tool, *args: subprocess.run([*me, found[-1].with_name(tool), *args], check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd="/tmp")
-    call("initdb", "-D", home / "data", "-A", "trust", "-U", "tester", "--no-sync")
-    call("pg_ctl", "-D", home / "data", "-w", "-l", home / "log", "-o", f"-k {home} -c listen_addresses='' -c fsync=off", "start")
-    yield f"postgresql+psycopg2://tester@/postgres?host={home}"
-    call("pg_ctl", "-D", home / "data", "-m", "immediate", "stop")
-    shutil.rmtree(home)
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")): pytest.skip("no PostgreSQL server (Debian: apt-get install postgresql)")
+    with postgres() as (url, _): yield url
 
 
 def share_a_study(tmp_path: Path, storage: str):
