@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'FORMAT', 'UPGRADES', 'sums_of', 'digest', 'note', 'write_summed', 'harm', 'describe', 'save_model',
-           'save_checkpoint', 'tidy', 'Model', 'renamed', 'read_header', 'newest', 'model_file', 'read_weights', 'fill',
-           'load_model', 'load_training']
+           'save_checkpoint', 'tidy', 'Model', 'renamed', 'Header', 'read_header', 'newest', 'model_file',
+           'read_weights', 'fits', 'fill', 'load_model', 'load_training']
 
 # %% ../nbs/03b_checkpoint.ipynb #4ec87a1e
 import hashlib, json, sys
@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import diffx2ct
-from .data import Config, UserError, sentence, write_atomic, write_pt
+from .data import Beams, Config, Positive, UserError, read_pt, sentence, write_atomic, write_pt
 from .diffusion import BANDS, Denoiser, build
 from .drr import Geometry
 from .ranks import first, rank, whole
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 # %% ../nbs/03b_checkpoint.ipynb #2ce7839b
 SUMS = "checksums.sha256"
@@ -130,14 +130,22 @@ def renamed(k: str, v: Tensor) -> tuple[str, Tensor]:
 
 UPGRADES = {2: renamed}  # format -> what makes a tensor of the next one of it
 
+class Header(BaseModel):
+    "What is needed of a description to build its network; more may stand in it."
+    config: Config
+    geometry: Beams
+    mm: Positive
+    line_integrals: bool
+
 def read_header(
     path: Path,  # `.safetensors`
 ) -> dict:
     "The description in a model file."
     try:
         with safe_open(path, "pt") as f: meta = json.loads((f.metadata() or {})["diffx2ct"])
+        if not isinstance(meta, dict): raise ValueError
     except KeyError: raise UserError(f"{path} is a safetensors file of another program; name a folder that run_training.sh has written") from None
-    except (SafetensorError, OSError, ValueError): raise UserError(f"{path} is damaged or not a safetensors file; use another checkpoint") from None
+    except (SafetensorError, OSError, ValueError, RecursionError): raise UserError(f"{path} is damaged or not a safetensors file; use another checkpoint") from None
     if meta.get("format") not in (FORMAT, *UPGRADES): raise UserError(f"{path} has checkpoint format {meta.get('format')}, this program reads {min(UPGRADES)} to {FORMAT}; use diffx2ct {meta.get('version')}, which made it")
     return meta
 
@@ -156,7 +164,7 @@ def model_file(
         if why := harm(folder): raise UserError(f"{why}; use another checkpoint")
         return folder
     if not folder.is_dir(): raise UserError(f"checkpoint folder {folder} does not exist; run_training.sh writes checkpoints/trial_<number>")
-    found = [p for p in (folder/"best.safetensors", *sorted(folder.glob("model_*.safetensors"), reverse=True)) if p.exists()]
+    found = [p for p in (folder/"best.safetensors", *sorted(folder.glob("model_*.safetensors"), reverse=True)) if p.is_file()]
     harmed: list[str] = []
     for path in found:
         if why := harm(path): harmed.append(why); continue
@@ -178,18 +186,22 @@ def read_weights(
     for old in range(format, FORMAT): weights = dict(UPGRADES[old](k, v) for k, v in weights.items())
     return weights
 
-def fill(
+def fits(
     denoiser: Denoiser,
     weights: dict[str, Tensor],
     path: Path,  # named in the error
     strict: bool = True,  # False: parameters without buffers are enough
-) -> Denoiser:
-    "Load weights; a file of another model size is refused in one sentence."
+) -> None:
+    "Refuse a file of another model size in one sentence."
     have = denoiser.state_dict()
     wrong = next((k for k, v in weights.items() if k not in have or have[k].shape != v.shape), None)
     lost = next((k for k in have if strict and k not in weights), None)
     if wrong or lost:
         raise UserError(f"{path} is from a model of another size ({wrong or lost} is {tuple(weights[wrong].shape) if wrong else 'missing'} there, {tuple(have[wrong or lost].shape) if (wrong or lost) in have else 'absent'} here); restore the settings it was trained with, or use another study name")
+
+def fill(denoiser: Denoiser, weights: dict[str, Tensor], path: Path, strict: bool = True) -> Denoiser:
+    "Load weights that fit."
+    fits(denoiser, weights, path, strict)
     denoiser.load_state_dict(weights, strict=strict)
     return denoiser
 
@@ -200,10 +212,13 @@ def load_model(
     "The averaged model of a checkpoint, ready for `reconstruct`."
     path = model_file(folder)
     meta = read_header(path)
-    try: c = Config.model_validate(meta["config"])
+    try: h = Header.model_validate(meta)
     except ValidationError as e: raise UserError(sentence(e, str(path))) from None
-    denoiser = build(c, Geometry(**meta["geometry"]), meta["mm"], meta["line_integrals"])
-    return Model(fill(denoiser, read_weights(path, "ema"), path).to(device).eval(), c, meta, path)
+    make, weights = lambda: build(h.config, Geometry(**h.geometry.model_dump()), h.mm, h.line_integrals), read_weights(path, "ema")
+    try:
+        with torch.device("meta"): fits(make(), weights, path)  # costs no memory, however large the description says it is
+    except (RuntimeError, TypeError, ValueError, OverflowError): raise UserError(f"{path} describes a network that cannot be built; it is damaged, use another checkpoint") from None
+    return Model(fill(make(), weights, path).to(device).eval(), h.config, meta, path)
 
 def load_training(
     folder: str | Path,
@@ -218,7 +233,9 @@ def load_training(
             harmed.append(why)
             continue
         for why in harmed if rank() == 0 else (): print(f"diffx2ct: {why}; going on from {path.name}", file=sys.stderr)
-        try: state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = read_pt(path)
+            if not isinstance(state, dict) or "step" not in state: raise ValueError
         except Exception: raise UserError(f"{path} cannot be read; remove it and its model file to start this trial again") from None
         fill(ema, read_weights(model, "ema"), model)
         fill(denoiser, read_weights(model, "raw"), model, strict=False)

@@ -6,13 +6,14 @@
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'PLANES', 'UserError', 'command', 'write_atomic',
            'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights',
            'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig', 'Config',
-           'check_config', 'sentence', 'set_key', 'merge', 'read_yaml', 'load_config', 'comments', 'flat_schema',
-           'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr', 'draw_plane',
-           'save_tensor', 'write_pt', 'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'read_manifest',
-           'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
+           'check_config', 'sentence', 'set_key', 'merge', 'Loader', 'read_yaml', 'load_config', 'comments',
+           'flat_schema', 'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr',
+           'draw_plane', 'save_tensor', 'write_pt', 'unpacked', 'read_pt', 'load_tensor', 'save_case', 'cases_in',
+           'write_manifest', 'Beams', 'Manifest', 'read_manifest', 'patient_of', 'split_cases', 'crop_origin', 'crop',
+           'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
-import copy, difflib, functools, json, os, random, re, sys, tempfile
+import copy, difflib, functools, json, os, random, re, sys, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -35,12 +36,14 @@ def command(
     again: str = "goes on from here",  # what the same command does after Ctrl-C
 ) -> Callable:
     "Wrap a console command: `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."
+    def one_line(e): return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(e))  # a file's name may hold anything, also what a terminal obeys
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
         if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+        if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")  # names that are not text
         try: return main(sys.argv[1:] if argv is None else argv)
         except UserError as e:
-            print(f"diffx2ct: {e}", file=sys.stderr)
+            print(f"diffx2ct: {one_line(e)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"diffx2ct: stopped; the same command {again}", file=sys.stderr)
@@ -99,8 +102,8 @@ class DataConfig(Section):
     PHANTOMS: Annotated[int, Field(ge=2)] = 40
     DATA_RATIO: Annotated[float, Field(gt=0, le=1)] = 1.0
     VALIDATION_CASES: list[str] = []
-    TARGET_VOLUME_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    TARGET_DRR_SIZE: Annotated[int, Field(ge=8)] = 64
+    TARGET_VOLUME_SIZE: Annotated[int, Field(ge=8, le=1024, multiple_of=8)] = 64
+    TARGET_DRR_SIZE: Annotated[int, Field(ge=8, le=4096)] = 64
     CUBE_MM: Positive = 320
     GEOMETRY: Literal["parallel", "x2ct", "x2ct_scaled"] | GeometryConfig = "parallel"
     HU_MIN: Finite = -1024
@@ -112,10 +115,10 @@ class DataConfig(Section):
 # %% ../nbs/00_data.ipynb #0dc99e2a
 class UNetConfig(Section):
     "The 3D denoiser (chapter 02)."
-    NUM_CHANNELS: Annotated[list[Count], Field(min_length=1)] = [32, 64, 96, 128]
+    NUM_CHANNELS: Annotated[list[Count], Field(min_length=1, max_length=8)] = [32, 64, 96, 128]
     ATTENTION_LEVELS: list[bool] = [False, False, False, True]
     CROSS_ATTENTION_LEVELS: list[bool] = [False, False, False, True]
-    NUM_RES_BLOCKS: Count = 1
+    NUM_RES_BLOCKS: Annotated[int, Field(ge=1, le=16)] = 1
     HALF_RESOLUTION: bool = True
     PLANAR_LEVELS: Annotated[int, Field(ge=0)] = 2
     CHECKPOINTING: bool = False
@@ -285,7 +288,7 @@ def sentence(
     key = re.sub(r"\.(GeometryConfig|literal\[.*?\]|str|list\[.*?\])$", "", key)
     if first["type"] == "extra_forbidden": return f"{source}: {key} is not a known key; see config.yml for the keys there are"
     if first["type"] == "value_error": return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}"
-    return f"{source}: {key} is {first['input']!r}; {first['msg'][0].lower() + first['msg'][1:]}"
+    return f"{source}: {key} is {repr(first['input'])[:200]}; {first['msg'][0].lower() + first['msg'][1:]}"
 
 def set_key(
     c: Config,  # settings, changed in place
@@ -312,11 +315,24 @@ def merge(
     "Lay one nested mapping over another; the search space is replaced, not mixed."
     return base | {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) and k != "PARAMS" else v for k, v in over.items()}
 
+class Loader(yaml.SafeLoader):
+    "YAML without aliases, by which a few lines can stand for gigabytes."
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent): raise yaml.MarkedYAMLError(problem="aliases (*name) are not read, so write the value out", problem_mark=self.peek_event().start_mark)
+        try: return super().compose_node(parent, index)
+        except RecursionError: raise yaml.MarkedYAMLError(problem="it is nested too deep") from None
+    def construct_object(self, node, deep=False):
+        try: return super().construct_object(node, deep)
+        except (ValueError, OverflowError, RecursionError) as e: raise yaml.MarkedYAMLError(problem=f"{str(node.value)[:40]} is no value ({e})", problem_mark=node.start_mark) from None
+
 def read_yaml(
     path: str | Path,  # a YAML file with a mapping in it
 ) -> dict:
     "The mapping in a YAML file; `UserError` with line and column where it is not YAML."
-    try: got = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        with open(path, encoding="utf-8") as f: text = f.read((1 << 20) + 1)
+        if len(text) > 1 << 20: raise UserError(f"{path} has more than a megabyte, which no settings file has; name another with --config")
+        got = yaml.load(text, Loader)
     except FileNotFoundError: raise UserError(f"{path} does not exist; name a settings file with --config, or copy the project's config.yml") from None
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path} cannot be read as text ({e})") from None
     except yaml.YAMLError as e:
@@ -342,7 +358,7 @@ def load_config(
     for item in sets:
         key, eq, value = item.partition("=")
         if not eq: raise UserError(f"--set {item}: write KEY=VALUE, for instance --set TRAINING.LEARNING_RATE=0.001")
-        try: set_key(c, key.strip(), yaml.safe_load(value))
+        try: set_key(c, key.strip(), yaml.load(value, Loader))
         except yaml.YAMLError: raise UserError(f"--set {key}: {value!r} is not a YAML value") from None
     return check_config(c)
 
@@ -492,16 +508,37 @@ def write_pt(
     "`torch.save` by way of a Python file, which tells why a write fails."
     with open(path, "wb") as f: torch.save(thing, f)
 
+def unpacked(
+    path: str | Path,  # a file
+    size: int,  # bytes that its header promises
+    held: int | None = None,  # bytes that are there; default: its size
+) -> None:
+    "Refuse a file that would swell to far more than it holds: no scan compresses like that, a trap does."
+    held = Path(path).stat().st_size if held is None else held
+    if size > max(1 << 28, 200 * held): raise UserError(f"{path} has {held} bytes but its header promises {size / 1e9:.3g} GB; it is damaged or made to fill the memory, so use another file")
+
+def read_pt(
+    path: str | Path,  # `.pt` file
+    mmap: bool = False,  # leave tensors in the file until they are used
+) -> Any:
+    "`torch.load` without running code in the file, or unpacking more than it holds; raises whatever torch does."
+    if not Path(path).is_file(): raise FileNotFoundError(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size: raise ValueError("torch does not compress")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong is said by us
+        try: return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except RuntimeError as e:
+            if "mmap can only be used with files saved with" not in str(e): raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+
 def load_tensor(
     path: str | Path,  # `.pt` file with one tensor
     dims: int = 3,  # how many axes it must have; one leading axis of length 1 is dropped
 ) -> Tensor:
     "Load one finite tensor without running any code in the file."
-    try:
-        try: got = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as e:
-            if "mmap can only be used with files saved with" not in str(e): raise
-            got = torch.load(path, map_location="cpu", weights_only=True)
+    try: got = read_pt(path, mmap=True)
     except FileNotFoundError: raise UserError(f"{path} does not exist; every case needs <case>.pt and <case>/AP.pt, <case>/LAT.pt") from None
     except Exception as e:
         why = "it holds more than a tensor, perhaps code" if "weights_only" in str(e).lower() or "unsupported" in str(e).lower() else "it is truncated or not a .pt file"
@@ -510,7 +547,10 @@ def load_tensor(
     if got.ndim == dims + 1 and got.shape[0] == 1: got = got[0]
     if got.ndim != dims: raise UserError(f"{path} has shape {tuple(got.shape)}; {dims} axes are needed")
     if not got.is_floating_point(): raise UserError(f"{path} has type {got.dtype}; a floating-point tensor is needed")
-    return got
+    if got.layout != torch.strided or got.is_meta or got.dtype not in (torch.half, torch.bfloat16, torch.float, torch.double): raise UserError(f"{path} holds a {got.layout} tensor of {got.dtype} on {got.device}; a plain one of half to double precision is needed")
+    if got.numel() * got.element_size() > Path(path).stat().st_size: raise UserError(f"{path} says its shape is {tuple(got.shape)} but does not hold as many values; prepare this case again with diffx2ct_prepare")
+    if not got.isfinite().all(): raise UserError(f"{path} holds NaN or infinite values; prepare this case again")
+    return got.detach()
 
 # %% ../nbs/00_data.ipynb #734db48a
 def save_case(
@@ -545,6 +585,25 @@ def write_manifest(
     manifest = dict(format=1, geometry=geometry, view_domain=view_domain, size=size, mm=mm, pixels=pixels, hu_window=list(window), axes="D head-feet, H front-back, W right-left", cases=cases)
     return write_atomic(Path(drr_dir)/"manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1)))
 
+class Beams(BaseModel):
+    "What a manifest or a checkpoint says of an acquisition geometry (chapter 00a)."
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["parallel", "cone"]
+    sad_mm: Weight
+    sdd_mm: Weight
+    panel_mm: Positive
+
+class Manifest(BaseModel):
+    "The manifest of a folder of views; more may stand in it."
+    format: Literal[1]
+    geometry: Beams
+    view_domain: Literal["line_integral", "display"]
+    size: Annotated[int, Field(ge=8, le=1024)]
+    mm: Positive
+    pixels: Annotated[int, Field(ge=8, le=4096)]
+    hu_window: tuple[Finite, Finite]
+    cases: dict[str, dict]
+
 def read_manifest(
     drr_dir: str | Path,  # `DATA.DRR_DIR`
 ) -> dict | None:
@@ -552,10 +611,11 @@ def read_manifest(
     path = Path(drr_dir)/"manifest.json"
     if not path.exists(): return None
     try:
-        manifest = json.loads(path.read_text())
-        assert manifest["format"] == 1 and {"geometry", "view_domain", "size", "mm", "pixels", "hu_window", "cases"} <= manifest.keys()
+        if not path.is_file(): raise ValueError
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        Manifest.model_validate(manifest)
         return manifest
-    except (ValueError, AssertionError, KeyError, TypeError): raise UserError(f"{path} is not a manifest of this program; run diffx2ct_prepare again") from None
+    except (ValueError, OSError, RecursionError): raise UserError(f"{path} is not a manifest of this program; run diffx2ct_prepare again") from None
 
 # %% ../nbs/00_data.ipynb #fb8eb907
 def patient_of(
@@ -625,7 +685,6 @@ class CTPairs(torch.utils.data.Dataset):
         views = [load_tensor(self.drr/case/f"{name}.pt", dims=2) for name in ("AP", "LAT")]
         for tensor, path, want, key in ((volume, self.pt/f"{case}.pt", shape, "TARGET_VOLUME_SIZE"), *((v, self.drr/case/f"{n}.pt", view_shape, "TARGET_DRR_SIZE") for v, n in zip(views, ("AP", "LAT")))):
             if tensor.shape != want: raise UserError(f"{path} has shape {tuple(tensor.shape)}, but DATA.{key} asks for {want}; set DATA.{key} or prepare the data again")
-            if not tensor.isfinite().all(): raise UserError(f"{path} holds NaN or infinite values; prepare this case again")
         if volume.min() < -0.01 or volume.max() > 1.01: raise UserError(f"{self.pt/case}.pt has values from {volume.min():.3g} to {volume.max():.3g}, not in [0, 1]; prepare it with diffx2ct_prepare")
         self.volumes[case], self.views[case] = volume, torch.stack(views).float()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor', 'check_hu', 'suffix_of', 'whole_nifti',
-           'hushed', 'placed', 'check_file', 'read_file', 'slice_header', 'is_dicom', 'find_series', 'NoCT',
+           'hushed', 'placed', 'held_by', 'check_file', 'read_file', 'slice_header', 'is_dicom', 'find_series', 'NoCT',
            'pick_series', 'slice_gap', 'sort_slices', 'read_dicom', 'check_h5', 'read_h5', 'open_npz', 'case_name',
            'fingerprint', 'Scan', 'file_scans', 'folder_scans', 'whose', 'find_scans', 'fill_slices', 'pieces',
            'surface_share', 'body_mask', 'smooth', 'resample', 'extent', 'to_cube', 'resample_mask', 'inside',
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import UserError, command, density, cases_in, read_manifest, save_case, show_mpr, to_hu, to_unit, write_manifest
+from .data import UserError, command, density, cases_in, read_manifest, save_case, show_mpr, to_hu, to_unit, unpacked, write_manifest
 from .drr import Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
@@ -41,7 +41,7 @@ def orient(
     img = sitk.DICOMOrient(img, "LPI")
     if np.abs(np.subtract(img.GetDirection(), LPI)).max() < 1e-4: img.SetDirection(LPI)
     img.SetOrigin([round(v, 3) for v in img.GetOrigin()])
-    img.SetSpacing([round(v, 6) for v in img.GetSpacing()])
+    img.SetSpacing([max(round(v, 6), 1e-6) for v in img.GetSpacing()])
     return img
 
 # %% ../nbs/00b_scans.ipynb #9a5a48aa
@@ -96,13 +96,16 @@ def whole_nifti(
             dims = struct.unpack_from(order + "8h", head, 40)
             (kind, bits), offset, holes = struct.unpack_from(order + "2h", head, 70), struct.unpack_from(order + "f", head, 108)[0], False
             if struct.unpack_from(order + "i", head)[0] != 348: return
+            if not 0 <= offset < 1 << 24: raise UserError(f"{path} says that its voxels begin at byte {offset:g}; it is damaged, so copy or download it again")
+            need = int(offset) * (head[344:347] == b"n+1") + math.prod(max(n, 1) for n in dims[1:dims[0] + 1]) * bits // 8
+            unpacked(path, need)
             there += len(f.read(max(int(offset) - 348, 0)))
             while block := f.read(1 << 22):
                 there += len(block)
-                if kind in (16, 64) and not np.isfinite(np.frombuffer(block[:len(block) // 8 * 8], f"{order}f{bits // 8}")).all(): holes = True
+                if kind in (16, 64) and not np.isfinite(np.frombuffer(block[:len(block) // 8 * 8], order + {16: "f4", 64: "f8"}[kind])).all(): holes = True
+                if there > need + (1 << 28): raise UserError(f"{path} goes on far beyond the {need} bytes that it needs; it is damaged or made to fill the memory, so use another file")
     except (EOFError, OSError, zlib.error) as e:
         raise UserError(f"{path} cannot be read to its end ({e}); it is truncated or no {suffix_of(path)} file, so copy or download it again") from None
-    need = int(offset) * (head[344:347] == b"n+1") + math.prod(max(n, 1) for n in dims[1:dims[0] + 1]) * bits // 8
     if there < need and head[344:347] == b"n+1": raise UserError(f"{path} is truncated: {there} of {need} bytes are there; copy or download it again")
     if holes: raise UserError(f"{path} holds voxels that are NaN or infinite; replace them (air is -1000 HU) and try again")
 
@@ -122,13 +125,23 @@ def placed(
     info: sitk.ImageFileReader,  # its header, already read
 ) -> bool:
     "Whether the header says how the voxels lie in the patient."
-    tags = {k.lower(): info.GetMetaData(k) for k in info.GetMetaDataKeys()}
-    if suffix_of(path).startswith(".nii"): return any(tags.get(k, "0").strip() not in ("", "0") for k in ("qform_code", "sform_code"))
-    if suffix_of(path) == ".nrrd": return "nrrd_space" in tags
+    if suffix_of(path).startswith(".nii"): return any(info.HasMetaDataKey(k) and info.GetMetaData(k).strip() not in ("", "0") for k in ("qform_code", "sform_code"))
+    if suffix_of(path) == ".nrrd": return info.HasMetaDataKey("NRRD_space")
     head = path.open("rb").read(8192).split(b"ElementDataFile")[0]
     return re.search(rb"^(TransformMatrix|Orientation|Rotation) *=", head, re.M) is not None
 
 # %% ../nbs/00b_scans.ipynb #6b49ac5d
+def held_by(
+    path: Path,  # NIfTI, NRRD or MetaImage
+) -> int:  # bytes on the disk, of header and voxels
+    "Refuse a header that names a file elsewhere as its voxels: it could be any file."
+    held, head = path.stat().st_size, path.open("rb").read(8192)
+    if suffix_of(path) in (".mhd", ".mha") and (m := re.search(rb"^ElementDataFile *= *(.*?)\s*$", head, re.M)) and m[1] != b"LOCAL" or suffix_of(path) == ".nrrd" and (m := re.search(rb"^data ?file: *(.*?)\s*$", head.split(b"\n\n")[0], re.M | re.I)):
+        data = path.parent/os.fsdecode(m[1])
+        if b"/" in m[1] or b"\0" in m[1] or not data.is_file(): raise UserError(f"{path} names {os.fsdecode(m[1])!r} as the file of its voxels, which is no file beside it; put it there, or save the scan as one file")
+        held += data.stat().st_size
+    return held
+
 def check_file(
     path: Path,  # NIfTI, NRRD or MetaImage
 ) -> None:
@@ -142,10 +155,12 @@ def check_file(
         if suffix_of(path) == ".nii.gz": whole_nifti(path)
         raise UserError(f"{path} is not a readable {suffix_of(path)} file; it is damaged, truncated or of another kind") from None
     size = info.GetSize()
+    unpacked(path, math.prod(size) * info.GetNumberOfComponents() * 4, held_by(path))
     if info.GetDimension() != 3 and not (info.GetDimension() == 4 and size[3] == 1):
         raise UserError(f"{path} has {info.GetDimension()} dimensions {tuple(size)}; one three-dimensional volume is needed, so save one of its volumes to a file of its own")
     if info.GetNumberOfComponents() != 1: raise UserError(f"{path} has {info.GetNumberOfComponents()} values a voxel; a CT has one")
     if min(size[:3]) < 4: raise UserError(f"{path} has {tuple(size[:3])} voxels; at least 4 along every axis are needed")
+    if not np.isfinite([*info.GetSpacing(), *info.GetOrigin(), *info.GetDirection()]).all() or min(info.GetSpacing()) <= 0: raise UserError(f"{path} says its voxels are {' x '.join(f'{v:g}' for v in info.GetSpacing()[:3])} mm, or lies nowhere; it is damaged, so convert the original again")
     if not placed(path, info): raise UserError(f"{path} does not say how it lies in the patient (no affine: qform, sform, space or TransformMatrix); left and right cannot be told, so convert the original again")
 
 # %% ../nbs/00b_scans.ipynb #1f009e48
@@ -171,10 +186,12 @@ def slice_header(
     try:
         with hushed(): info.ReadImageInformation()
     except RuntimeError: return None
+    unpacked(path, math.prod(info.GetSize()) * info.GetNumberOfComponents() * 4)
     found = dict(path=path, modality=info.GetMetaData("0008|0060").strip() if info.HasMetaDataKey("0008|0060") else "unknown")
     try:
         numbers = lambda tag: np.array([float(v) for v in info.GetMetaData(tag).split("\\")])
         rows, spacing = numbers("0020|0037").reshape(2, 3), numbers("0028|0030")
+        if not all(np.isfinite(v).all() for v in (rows, spacing, numbers("0020|0032"))) or len(spacing) != 2 or len(numbers("0020|0032")) != 3 or min(spacing) <= 0: return found
         return found | dict(position=numbers("0020|0032"), normal=np.cross(*rows), size=tuple(info.GetSize()), spacing=tuple(spacing))
     except (RuntimeError, ValueError): return found
 
@@ -182,6 +199,7 @@ def slice_header(
 def is_dicom(path: Path, ct: bool = False) -> bool:
     "Whether a file begins as DICOM files do, and as those of a CT slice."
     try:
+        if not path.is_file(): return False  # a pipe would wait for ever
         with open(path, "rb") as f: head = f.read(1024)
     except OSError: return False
     return head[128:132] == b"DICM" and (not ct or b"1.2.840.10008.5.1.4.1.1.2\0" in head)
@@ -190,7 +208,9 @@ def find_series(
     folder: Path,  # a folder with DICOM files, not looked into deeper
 ) -> dict[str, list[str]]:
     "Series UID -> its files; a damaged file is an error, because it would be missing silently."
-    with hushed(): found = {uid: list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)) for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))}
+    try:
+        with hushed(): found = {uid: list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)) for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))}
+    except RuntimeError: raise UserError(f"{folder} has a DICOM file whose header cannot be (its sizes or values a pixel); copy the series again") from None
     listed = {Path(f).name for files in found.values() for f in files}
     for f in sorted(folder.iterdir()):
         if f.name not in listed and (is_dicom(f, ct=True) or f.suffix.lower() == ".dcm" and not is_dicom(f)): raise UserError(f"{f} is a damaged or truncated DICOM file; copy it again, or take it out of the folder")
@@ -212,7 +232,7 @@ def pick_series(
         raise NoCT(f"{folder} holds no CT series of three slices or more (" + (f"its modality is {', '.join(kinds)})" if kinds and kinds != ["CT"] else "its files lack positions; multi-frame files are not read)"))
     if series in cts: return cts[series]
     if series is not None and series.isdigit() and 1 <= int(series) <= len(cts): return list(cts.values())[int(series) - 1]
-    listing = "; ".join(f"{i}: {len(hs)} slices of {hs[0]['size'][0]}x{hs[0]['size'][1]}, {hs[0]['spacing'][0]:.2f} mm a pixel, {slice_gap(hs):.2f} mm apart" for i, hs in enumerate(cts.values(), 1))
+    listing = "; ".join(f"{i}: {len(hs)} slices of {hs[0]['size'][0]}x{hs[0]['size'][1]}, {hs[0]['spacing'][0]:.2f} mm a pixel, {slice_gap(hs):.2f} mm apart" for i, hs in enumerate(([h for h in hs if "position" in h] for hs in cts.values()), 1))
     if series is not None: raise UserError(f"{folder} has no series {series!r}; --series takes a UID or one of these numbers: {listing}")
     if len(cts) > 1: raise UserError(f"{folder} holds {len(cts)} CT series; pick one with --series N, from {listing}")
     return next(iter(cts.values()))
@@ -268,9 +288,11 @@ def check_h5(path: Path) -> int:  # voxels along an edge
     try:
         with h5py.File(path, "r") as f:
             if "ct" not in f: raise UserError(f"{path} has no dataset 'ct' (it has {', '.join(sorted(f)[:6]) or 'nothing'}); it is not a file of the X2CT-GAN data")
+            if not isinstance(f.get("ct", getlink=True), h5py.HardLink) or not isinstance(f["ct"], h5py.Dataset) or f["ct"].external or f["ct"].is_virtual or f["ct"].dtype.kind not in "iuf": raise UserError(f"{path}: 'ct' is no array of numbers in this file itself; it is not a file of the X2CT-GAN data")
             shape = f["ct"].shape
-    except OSError: raise UserError(f"{path} is truncated or not an HDF5 file; copy or download it again") from None
-    if len(shape) != 3 or len(set(shape)) != 1 or shape[0] < 4: raise UserError(f"{path}: 'ct' has shape {shape}; a cube is needed")
+            unpacked(path, math.prod(shape or ()) * 4)
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError): raise UserError(f"{path} is truncated or not an HDF5 file; copy or download it again") from None
+    if not shape or len(shape) != 3 or len(set(shape)) != 1 or shape[0] < 4: raise UserError(f"{path}: 'ct' has shape {shape}; a cube is needed")
     return shape[0]
 
 def read_h5(
@@ -281,7 +303,7 @@ def read_h5(
     n = check_h5(path)
     try:
         with h5py.File(path, "r") as f: hu = f["ct"][()].astype(np.float32) - offset
-    except OSError: raise UserError(f"{path} cannot be read to its end; copy or download it again") from None
+    except (OSError, RuntimeError, ValueError, MemoryError): raise UserError(f"{path} cannot be read to its end; copy or download it again") from None
     return check_hu(as_image(hu, X2CT_MM / n), str(path))
 
 # %% ../nbs/00b_scans.ipynb #bd31ab1f
@@ -289,13 +311,15 @@ def open_npz(
     path: Path,  # a packed array
 ) -> tuple[np.ndarray, list[str], float]:  # (cases, z, y, x) HU with z to the head, ids, mm
     "The contents of a packed array, without running any code in it."
-    try: packed = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile): raise UserError(f"{path} is truncated or not an .npz file; copy or download it again") from None
+    try:
+        packed = np.load(path, allow_pickle=False)
+        if isinstance(packed, np.lib.npyio.NpzFile): unpacked(path, sum(i.file_size for i in packed.zip.infolist()))
+    except (OSError, MemoryError, ValueError, EOFError, zipfile.BadZipFile): raise UserError(f"{path} is truncated or not an .npz file; copy or download it again") from None
     lacking = {"volumes_hu_zyx", "ids", "spacing_mm"} - set(getattr(packed, "files", ()))
     if lacking: raise UserError(f"{path} has no key {sorted(lacking)[0]!r}; it needs volumes_hu_zyx (cases, z, y, x), ids and spacing_mm")
     try: volumes, ids, mm = packed["volumes_hu_zyx"], [str(i) for i in packed["ids"]], float(packed["spacing_mm"])
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error): raise UserError(f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again") from None
-    if volumes.ndim != 4 or len(set(volumes.shape[1:])) != 1 or len(ids) != len(volumes) or mm <= 0: raise UserError(f"{path} holds volumes {volumes.shape} for {len(ids)} ids at {mm:g} mm; one cube for each id is needed")
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error): raise UserError(f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again") from None
+    if volumes.ndim != 4 or len(set(volumes.shape[1:])) != 1 or len(ids) != len(volumes) or not 0 < mm < math.inf or volumes.dtype.kind not in "iuf": raise UserError(f"{path} holds volumes {volumes.shape} for {len(ids)} ids at {mm:g} mm; one cube for each id is needed")
     return volumes, ids, mm
 
 # %% ../nbs/00b_scans.ipynb #5be33f62
@@ -305,7 +329,7 @@ def case_name(
     "A safe case name."
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:64]
     if name and not re.fullmatch(r"[\d.]{20,}", name): return name
-    return "scan_" + hashlib.sha256(text.encode()).hexdigest()[:10]
+    return "scan_" + hashlib.sha256(os.fsencode(text)).hexdigest()[:10]
 
 def fingerprint(
     files: list[Path],  # the files of one scan
@@ -313,7 +337,7 @@ def fingerprint(
 ) -> str:
     "A short hash that tells whether a case comes from the same files; it is quick, since it reads only the ends of the first."
     h = hashlib.sha256(part.encode())
-    for f in files: h.update(f"{f.name} {f.stat().st_size};".encode())
+    for f in files: h.update(os.fsencode(f"{f.name} {f.stat().st_size};"))
     with open(files[0], "rb") as first:
         h.update(first.read(4096)); first.seek(max(0, files[0].stat().st_size - 4096)); h.update(first.read(4096))
     return h.hexdigest()[:16]
@@ -336,6 +360,7 @@ def file_scans(
 ) -> list[Scan]:
     "The scans in one file."
     kind = suffix_of(path)
+    if not path.is_file(): raise UserError(f"{path} is no file that can be read to an end; give a scan file or a folder of scans")
     if kind in SUFFIXES:
         check_file(path)
         return [Scan(case_name(path.name[:-len(kind)]), path.name, {".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd"}.get(kind, "mha"), [path], lambda: read_file(path))]
@@ -503,6 +528,7 @@ def to_cube(
     "Centre, clean and resample one scan."
     img = sitk.Clamp(img, sitk.sitkFloat32, AIR)
     middle, edges = extent(img)
+    if not 1 < edges.max() < 5000: raise UserError(f"it measures {edges.max():.3g} mm, which no scanner takes; check the millimetres of its voxels")
     info: dict[str, Any] = dict(scan_size=list(img.GetSize()[::-1]), scan_mm=[round(s, 4) for s in img.GetSpacing()[::-1]], centre=centre, table=table)
     if centre == "body" or table == "remove":
         step = min(3.0, edges.max() / 32)

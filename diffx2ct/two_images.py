@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu, write_atomic
+from .data import WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu, unpacked, write_atomic
 from .diffusion import Denoiser
 from .doubt import examine
 from .drr import Projector, centres, hat_matrix, to_display
@@ -55,7 +55,10 @@ def one_channel(
 def read_picture(path: Path) -> View:
     "A PNG file (or JPEG, or TIFF)."
     try:
-        with Image.open(path) as image: a = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK", "YCbCr") else image)
+        with hushed(), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+            unpacked(path, math.prod(image.size) * len(image.getbands()) * 4)
+            a = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK", "YCbCr") else image)
+    except UserError: raise
     except Exception: raise UserError(f"{path} cannot be read to its end; it is truncated, damaged or no picture, so export it again") from None
     return View(str(path), one_channel(a, str(path)))
 
@@ -71,6 +74,7 @@ def read_nifti_view(path: Path) -> View:
         with hushed(): img = sitk.ReadImage(str(path), sitk.sitkFloat32)
     except RuntimeError: raise UserError(f"{path} is not a readable {suffix_of(path)} file of one value a pixel; it is damaged or of another kind") from None
     if img.GetDimension() > 2 and min(img.GetSize()) > 1 or img.GetDimension() > 3: raise no_xray(path, f"a volume of {' x '.join(map(str, img.GetSize()))} voxels")
+    if not np.isfinite([*img.GetSpacing(), *img.GetOrigin(), *img.GetDirection()]).all(): raise UserError(f"{path} says that its pixels lie nowhere (NaN in its header); export it again")
     img = orient(sitk.JoinSeries(img) if img.GetDimension() == 2 else img)
     flat = int(np.argmin(img.GetSize()[::-1]))  # the axis of (D, H, W) with one slice
     return View(str(path), torch.from_numpy(sitk.GetArrayFromImage(img).take(0, flat)), tuple(s for k, s in enumerate(img.GetSpacing()[::-1]) if k != flat))
@@ -96,19 +100,23 @@ def read_xray(
     info = sitk.ImageFileReader()
     info.SetFileName(str(path)); info.SetImageIO("GDCMImageIO")
     try:
+        with hushed(): info.ReadImageInformation()
+        unpacked(path, math.prod(info.GetSize()) * info.GetNumberOfComponents() * 4)
         with hushed(): img = info.Execute()
     except RuntimeError: raise UserError(f"{path} cannot be read to its end; it is truncated, or compressed in an unknown way, so export it again") from None
     tag = lambda key: img.GetMetaData(key).strip("\0 ") if img.HasMetaDataKey(key) else ""
     def numbers(key):
-        try: return [float(v) for v in tag(key).split("\\") if v.strip()]
-        except ValueError: raise UserError(f"{path} says {tag(key)!r} where its header needs numbers (tag {key.replace('|', ',')}); export it again") from None
+        try: found = [float(v) for v in tag(key).split("\\") if v.strip()]
+        except ValueError: found = [math.nan]
+        if all(map(math.isfinite, found)): return found
+        raise UserError(f"{path} says {tag(key)!r} where its header needs numbers (tag {key.replace('|', ',')}); export it again")
     if tag("0008|0060") not in XRAY: raise no_xray(path, f"of modality {tag('0008|0060')}")
     if math.prod(img.GetSize()[2:]) > 1: raise UserError(f"{path} holds {img.GetSize()[2]} frames; export the one that is meant as a file of its own")
     view = View(str(path), one_channel(sitk.GetArrayFromImage(img)[0], str(path)))
     dark, curve = tag("0028|0004") == "MONOCHROME1", tag("0028|1056") or "LINEAR"
     if (centre := numbers("0028|1050")) and (width := numbers("0028|1051")):
         slope, shift = (numbers("0028|1053") or [1.0])[0], (numbers("0028|1052") or [0.0])[0]
-        turn = lambda v: slope * (2 ** int(tag("0028|0101")) - 1) + 2 * shift - v if dark else v
+        turn = lambda v: slope * (2 ** min(*numbers("0028|0101"), 32) - 1) + 2 * shift - v if dark else v
         window = through_window(turn(view.grey), centre[0], width[0], curve)
         view.grey = 1 - window if dark else window
     if dark: view.done.append("MONOCHROME1, so black and white were exchanged")
