@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu
+from .data import CAUTION, WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu
 from .diffusion import Denoiser
 from .drr import Projector, centres, hat_matrix, to_display
 from .parallel import device_option
@@ -268,7 +268,7 @@ def same_scale(
     if ap.mm is None and len(ap.grey) != len(lat.grey): raise UserError(f"{ap.name} has {len(ap.grey)} rows of pixels and {lat.name} {len(lat.grey)}, and neither says its pixel size, so their heights cannot be compared; say it with --pixel_mm AP LAT")
 
 # %% ../nbs/05a_two_images.ipynb #390eb30c
-WARNING = "Synthetic CT, not for clinical use"
+WARNING = f"Synthetic CT, {CAUTION}"
 
 def uid() -> str:
     "A new DICOM UID (PS3.5, B.2)."
@@ -391,7 +391,7 @@ def write(
     "Write all files of a case and say which."
     net, written = model.denoiser, []
     hu = lambda x: to_hu(x[0].float().cpu(), net.window)
-    note = lambda what: f"{what}, consistency {c.CONSISTENCY}, not for clinical use"
+    note = lambda what: f"{what}, consistency {c.CONSISTENCY}, {CAUTION}"
     if a.out:
         stem, kind = a.out[:-len(suffix_of(Path(a.out)))], suffix_of(Path(a.out))
         written.append(save_nifti(hu(shown), net.A.mm, a.out, note=note(f"{a.method}, seed {a.seed}")))
@@ -400,4 +400,4 @@ def write(
         written.append(save_nifti(hu(mean), net.A.mm, f"{stem}_mean{kind}", note=note(f"mean, {seeds}")))
         written.append(save_nifti(many.float().cpu().std(0)[0] * (net.window[1] - net.window[0]), net.A.mm, f"{stem}_spread{kind}", note=note(f"spread, {seeds}")))
     if a.dicom: written.append(save_dicom(hu(shown), net.A.mm, a.dicom, note(f"diffx2ct {a.method}, seed {a.seed}, of two X-ray images")))
-    print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; not for clinical use")
+    print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; {CAUTION}")
