@@ -313,7 +313,7 @@ def open_npz(
     "The contents of a packed array, without running any code in it."
     try:
         packed = np.load(path, allow_pickle=False)
-        if isinstance(packed, np.lib.npyio.NpzFile): unpacked(path, sum(i.file_size for i in packed.zip.infolist()))
+        if isinstance(packed, np.lib.npyio.NpzFile) and packed.zip: unpacked(path, sum(i.file_size for i in packed.zip.infolist()))
     except (OSError, MemoryError, ValueError, EOFError, zipfile.BadZipFile): raise UserError(f"{path} is truncated or not an .npz file; copy or download it again") from None
     lacking = {"volumes_hu_zyx", "ids", "spacing_mm"} - set(getattr(packed, "files", ()))
     if lacking: raise UserError(f"{path} has no key {sorted(lacking)[0]!r}; it needs volumes_hu_zyx (cases, z, y, x), ids and spacing_mm")

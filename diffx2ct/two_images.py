@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu, unpacked, write_atomic
+from .data import CAUTION, WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu, unpacked, write_atomic
 from .diffusion import Denoiser
 from .doubt import examine
 from .drr import Projector, centres, hat_matrix, to_display
@@ -278,7 +278,7 @@ def same_scale(
     if ap.mm is None and len(ap.grey) != len(lat.grey): raise UserError(f"{ap.name} has {len(ap.grey)} rows of pixels and {lat.name} {len(lat.grey)}, and neither says its pixel size, so their heights cannot be compared; say it with --pixel_mm AP LAT")
 
 # %% ../nbs/05a_two_images.ipynb #390eb30c
-WARNING = "Synthetic CT, not for clinical use"
+WARNING = f"Synthetic CT, {CAUTION}"
 
 def uid() -> str:
     "A new DICOM UID (PS3.5, B.2)."
@@ -406,7 +406,7 @@ def write(
     "Write all files of a case and say which."
     net, written = model.denoiser, []
     hu = lambda x: to_hu(x[0].float().cpu(), net.window)
-    note = lambda what: f"{what}, consistency {c.CONSISTENCY}, not for clinical use"
+    note = lambda what: f"{what}, consistency {c.CONSISTENCY}, {CAUTION}"
     if a.out:
         stem, kind = a.out[:-len(suffix_of(Path(a.out)))], suffix_of(Path(a.out))
         written.append(save_nifti(hu(shown), net.A.mm, a.out, note=note(f"{a.method}, seed {a.seed}")))
@@ -418,4 +418,4 @@ def write(
         written.append(save_nifti(maps["coverage"], net.A.mm, f"{stem}_coverage{kind}", note=NOTES["coverage"]))
         written.append(write_atomic(f"{stem}_trust.json", lambda p: p.write_text(json.dumps(report, indent=1))))
     if a.dicom: written.append(save_dicom(hu(shown), net.A.mm, a.dicom, note(f"diffx2ct {a.method}, seed {a.seed}, of two X-ray images")))
-    print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; not for clinical use")
+    print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; {CAUTION}")

@@ -1,4 +1,4 @@
-"""The viewer in a real JupyterLab, in a real browser: what a user sees after moving a slider or clicking a button."""
+"""The viewer in a real JupyterLab, in a real browser: what a user sees after a slider, a button, a click, the wheel, a key or a drag."""
 import os
 import shutil
 import socket
@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOTS = ROOT / "artifacts"
+SHOTS = Path(os.environ.get("DIFFX2CT_ARTIFACTS", ROOT / "artifacts"))  # screenshots, which CI keeps
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 CELL = """
@@ -24,7 +24,9 @@ truth = hu.numpy()
 generated = (truth + np.roll(truth, 1, 0) + np.roll(truth, 1, 2)) / 3
 d, h, w = np.meshgrid(*[np.linspace(-1, 1, 48)] * 3, indexing="ij")
 coverage = 1 * (abs(d) < 0.9 + 0.2 * h) + (abs(d) < 0.9 + 0.2 * w)
-view({"truth": truth, "generated": generated, "spread": abs(generated - truth) / 2, "coverage": coverage}, mm=info["mm"])
+samples = [generated + np.random.default_rng(k).normal(0, 60, truth.shape) for k in range(3)]
+viewer = view({"truth": truth, "generated": generated, "samples": samples, "coverage": coverage}, mm=info["mm"])
+viewer
 """
 
 
@@ -65,7 +67,7 @@ def lab(tmp_path_factory):
             server.wait()
 
 
-def wait_for(address, server, log, seconds=30):
+def wait_for(address, server, log, seconds=120):
     "The address, as soon as the server answers there."
     end = time.monotonic() + seconds
     while time.monotonic() < end and server.poll() is None:
@@ -85,7 +87,7 @@ def page(lab):
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS.split())
         page = browser.new_page(viewport={"width": 1440, "height": 1300})
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.goto(lab + "lab/tree/viewer.ipynb")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
@@ -104,7 +106,7 @@ def pictures(page):
 
 def changed(page, before, count=3):
     "The pictures in sight, as soon as `count` of them are not those of `before`."
-    end = time.monotonic() + 15
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         now = pictures(page)
         if len(now) >= len(before) and sum(n not in before for n in now) >= count:
@@ -113,14 +115,29 @@ def changed(page, before, count=3):
     pytest.fail("the pictures did not change")
 
 
+def text_soon(page, *words):
+    "Waits until the viewer says all of the words."
+    try:
+        page.wait_for_function("words => words.every(w => document.querySelector('.dx').innerText.includes(w))", arg=list(words), timeout=60_000)
+    except Exception:
+        pytest.fail(f"the viewer does not say {words}, but: {page.locator('.dx').inner_text()}")
+
+
+def shoot(page, name):
+    page.wait_for_function("[...document.querySelectorAll('.dx img')].every(i => i.complete)")
+    page.locator(".dx").screenshot(path=SHOTS / f"viewer_{name}.png")
+
+
+def spot(page, plane, x, y):
+    "A point of a picture, given in shares of its side, in pixels of the page."
+    box = page.locator(f".dx .dx-{plane}:visible").first.bounding_box()
+    return box["x"] + x * box["width"], box["y"] + y * box["height"]
+
+
 @pytest.mark.browser
-def test_viewer_in_the_browser(page):
+def test_controls(page):
     SHOTS.mkdir(exist_ok=True)
     viewer = page.locator(".dx")
-
-    def shoot(name):
-        page.wait_for_function("[...document.querySelectorAll('.dx img')].every(i => i.complete)")
-        viewer.screenshot(path=SHOTS / f"viewer_{name}.png")
 
     def inked():  # is there a picture of the slice, not only a black square?
         return page.evaluate("""() => { const i = document.querySelector('.dx img'), c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
@@ -128,28 +145,87 @@ def test_viewer_in_the_browser(page):
 
     before = pictures(page)
     assert len(before) == 3 and inked() > 20
-    shoot("start")
+    shoot(page, "start")
 
-    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").nth(2)          # two handles of the window come first
+    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").nth(3)          # the sample's handle and two of the window come first
     handle.focus()
     page.keyboard.press("ArrowRight")
     before = changed(page, before)
-    assert "voxel (25, 24, 24)" in viewer.inner_text()
+    text_soon(page, "voxel (25, 24, 24)")
 
     viewer.get_by_role("button", name="mediastinum", exact=True).click()
     before = changed(page, before)
-    shoot("mediastinum")
+    shoot(page, "mediastinum")
 
     for name in ("generated", "difference", "spread", "coverage"):
         viewer.get_by_role("button", name=name, exact=True).click()
         before = changed(page, before)
-        shoot(name)
-    assert "no beam" in viewer.inner_text()
+        shoot(page, name)
+    text_soon(page, "no beam: prior only")
 
     viewer.get_by_role("button", name="difference", exact=True).click()
     before = changed(page, before)
+    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").first           # another sample: another difference
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    before = changed(page, before)
+    text_soon(page, "sample 1 of 3")
+    shoot(page, "sample")
+
     viewer.locator("select").select_option("truth")
     before = changed(page, before)
     assert len(before) == 6
-    shoot("compared")
+    shoot(page, "compared")
     page.screenshot(path=SHOTS / "viewer_page.png")
+    viewer.locator("select").select_option("nothing")
+    page.wait_for_function("[...document.querySelectorAll('.dx img')].filter(i => i.offsetParent).length == 3")
+    viewer.get_by_role("button", name="truth", exact=True).click()
+    changed(page, before[:3])
+
+
+@pytest.mark.browser
+def test_mouse_and_keys(page):
+    "A click moves the cross-hair, a move reads out, the wheel and keys walk, a drag with the right button or shift is the window."
+    before = pictures(page)
+
+    page.mouse.move(*spot(page, "coronal", 0.25, 0.75))
+    text_soon(page, "voxel (37, 24, 10)")                                            # under the mouse; nothing has moved yet
+    assert pictures(page) == before
+    page.mouse.down()
+    page.mouse.up()
+    before = changed(page, before)
+    text_soon(page, "R 90.0 mm")
+    shoot(page, "click")
+
+    page.mouse.move(*spot(page, "axial", 0.5, 0.5))
+    for _ in range(3):
+        page.mouse.wheel(0, 120)
+    text_soon(page, "voxel (40, 24, 10)")
+    before = changed(page, before, 1)
+    scrolled = page.evaluate("document.querySelector('.jp-WindowedPanel-outer')?.scrollTop ?? 0")
+    assert scrolled == 0, "the wheel turned the page instead of the slices"
+
+    page.mouse.down()                                                                # a drag with the left button takes the cross-hair along
+    page.mouse.move(*spot(page, "axial", 0.6, 0.4), steps=4)
+    page.mouse.up()
+    text_soon(page, "voxel (40, 18, 29)")
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "PageUp"):
+        page.keyboard.press(key)
+    text_soon(page, "voxel (39, 19, 27)")
+    before = pictures(page)
+
+    def levels():
+        return page.locator(".dx .widget-readout:visible").nth(1).inner_text()
+
+    said = levels()
+    for start, stop in ((lambda: page.mouse.down(button="right"), lambda: page.mouse.up(button="right")), (lambda: (page.keyboard.down("Shift"), page.mouse.down()), lambda: (page.mouse.up(), page.keyboard.up("Shift")))):
+        page.mouse.move(*spot(page, "sagittal", 0.6, 0.5))
+        start()
+        page.mouse.move(*spot(page, "sagittal", 0.4, 0.4), steps=4)
+        stop()
+        before = changed(page, before)
+        assert levels() != said
+        said = levels()
+    assert "voxel (39, 19, 27)" in page.locator(".dx").inner_text()                  # the cross-hair stayed where it was
+    assert not page.locator(".lm-Menu").count(), "the page opened a menu"
+    shoot(page, "window")
