@@ -8,7 +8,7 @@ from traitlets.config import Config
 
 root = Path(__file__).resolve().parents[1]
 IMAGES = "nbs/images"  # pictures that cells drew are written here as index_*.png, beside those put there by hand
-DIRECTIVE = re.compile(r"^#\|\s*(\S+?):?(?:\s+(.*))?$", re.M)
+DIRECTIVE = re.compile(r"^#\|[ \t]*(\S+?):?(?:[ \t]+(.*))?$", re.M)
 
 
 def prepare(nb):
