@@ -248,7 +248,7 @@ def fitted(
     try:
         d = json.loads(path.read_text())
         q, usual, of, drawn, cases = {int(n): torch.tensor(v) for n, v in d["factors"].items()}, d["limits"], d["model"], {n: d[n] for n in settings(c)}, len(d["cases"])
-    except (ValueError, KeyError, TypeError, AttributeError): return damaged
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError): return damaged
     if of != digest(model.path): return gaussian(), None, f"not calibrated: {KEPT} is of another model"
     other = [f"{n} {drawn[n]}, not {v}" for n, v in settings(c).items() if drawn[n] != v]
     if other or k not in q: return gaussian(), usual, "not calibrated: fitted for " + (", ".join(other) or f"2 to {max(q)} samples")

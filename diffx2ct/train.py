@@ -306,7 +306,7 @@ Reporter = Callable[[dict[str, Any], int | None], None]  # values, step; see abo
 def folder_id(folder: Path) -> str:
     "What a folder is called among all folders: a word in its file `id`."
     if not (folder/"id").exists(): write_atomic(folder/"id", lambda p: p.write_text(uuid.uuid4().hex))
-    return (folder/"id").read_text()
+    return (folder/"id").read_text(errors="replace")
 
 def wandb_mode(c: Config) -> str:
     "What the variable WANDB_MODE says, else the setting WANDB."
@@ -548,6 +548,7 @@ def open_study(
             try:
                 storage = journal(place.removeprefix("journal:")) if place.startswith("journal:") else optuna.storages.RDBStorage(place, dict(pool_pre_ping=True) | (patience if place.startswith("sqlite") else {}))
                 study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+                trials = study.get_trials(deepcopy=False)
                 break
             except (IntegrityError, ProgrammingError):
                 if not again: raise
@@ -556,7 +557,7 @@ def open_study(
     except ImportError as e: raise UserError(f"OPTUNA.STORAGE needs the Python package {e.name}, which is not installed (for PostgreSQL: pip install psycopg2-binary)") from None
     except Exception as e: raise UserError(f"the study's storage {place if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs") from None
     finally: os.close(turn)
-    for t in study.get_trials(deepcopy=False):
+    for t in trials:
         for key, d in t.distributions.items():
             r = c.OPTUNA.PARAMS.get(key)
             if r and getattr(d, "choices", None) != (r.choices and tuple(map(json.dumps, r.choices))): raise UserError(f"OPTUNA.PARAMS.{key}: its choices are not those of trial {t.number} of study {name}; restore them, or use another --study_name")

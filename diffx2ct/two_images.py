@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import CAUTION, WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, read_manifest, to_hu, unpacked, write_atomic
+from .data import CAUTION, WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, one_line, read_manifest, to_hu, unpacked, write_atomic
 from .diffusion import Denoiser
 from .doubt import examine
 from .drr import Projector, centres, hat_matrix, to_display
 from .parallel import device_option
 from .reconstruct import METHODS, careful, finish, methods_of, reconstruct, samples
-from .scans import as_image, hushed, is_dicom, orient, suffix_of, whole_nifti
+from .scans import as_image, called, hushed, is_dicom, orient, suffix_of, whole_nifti
 from .train import AMP
 from .visualize import NOTES, save_nifti
 
@@ -136,7 +136,7 @@ def read_view(
     which: str,  # AP or LAT
 ) -> View:
     "One X-ray image from a file."
-    path = Path(path)
+    path = called(Path(path))
     if not path.is_file(): raise UserError(f"{path} {'is a folder; name the one image file' if path.is_dir() else 'does not exist; name the file'} of the {which} view")
     kind = suffix_of(path)
     if kind == ".pt": view = View(str(path), load_tensor(path, 2).float(), stored=True)
@@ -385,7 +385,7 @@ def main(argv: list[str]):
     c, line = how_consistent(net, views, c, a.consistency)
     y, done, doubts = calibrate(net, views)
     for text in filter(None, [*done, line]): print(f"note: {text}")
-    for text in doubts: print(f"diffx2ct: warning: {text}", file=sys.stderr)
+    for text in doubts: print(f"diffx2ct: warning: {one_line(text)}", file=sys.stderr)
     c = careful(net, y, c, f"{a.ap}, {a.lat}")
     how = dict(patch=min(model.config.TRAINING.PATCH_SIZE, net.A.size), amp=AMP[model.config.TRAINING.AMP])
     many = samples(net, y, list(range(a.seed, a.seed + a.samples)), c, **how) if a.samples else None

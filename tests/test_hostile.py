@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from diffx2ct.checkpoint import SUMS, describe, load_model, load_training, save_checkpoint, save_model
 from diffx2ct.data import CTPairs, UserError, command, density, load_config, read_manifest, save_case, save_tensor, to_unit, write_manifest
 from diffx2ct.diffusion import build
+from diffx2ct.doubt import KEPT
 from diffx2ct.drr import geometry
 
 N, MM, SECONDS, BYTES = 16, 20.0, 10, 2 << 30  # SECONDS of the processor
@@ -95,7 +96,7 @@ class Reader:
         wrong = f"{code}: {err[-1500:]}" if code not in (0, 2) else f"not one sentence: {err[-1500:]!r}" if code == 2 and (len(lines) != 1 or not lines[0].startswith("diffx2ct: ")) else f"said {err[-1500:]!r}" if code == 0 and lines else None
         if self.files() != before: wrong = f"written outside the output folder: {self.files() ^ before}"
         elif code == 2 and any(p.is_file() for p in self.out.rglob("*")): wrong = f"refused, but {list(self.out.rglob('*'))} is there"
-        key = hashlib.sha256(repr((name, what if not content else kind)).encode() + content).digest()
+        key = hashlib.sha256(repr((kind, what if not content else "")).encode() + content).digest()
         if key not in self.seen:
             self.seen.add(key)
             self.rows.append((kind, what, "wrong" if wrong else "refused" if code == 2 else "read", lines[0].removeprefix("diffx2ct: ").replace(f"{self.at}/", "") if code == 2 and lines else ""))
@@ -434,7 +435,7 @@ NAMES = ["a b", "it's", 'say "x"', "new\nline", "tab\there", "back\\slash", "ün
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names(reader, good, name):
-    "A scan, a folder of slices and an image whose name is a trap are read, and what is written lies in the output folder under a plain name."
+    "A scan, a folder of slices and an image whose name is a trap are read, unless it is no text, and what is written lies in the output folder under a plain name."
     at = reader.at/"names"
     shutil.rmtree(at, ignore_errors=True)
     (at/"x"/f"{name}.d").mkdir(parents=True)
@@ -442,7 +443,8 @@ def test_names(reader, good, name):
     shutil.copy(good/"a.nii.gz", scan); shutil.copy(good/"AP.png", view); shutil.copytree(good/"dicom", folder, dirs_exist_ok=True)
     out = ["--out", reader.out, "--size", N]
     for kind, path, *argv in (("scan", scan, "prepare", scan, *out), ("folder", folder, "prepare", folder, *out), ("image", view, "reconstruct", view, good/"LAT.png", "--checkpoint_dir", good/"model", "--out", reader.out/"c.nii.gz", "--method", "mean")):
-        assert reader.judge(f"name of a {kind}", repr(name)[:90], argv[0], argv[1:]) is None and reader.rows[-1][2] == "read", reader.rows[-1]
+        wrong, text = reader.judge(f"name of a {kind}", repr(name)[:90], argv[0], argv[1:]), not re.search("[\udc80-\udcff]", name)
+        assert wrong is None and reader.rows[-1][2] == ("read" if text else "refused"), (wrong, reader.rows[-1])
         assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,80}", p.name) for p in reader.out.rglob("*")), list(reader.out.rglob("*"))
     scan.write_bytes(b"x"); view.write_bytes(b"x")
     for kind, path, *argv in (("scan", scan, "prepare", scan, *out), ("image", view, "reconstruct", view, good/"LAT.png", "--checkpoint_dir", good/"model", "--out", reader.out/"c.nii.gz")):
@@ -510,6 +512,16 @@ def test_a_pickle_is_never_opened(reader, trial, kind):
     for what, data in evils(pwned).items():
         assert trial(kind, f"code: {what}", data) is None and reader.rows[-1][2] == "refused", reader.rows[-1]
         assert not pwned.exists()
+
+
+def test_what_is_kept_beside_a_model_is_never_opened(reader, good):
+    "doubt.json, from which intervals are calibrated: damaged, it counts as absent, and the report says so."
+    at, pwned, out = reader.at/"kept", reader.at/"pwned", reader.out/"c.nii.gz"
+    shutil.copytree(good/"model", at); (at/SUMS).unlink()
+    for what, data in (evils(pwned) | {"nested lists": b"[" * 100000, "numbers for text": b'{"factors": 7}', "nothing": b"", "a list": b"[]"}).items():
+        (at/KEPT).write_bytes(data)
+        assert reader.judge(KEPT, f"code: {what}", "reconstruct", [good/"AP.png", good/"LAT.png", "--checkpoint_dir", at, "--out", out, "--method", "mean", "--samples", "2", "--steps", "1"], data) is None and reader.rows[-1][2] == "read"
+        assert not pwned.exists() and any("damaged" in p.read_text() for p in reader.out.glob("*.json"))
 
 
 def test_the_pickle_would_have_worked(tmp_path):
