@@ -294,7 +294,7 @@ BAD = {  # name: (what stands for the AP image, or for both; options; words of t
     "a film of CTs": (lambda h, t: nifti(np.zeros((4, 8, 8, 8), np.int16), t/"ct.nii.gz"), [], "no X-ray image"),
     "a CT slice": (lambda h, t: dicom(t/"ct", grey(h.y[0], 4000), sop=CT, modality="CT"), [], "ct is of modality CT, no X-ray image"),
     "an MR slice": (lambda h, t: dicom(t/"mr", grey(h.y[0], 4000), modality="MR"), [], "mr is of modality MR, no X-ray image"),
-    "NaN": (lambda h, t: save_tensor(torch.full((N, N), torch.nan), t/"a.pt"), [], "a.pt holds pixels that are NaN"),
+    "NaN": (lambda h, t: save_tensor(torch.full((N, N), torch.nan), t/"a.pt"), [], "a.pt holds NaN"),
     "black": (lambda h, t: png(np.zeros((64, 64)), t/"a.png"), [], "value 0 in every pixel"),
     "a stamp": (lambda h, t: png(np.eye(5), t/"a.png"), [], "5 x 5 pixels"),
     "stored at another size": (lambda h, t: save_tensor(torch.rand(N, 8), t/"a.pt"), [], "a.pt has shape (16, 8), the model reads 16 x 16 pixels"),
