@@ -25,7 +25,7 @@ import numpy as np
 import optuna
 import torch
 import torch.nn.functional as F
-from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, PendingRollbackError, ProgrammingError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -649,13 +649,15 @@ def next_trial(
             study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs={"folder": home}))
 
 # %% ../nbs/04_train_optuna.ipynb #0dff18fe
-SILENT = (optuna.exceptions.StorageInternalError, OperationalError, InterfaceError)  # what Optuna and SQLAlchemy raise where a storage fails
+SILENT = (optuna.exceptions.StorageInternalError, DBAPIError, PendingRollbackError)  # what Optuna and SQLAlchemy raise where a storage fails
 PATIENCE = 300  # s that a study may be out of reach
 
 def passing(e: Exception) -> str:  # its first line; empty where waiting is no use
     "Whether a storage's failure is one that passes: a server that restarts, a file that others are writing; not a full disk."
     cause = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) else e
-    if not isinstance(cause, (OperationalError, InterfaceError)) or isinstance(cause.orig, sqlite3.Error) and "locked" not in str(cause.orig): return ""
+    if isinstance(cause, PendingRollbackError): return "a lost connection"  # what a session says that was cut off within a transaction
+    if not isinstance(cause, DBAPIError) or not (cause.connection_invalidated or isinstance(cause, (OperationalError, InterfaceError))): return ""
+    if isinstance(cause.orig, sqlite3.Error) and "locked" not in str(cause.orig): return ""
     return str(cause.orig).strip().splitlines()[0]
 
 # %% ../nbs/04_train_optuna.ipynb #ba536724

@@ -209,7 +209,7 @@ def share_study(
     states = Counter(t.state.name for t in there)
     times = Counter(n for n, _, _ in begun)
     return dict(workers=workers, trials=trials, seconds=round(time.monotonic() - began, 1), states=dict(states), lost=trials - states["COMPLETE"], doubled=len(there) - len({t.params["TRAINING.LEARNING_RATE"] for t in there}), taken_up_again=sum(n > 1 for n in times.values()),
-                without_checkpoint=sum(not any((home / f"checkpoints/s/trial_{t.number}").glob("model_*.safetensors")) for t in there), locked_said=said.count("locked"), tracebacks=said.count("Traceback"), exit_codes=sorted(codes), complaints=[line for line in said.splitlines() if line.startswith("diffx2ct:")], by_worker=sorted(Counter(p for _, p, _ in begun).values()), **more)
+                without_checkpoint=sum(not any((home / f"checkpoints/s/trial_{t.number}").glob("model_*.safetensors")) for t in there), locked_said=said.count("locked"), tracebacks=said.count("Traceback"), exit_codes=sorted(codes), complaints=[line for line in said.splitlines() if "diffx2ct:" in line], by_worker=sorted(Counter(p for _, p, _ in begun).values()), **more)
 
 
 def begun_in(folder: Path) -> list[tuple[int, int, float]]:  # trial, process, monotonic time
