@@ -327,7 +327,7 @@ def open_npz(
     lacking = {"volumes_hu_zyx", "ids", "spacing_mm"} - set(getattr(packed, "files", ()))
     if lacking: raise UserError(f"{path} has no key {sorted(lacking)[0]!r}; it needs volumes_hu_zyx (cases, z, y, x), ids and spacing_mm")
     try: volumes, ids, mm = packed["volumes_hu_zyx"], [str(i) for i in packed["ids"]], float(packed["spacing_mm"])
-    except (OSError, ValueError, TypeError, EOFError, MemoryError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error): raise UserError(f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again") from None
+    except Exception: raise UserError(f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again") from None
     if volumes.ndim != 4 or len(set(volumes.shape[1:])) != 1 or len(ids) != len(volumes) or not 0 < mm < math.inf or volumes.dtype.kind not in "iuf": raise UserError(f"{path} holds volumes {volumes.shape} for {len(ids)} ids at {mm:g} mm; one cube for each id is needed")
     return volumes, ids, mm
 
