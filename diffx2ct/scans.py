@@ -12,7 +12,7 @@ __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor
            'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
-import argparse, contextlib, functools, gzip, hashlib, math, os, re, shlex, struct, sys, zipfile, zlib
+import argparse, contextlib, functools, gzip, hashlib, math, os, re, shlex, struct, sys, zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -323,7 +323,8 @@ def open_npz(
     try:
         packed = np.load(path, allow_pickle=False)
         if isinstance(packed, np.lib.npyio.NpzFile) and packed.zip: unpacked(path, sum(i.file_size for i in packed.zip.infolist()))
-    except (OSError, MemoryError, ValueError, EOFError, zipfile.BadZipFile): raise UserError(f"{path} is truncated or not an .npz file; copy or download it again") from None
+    except UserError: raise
+    except Exception: raise UserError(f"{path} is truncated or not an .npz file; copy or download it again") from None
     lacking = {"volumes_hu_zyx", "ids", "spacing_mm"} - set(getattr(packed, "files", ()))
     if lacking: raise UserError(f"{path} has no key {sorted(lacking)[0]!r}; it needs volumes_hu_zyx (cases, z, y, x), ids and spacing_mm")
     try: volumes, ids, mm = packed["volumes_hu_zyx"], [str(i) for i in packed["ids"]], float(packed["spacing_mm"])

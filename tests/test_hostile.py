@@ -1,6 +1,6 @@
 """Files made to do harm, in place of every file a command reads: exit code 2 and one sentence, or a correct read. Never a traceback, ten seconds, two gigabytes, a file outside the output folder, or code that runs.
 
-The commands run in one long-lived process with a limit on its memory and somebody who watches the clock. Every input is written into a table with its outcome: `hostile.md` in pytest's folder, or in `$DIFFX2CT_HOSTILE`; `$DIFFX2CT_HOSTILE_EXAMPLES` says how many random inputs Hypothesis makes of each kind."""
+The commands run in one long-lived process with a limit on its memory and somebody who watches the clock. All inputs are written into a table with their outcomes: `table.md` in pytest's folder, or in `$DIFFX2CT_HOSTILE`; `$DIFFX2CT_HOSTILE_EXAMPLES` says how many random inputs Hypothesis makes of each kind."""
 import gzip, hashlib, io, json, multiprocessing, os, pickle, re, resource, shutil, sqlite3, struct, sys, tempfile, time, traceback, zipfile, zlib
 from pathlib import Path
 
@@ -424,6 +424,7 @@ def lying(path, data):
 @pytest.fixture(scope="module")
 def lie(good): return list(lies(good))
 
+@slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_that_lie(trial, lie, kind):
     none(trial(kind, what, data) for k, what, data in lie if k == kind)
@@ -433,6 +434,7 @@ def test_files_that_lie(trial, lie, kind):
 
 NAMES = ["a b", "it's", 'say "x"', "new\nline", "tab\there", "back\\slash", "ünïcode", "胸部", "рентген", "صدر", "\U0001f480", "$(touch pwned)", "`touch pwned`", "; touch pwned", "-rf", "--out", "%s%n", "{x}", "con", "NUL", "aux", "..", "...", "_", "~", "*", "?", "[!.]", "#", "&", "a" * 200, "1.2.840.113619.2.55.3.604688119", "\x1b[31mred", "\u202ereversed", "\udcff\udcfe"]
 
+@slow
 @pytest.mark.parametrize("name", NAMES)
 def test_names(reader, good, name):
     "A scan, a folder of slices and an image whose name is a trap are read, unless it is no text, and what is written lies in the output folder under a plain name."
@@ -453,6 +455,7 @@ def test_names(reader, good, name):
 
 IDS = ["../x", "../../../../tmp/x", "/etc/passwd", "..", ".", "", "\0", "a\0b", "a/b", "a\\b", "C:\\x", "con", "p\n1", "x" * 9999, "ünï", "胸部", "~root", "$HOME", "volumes", ".hidden", "\x1b[2J"]
 
+@slow
 @pytest.mark.parametrize("name", IDS)
 def test_ids_of_a_packed_array(reader, good, name):
     path = reader.at/"names"/"ids.npz"
@@ -468,6 +471,7 @@ def test_study_names(reader, name):
     assert wrong is None and reader.rows[-1][2] == "refused", (wrong, reader.rows[-1])
 
 
+@slow
 def test_links_and_devices(reader, good):
     "Links out of the folder are read or refused like files; a pipe or a device is never waited for; a link in the output folder is replaced, not followed."
     at, wrongs = reader.at/"links", []
@@ -506,6 +510,7 @@ def evils(path):
     return {"pickle": pickle.dumps(Evil(path), protocol=2), "pickle of today": pickle.dumps(Evil(path)), "pickle as text": pickle.dumps(Evil(path), protocol=0), ".pt": pt({"step": Evil(path), "a": torch.ones(2)}), "old .pt": pt([Evil(path)], _use_new_zipfile_serialization=False), ".npz": npz(volumes_hu_zyx=array), ".npy": saved(lambda p: np.save(p.with_suffix(".npy"), array, allow_pickle=True)),
             "YAML": f"EPOCHS: !!python/object/apply:os.mkdir [{path}]\n".encode(), "JSON": json.dumps({"py/reduce": [{"py/function": "os.mkdir"}, {"py/tuple": [str(path)]}]}).encode()}
 
+@slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pickle_is_never_opened(reader, trial, kind):
     pwned = reader.at/"pwned"
@@ -514,6 +519,7 @@ def test_a_pickle_is_never_opened(reader, trial, kind):
         assert not pwned.exists()
 
 
+@slow
 def test_what_is_kept_beside_a_model_is_never_opened(reader, good):
     "doubt.json, from which intervals are calibrated: damaged, it counts as absent, and the report says so."
     at, pwned, out = reader.at/"kept", reader.at/"pwned", reader.out/"c.nii.gz"
@@ -565,6 +571,7 @@ def test_no_loader_that_runs_code():
 
 # checkpoints
 
+@slow
 def test_any_flipped_byte_of_a_checkpoint_is_noticed(good, tmp_path, capsys):
     "200 bytes drawn at random in all files of a folder, the checksums among them: named, and where there is a pair before it, that one is used."
     net, c = network()
@@ -586,6 +593,7 @@ def test_any_flipped_byte_of_a_checkpoint_is_noticed(good, tmp_path, capsys):
         assert load_model(copy).path.name == ("model_000010.safetensors" if name.startswith("model") else "model_000020.safetensors")
 
 
+@slow
 def test_through_the_command_itself(reader, good, tmp_path):
     "Some of the above as a user meets it: a process of its own."
     bad = dict([("prepare.nii.gz", gzip.compress(gzip.decompress((good/"a.nii.gz").read_bytes())[:2000])), ("b\nc.nii", b"x"), ("d.h5", b"\x89HDF\r\n\x1a\n" + bytes(99)), ("e.npz", npz(spacing_mm=float("nan"))), ("f.yml", LAUGHS.encode() + b"EPOCHS: *i\n"), ("g.yml", b"EPOCHS: !!python/object/apply:os.mkdir [pwned]\n"), ("h.png", png(13000, 13000, rows=zeros(169 << 20)))])
