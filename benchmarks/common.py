@@ -40,14 +40,14 @@ def network(c):
     return net
 
 
-def training_step(net, c, item: tuple) -> Callable:
-    "A call that trains one step on a micro-batch of `Crops`."
+def training_step(net, c) -> Callable[[list[tuple]], None]:
+    "What trains one step on micro-batches of `Crops`."
     import torch
     import diffx2ct.train as T
     optimizer, scaler = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-4), torch.amp.GradScaler("cpu", enabled=False)
-    def step():
+    def step(items):
         net.train()
-        T.train_step(T.Loss(net, c), c, [item], 0, optimizer, scaler, [])
+        T.train_step(T.Loss(net, c), c, items, 0, optimizer, scaler, [])
     return step
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import diffx2ct
 from .checkpoint import Model, digest, harm, load_model, write_summed
 from .consistency import CLASH, disagreement
-from .data import Case, DiffusionConfig, UserError, command, density, to_hu
+from .data import CAUTION, Case, DiffusionConfig, UserError, command, density, to_hu
 from .diffusion import Denoiser
 from .drr import Projector, coverage
 from .evaluate import open_cases
@@ -203,7 +203,7 @@ def trust(
     lines = [f"- {SIGNS[k][0]} ({found[k]:{SIGNS[k][1]}}, usual up to {usual[k]:{SIGNS[k][1]}})" for k in beyond]
     lines.append(f"- prior only: {found['unseen']:.1%} of the body lies in no beam, and there the picture is invented" if found["unseen"] else "- all of the body lies in a beam")
     if "spread" in found: lines.append(f"- samples differ by {found['spread']:.0f} HU in the body")
-    return beyond, "\n".join([head, *lines, "Not for clinical use."])
+    return beyond, "\n".join([head, *lines, f"{CAUTION.capitalize()}."])
 
 # %% ../nbs/04b_doubt.ipynb #f1d3e028
 KEPT = "doubt.json"

@@ -369,8 +369,8 @@ def prepare_run(
     torch.manual_seed(c.SEED)
     denoiser = build(c, data.geometry, data.mm, data.line_integrals)
     stage = newest(earlier) if earlier else None
-    if c.TRAINING.COARSE_EPOCHS: fill(denoiser.coarse, read_weights(stage, "ema"), stage)
-    source = model_file(c.TRAINING.START_FROM) if c.TRAINING.START_FROM else stage if c.TRAINING.PHANTOM_EPOCHS and not c.TRAINING.COARSE_EPOCHS else None
+    if denoiser.coarse: fill(denoiser.coarse, read_weights(stage, "ema"), stage); stage = None
+    source = model_file(c.TRAINING.START_FROM) if c.TRAINING.START_FROM else stage
     if source:                                                # weights of another training; mean and scales belong to the data
         read_header(source)
         fill(denoiser, {k: v for k, v in read_weights(source, "ema").items() if k.startswith(("unet.", "encoder."))}, source, strict=False)

@@ -112,10 +112,11 @@ def layer(
     "A volume with limits that suit its kind."
     values, less = (v if v is None else np.ascontiguousarray(v, np.float32) for v in (values, less))
     made = Layer(name, values, kind_of(name), tuple(window), less)
-    if made.kind == "hu": return made
+    if made.kind == "coverage": made.limits = (0, 2)
+    if made.kind in ("hu", "coverage"): return made
     top = float(np.percentile(np.abs(made[::2, ::2, ::2]), 99.5))
     top = max(10.0 * math.ceil(top / 10), 10.0)
-    made.limits = {"coverage": (0, 2), "spread": (0.0, top), "difference": (-top, top)}[made.kind]
+    made.limits = (-top if made.kind == "difference" else 0.0, top)
     return made
 
 

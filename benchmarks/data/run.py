@@ -12,6 +12,7 @@ views   where a case is changed its views are rendered anew: the share of a trai
 
 Times are CPU seconds of one thread, interleaved, medians of --repeats rounds."""
 import argparse, itertools, sys, tempfile
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +48,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
             for i in range(0, len(draws), 10): torch.testing.assert_close(way(i), first(i), rtol=0, atol=3e-4)  # half a unit in the last place of a half
         trains = config("demo", {"DATA.TARGET_VOLUME_SIZE": patch, "DATA.TARGET_DRR_SIZE": patch, "TRAINING.PATCH_SIZE": patch, "BATCH_SIZE": 1, "DEVICES": "cpu"})
         net, turn = network(trains), {name: itertools.cycle(range(len(draws))) for name in ways}
-        step = training_step(net, trains, T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], trains)[0])
+        step = partial(training_step(net, trains), [T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], trains)[0]])
         def read(name):
             for i in itertools.islice(turn[name], many): ways[name](i)
         spent = cpu_seconds({name: lambda name=name: read(name) for name in ways}, repeats, before=step)
@@ -69,7 +70,7 @@ def views(edge: int, repeats: int) -> list[dict]:
             net = network(c)
             case = random_cases(1, net)
             item = T.Crops(case, [T.Draw((0,), (0, 0, 0), 0)], c)[0]
-            work[g, "step"] = training_step(net, c, item)
+            work[g, "step"] = partial(training_step(net, c), [item])
             work[g, "render"] = lambda net=net, item=item: net.A(density(item[1], net.window))
             work[g, "warp"] = lambda c=c, case=case: augment(case[0].volume, np.random.default_rng(0), c.TRAINING.AUGMENT, c.TRAINING.FLIP_AXES)
         spent = cpu_seconds(work, repeats)

@@ -13,6 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from common import training_step
+
 STS = [f"STS_{i:03d}" for i in range(33, 41)]  # held out, never trained on
 
 # data sets: budget in CPU minutes, settings, and how they are made
@@ -75,13 +78,11 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
 
 def step_seconds(T, c, data) -> float:
     "CPU seconds of a training step: the median of ten of a throwaway network, and a little for the averaging of weights."
-    import torch
-    net = T.build(c, data.geometry, data.mm, data.line_integrals).train()
-    optimizer, scaler, norms = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-6), torch.amp.GradScaler("cpu", enabled=False), []
+    step = training_step(T.build(c, data.geometry, data.mm, data.line_integrals), c)
     crops, micro, times = T.Crops(data.train, [x for s in range(12) for x in T.draw(c, len(data.train), s)], c, data.line_integrals), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
     for s in range(12):
         start = time.process_time()
-        T.train_step(T.Loss(net, c), c, [crops[s * micro + i] for i in range(micro)], 0, optimizer, scaler, norms)
+        step([crops[s * micro + i] for i in range(micro)])
         times.append(time.process_time() - start)
     return statistics.median(times[2:]) * 1.03
 
