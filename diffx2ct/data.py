@@ -156,6 +156,7 @@ class AugmentConfig(Section):
     SHIFT: Ratio = 0.05
     ELASTIC: Ratio = 0.02
     INTENSITY: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    NODULES: Annotated[float, Field(ge=0, le=20)] = 0.0
     GEOMETRY: Annotated[float, Field(ge=0, lt=0.2)] = 0.0
     PHOTONS: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     GAMMA: Annotated[float, Field(ge=0, lt=2)] = 0.0

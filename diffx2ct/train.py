@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .augment import augment, grainy, renders, shaken, toned
+from .augment import augment, grainy, renders, shaken, sown, toned
 from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model
 from .data import (CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
@@ -163,9 +163,11 @@ def draw(
 # %% ../nbs/04_train_optuna.ipynb #26a2f013
 class Crops(Dataset):
     "Reads this rank's share of the micro-batches of a list of draws."
-    def __init__(self, pairs: CTPairs, draws: list[Draw], c: Config, line_integrals: bool = True):
+    def __init__(self, pairs: CTPairs, draws: list[Draw], c: Config, line_integrals: bool = True, mm: float | None = None):
         self.pairs, self.draws, self.patch, self.t, self.mine = pairs, draws, c.TRAINING.PATCH_SIZE, c.TRAINING, share(c.BATCH_SIZE)
+        self.mm, self.window = mm or c.DATA.CUBE_MM / c.DATA.TARGET_VOLUME_SIZE, (c.DATA.HU_MIN, c.DATA.HU_MAX)
         self.renders = line_integrals and renders(self.t.AUGMENT, self.t.FLIP_AXES)  # display images cannot be rendered
+    def another(self, x: Tensor, rng: np.random.Generator) -> Tensor: return sown(augment(x, rng, self.t.AUGMENT, self.t.FLIP_AXES), rng, self.t.AUGMENT.NODULES, self.mm, self.window)
     def __len__(self): return len(self.draws)
     def __getitem__(self, i: int) -> tuple[Draw, Tensor | None, Tensor, Tensor]:
         "The draw, whole volumes where views must be rendered, crops, stored views."
@@ -175,7 +177,7 @@ class Crops(Dataset):
             for place, k in zip(truth, cases): place.copy_(k.volume)  # read, converted and put into the batch in one pass
             return d, None, truth, torch.stack([k.views for k in cases])
         cases = [(n, self.pairs[d.cases[n]]) for n in self.mine]
-        volumes = torch.stack([augment(k.volume, np.random.default_rng((d.seed, n)), self.t.AUGMENT, self.t.FLIP_AXES) for n, k in cases])
+        volumes = torch.stack([self.another(k.volume, np.random.default_rng((d.seed, n))) for n, k in cases])
         return d, volumes, crop(volumes, d.origin, self.patch).contiguous(), torch.stack([k.views for _, k in cases])
 
 # %% ../nbs/04_train_optuna.ipynb #bcc97c9a
@@ -433,7 +435,7 @@ def train_run(
         save_checkpoint(folder, step, denoiser, ema, state, describe(ema, c, step=step, epoch=epoch, metrics=dict(protocol="unit", psnr=h["best"], method="expected"), **meta), c.TRAINING.CHECKPOINTS_KEPT)
     micro = c.TRAINING.GRADIENT_ACCUMULATION_STEPS
     draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
-    items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
+    items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals, data.mm), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
     bar = tqdm(range(start, steps), desc=title, initial=start, total=steps, unit="step", disable=rank() > 0)
     with Stop() as stop, ExitStack() as at_end:
         at_end.callback(getattr(items, "_shutdown_workers", lambda: None))  # left to the garbage collector it can take ten seconds

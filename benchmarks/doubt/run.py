@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffx2ct.augment import blob, plant
 from diffx2ct.checkpoint import digest, load_model
 from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, show_mpr, to_hu, write_atomic
 from diffx2ct.doubt import KINDS, LEVELS, SIGNS, TISSUES, distance, ensemble, factors, gaussian, inside, kinds, limits, plot_reliability, signs, tampered, trust
 from diffx2ct.drr import coverage
 from diffx2ct.evaluate import AMP, open_cases, trained_on
-from diffx2ct.lesions import auc, blob, judge, measured, outlined, plant, site, spots, template, unseen
+from diffx2ct.lesions import auc, judge, measured, outlined, site, spots, template, unseen
 from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import finish, reconstruct, samples
 
