@@ -12,6 +12,7 @@ import hashlib, json, sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +48,7 @@ def note(folder: Path, sums: dict[str, set[str]]) -> None:
 
 def write_summed(
     path: Path,
-    write: Callable[[Path], None],  # as of `write_atomic`
+    write: Callable[[Path], Any],  # as of `write_atomic`
 ) -> Path:
     "Write a file whole or not at all, with its checksum."
     folder, name, sums = path.parent, path.name, sums_of(path.parent)

@@ -216,6 +216,12 @@ class Range(Section):
         elif self.log and self.step: raise ValueError("log and step exclude each other")
         return self
 
+    def ends(self) -> list:
+        "The choices, or the ends of the range and what lies a step above the lower one."
+        if self.choices is not None: return self.choices
+        assert self.low is not None and self.high is not None  # as `check` has seen to
+        return [self.low, min(self.high, self.low + (self.step or 1)), self.high]
+
 def hidden(url: str | None) -> str | None:
     "A database URL as it may be written down: without user, password and options."
     return url and re.sub(r"(?<=://).*@|(?<=\?).*", "***", url)
@@ -275,7 +281,7 @@ def check_config(
     plain = c.model_copy(update=dict(OPTUNA=c.OPTUNA.model_copy(update=dict(PARAMS={}))))
     for key, r in c.OPTUNA.PARAMS.items():
         refuse(key.startswith("OPTUNA."), f"OPTUNA.PARAMS.{key}: the search cannot search its own settings; remove it")
-        for value in r.choices if r.choices is not None else [r.low, min(r.high, r.low + (r.step or 1)), r.high]:
+        for value in r.ends():
             try: check_config(set_key(plain.model_copy(deep=True), key, value, f"OPTUNA.PARAMS.{key}"))
             except UserError as e: raise e if str(e).startswith("OPTUNA.PARAMS") else UserError(f"OPTUNA.PARAMS.{key} = {value}: {e}") from None
     return c
@@ -302,7 +308,7 @@ def set_key(
 ) -> Config:
     "Assign one dotted key, checked by the schema."
     *parents, last = key.split(".")
-    section = c
+    section: Any = c
     for name in parents:
         section = getattr(section, name, None) if isinstance(section, Section) and name in type(section).model_fields else None
     if not isinstance(section, Section) or last not in type(section).model_fields:
@@ -476,16 +482,16 @@ def show_mpr(
 ) -> plt.Figure:
     "Axial, coronal and sagittal planes, one row a volume, with orientation letters."
     first = next(iter(volumes.values()))
-    at = at or tuple(n // 2 for n in first.shape)
+    d, h, w = at or (n // 2 for n in first.shape)
     rows, cols = max(len(volumes), 2 if views is not None else 1), 3 + (views is not None)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.4 * rows), dpi=80, facecolor="black", squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for row, (title, volume) in zip(axes, volumes.items()):
         diff = title.startswith("difference")
         style = dict(cmap="RdBu_r", vmin=-500, vmax=500) if diff else dict(cmap="gray", vmin=window[0], vmax=window[1])
-        for ax, (plane, letters), image in zip(row, PLANES.items(), planes(volume, at)): draw_plane(ax, image, f"{title}, {plane}", letters, **style)
+        for ax, (plane, letters), image in zip(row, PLANES.items(), planes(volume, (d, h, w))): draw_plane(ax, image, f"{title}, {plane}", letters, **style)
     if views is not None:
-        for row, name, letters, image in zip(axes, ("AP view", "LAT view"), ("RLHF", "APHF"), views): draw_plane(row[-1], image, name, letters, cmap="gray")
+        for row, name, sides, image in zip(axes, ("AP view", "LAT view"), ("RLHF", "APHF"), views): draw_plane(row[-1], image, name, sides, cmap="gray")
     warn = bool(path) or "generated" in volumes
     fig.tight_layout(pad=0.4, rect=(0, 0, 0.98 if warn else 1, 1))
     if warn: fig.text(0.998, 0.5, CAUTION, color="#ffd24d", fontsize=6, ha="right", va="center", rotation=90)
@@ -654,7 +660,8 @@ def crop_origin(
 ) -> tuple[int, int, int]:  # voxel (d, h, w) where the crop begins
     "A random position, every one equally likely."
     rng = np.random.default_rng(seed)
-    return tuple(int(v) for v in rng.integers(0, size - patch + 1, 3))
+    d, h, w = rng.integers(0, size - patch + 1, 3).tolist()
+    return d, h, w
 
 def crop(
     volume: Tensor,  # (..., D, H, W)
@@ -679,11 +686,11 @@ class CTPairs(torch.utils.data.Dataset):
         c: DataConfig,  # reads PT_DATA_DIR, DRR_DIR, TARGET_VOLUME_SIZE, TARGET_DRR_SIZE
         cases: list[str] | None = None,  # names; default: all in the folder
     ):
-        self.pt, self.drr = Path(c.PT_DATA_DIR), Path(c.DRR_DIR)
+        self.pt, self.drr = Path(c.PT_DATA_DIR or "null"), Path(c.DRR_DIR or "null")
         if not self.pt.is_dir(): raise UserError(f"DATA.PT_DATA_DIR {self.pt} is not a folder; make it with diffx2ct_prepare, or leave it out to train on phantoms")
         self.cases = cases if cases is not None else cases_in(self.pt)
         if not self.cases: raise UserError(f"DATA.PT_DATA_DIR {self.pt} holds no .pt file; fill it with diffx2ct_prepare")
-        self.volumes, self.views = {}, {}
+        self.volumes, self.views = dict[str, Tensor](), dict[str, Tensor]()
         for case in self.cases: self.open(case, (c.TARGET_VOLUME_SIZE,) * 3, (c.TARGET_DRR_SIZE,) * 2)
 
     def open(self, case: str, shape: tuple, view_shape: tuple):

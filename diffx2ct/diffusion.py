@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,8 @@ BANDS = 2  # of resolution, each with its scale
 
 class Denoiser(nn.Module):
     "D(x_t, t, condition) -> clean state."
+    unet: UNet; encoder: Encoder; A: Projector; coarse: "Denoiser | None"
+    scales: Tensor; mean: Tensor  # (BANDS,) and (1, 1, D, H, W), measured on the training cases
     def __init__(self,
         unet: UNet, encoder: Encoder,
         diffusion: Diffusion,
@@ -146,7 +149,7 @@ class Denoiser(nn.Module):
         self.window, self.line_integrals = window, line_integrals
         self.base_kind = "mean" if base == "consistent_mean" and not line_integrals else base
         self.mirrors = mirrors(A.geometry, flips)
-        self.lifts = {}  # (origin, patch, device) -> Lifting per level, made when first needed
+        self.lifts: dict[tuple, tuple] = {}  # (origin, patch, device) -> Lifting per level, made when first needed
         self.register_buffer("scales", torch.ones(BANDS))
         self.register_buffer("mean", torch.zeros(1, 1, A.size, A.size, A.size))
 
@@ -201,7 +204,7 @@ def condition(self: Denoiser,
 ) -> Condition:
     "The condition of the block at `origin` with the shape of `base`."
     maps, tokens = encoded
-    edge, levels, first = base.shape[-1], len(maps), 2 if self.unet.half else 1
+    edge, levels, first = base.shape[-1], len(maps), 2 if self.unet.at_half else 1
     key = (origin, edge, base.device)
     if key not in self.lifts:
         if len(self.lifts) > 64: self.lifts.clear()
@@ -345,7 +348,7 @@ def heun(denoise, x, times, d, generator=None) -> Tensor:
 def dpm(denoise, x, times, d, generator=None) -> Tensor:
     "DPM-Solver++(2M) of the diffusers library, on the variance-preserving rescaling of our state."
     from diffusers import DPMSolverMultistepScheduler
-    solver = DPMSolverMultistepScheduler(prediction_type="sample", solver_order=2, final_sigmas_type="zero")
+    solver: Any = DPMSolverMultistepScheduler(prediction_type="sample", solver_order=2, final_sigmas_type="zero")
     solver.set_timesteps(len(times) - 1)
     a, s = d.alpha_sigma(torch.tensor(times, dtype=torch.float64).clamp(max=0.999))
     solver.sigmas = (s / a).float()
@@ -372,9 +375,9 @@ def joined(
     conditions: Sequence[Condition],  # of blocks of one shape
 ) -> Condition:
     "One condition for a batch of blocks."
-    cat = lambda values: None if values[0] is None else torch.cat(values)
+    cat: Callable[[Sequence], Any] = lambda values: None if values[0] is None else torch.cat(tuple(values))
     lifted = [cat(level) for level in zip(*(c.lifted for c in conditions))] if conditions[0].lifted is not None else None
-    return Condition(*(cat([getattr(c, k) for c in conditions]) for k in ("base", "extra")), lifted, cat([c.tokens for c in conditions]))
+    return Condition(cat([c.base for c in conditions]), cat([c.extra for c in conditions]), lifted, cat([c.tokens for c in conditions]))
 
 def windowed(
     denoiser: Denoiser,
@@ -386,7 +389,8 @@ def windowed(
     batch: int | None = None,  # windows that go through the network together; None: 4, but one on a CPU if larger than 64^3
 ) -> Callable[[Tensor, float], Tensor]:
     "`denoise(x_t, t)` for the whole cube; one window that covers it is the plain case."
-    origins = list(product(starts(base.shape[-1], patch, overlap), repeat=3))
+    along = starts(base.shape[-1], patch, overlap)
+    origins = list(product(along, along, along))
     weight, total = blend_weight(patch, blend).to(base), torch.zeros_like(base)
     for o in origins: crop(total, o, patch).add_(weight)
     batch = batch or (1 if base.device.type == "cpu" and patch > 64 else 4)

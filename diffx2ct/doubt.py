@@ -12,6 +12,7 @@ import argparse, json, math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import diffx2ct
 from .checkpoint import Model, digest, harm, load_model, write_summed
 from .consistency import CLASH, disagreement
-from .data import CAUTION, Case, DiffusionConfig, UserError, command, density, to_hu
+from .data import CAUTION, Case, CTPairs, DiffusionConfig, UserError, command, density, to_hu
 from .diffusion import Denoiser
 from .drr import Projector, coverage
 from .evaluate import open_cases
@@ -116,7 +117,7 @@ def turned(
 ) -> Tensor:  # (1, D, H, W)
     "The patient turned a little on the table."
     a = math.radians(degrees)
-    grid = F.affine_grid(torch.tensor([[[math.cos(a), -math.sin(a), 0, 0], [math.sin(a), math.cos(a), 0, 0], [0, 0, 1, 0]]]), (1, *x.shape), align_corners=False)
+    grid = F.affine_grid(torch.tensor([[[math.cos(a), -math.sin(a), 0, 0], [math.sin(a), math.cos(a), 0, 0], [0, 0, 1, 0]]]), [1, *x.shape], align_corners=False)
     return F.grid_sample(x[None], grid.to(x), padding_mode="border", align_corners=False)[0]
 
 def tampered(
@@ -196,11 +197,12 @@ def trust(
     usual: dict[str, float] | None,  # from `limits`; None: nothing has been fitted
 ) -> tuple[list[str], str]:  # names of the signs beyond their limit, and the report
     "One reconstruction in words."
-    beyond = [k for k in found if usual and found[k] > usual[k]]
-    if not usual: head = "NOT JUDGED: what is usual for this model is not known; run diffx2ct_doubt once on its checkpoint."
+    known = usual or {}
+    beyond = [k for k in known if k in found and found[k] > known[k]]
+    if not known: head = "NOT JUDGED: what is usual for this model is not known; run diffx2ct_doubt once on its checkpoint."
     elif beyond: head = f"DOUBTFUL: {len(beyond)} of {len(found)} signs are beyond what held-out patients show."
     else: head = "Nothing unusual: all signs are as in held-out patients. The picture may still be wrong."
-    lines = [f"- {SIGNS[k][0]} ({found[k]:{SIGNS[k][1]}}, usual up to {usual[k]:{SIGNS[k][1]}})" for k in beyond]
+    lines = [f"- {SIGNS[k][0]} ({found[k]:{SIGNS[k][1]}}, usual up to {known[k]:{SIGNS[k][1]}})" for k in beyond]
     lines.append(f"- prior only: {found['unseen']:.1%} of the body lies in no beam, and there the picture is invented" if found["unseen"] else "- all of the body lies in a beam")
     if "spread" in found: lines.append(f"- samples differ by {found['spread']:.0f} HU in the body")
     return beyond, "\n".join([head, *lines, f"{CAUTION.capitalize()}."])
@@ -216,13 +218,15 @@ def settings(c: DiffusionConfig) -> dict:
 @torch.no_grad()
 def fit(
     model: Model,
-    cases: Sequence[Case],  # held out, with their volumes
+    cases: CTPairs | Sequence[Case],  # held out, with their volumes
     k: int = 8,  # samples of each
     seed: int = 0,  # of the first sample, and of the voxels
 ) -> dict:  # what `doubt.json` holds
     "Factors and limits of a model."
-    net, c, how = model.denoiser, model.config.DIFFUSION, dict(patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP])
-    seen, found, rows = coverage(net.A.geometry, net.A.size, net.A.mm)[0], {n: [] for n in range(2, k + 1)}, {}
+    net, c = model.denoiser, model.config.DIFFUSION
+    how: dict[str, Any] = dict(patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP])
+    seen, rows = coverage(net.A.geometry, net.A.size, net.A.mm)[0], {}
+    found: dict[int, list] = {n: [] for n in range(2, k + 1)}  # samples -> distances and kinds of each case
     pick = torch.randperm(seen.numel(), generator=torch.Generator().manual_seed(seed))[:PICKED]
     for case in tqdm([cases[i] for i in range(len(cases))], desc="fitting", unit="case", leave=False, disable=None):
         if careful(net, case.views, c, case.name) is not c: continue
@@ -232,7 +236,7 @@ def fit(
             mean, deviation = many[:n].mean(0), many[:n].std(0)
             parts.append([v.flatten()[pick] for v in (distance(case.volume, mean, deviation, net.window), kinds(mean, seen, net.window))])
     if len(rows) < 2: raise UserError(f"factors and limits need two held-out cases or more, not {len(rows)}; name a folder of prepared cases with --data")
-    q = {n: factors(*map(torch.cat, zip(*parts))).tolist() for n, parts in found.items()}
+    q = {n: factors(torch.cat([z for z, _ in parts]), torch.cat([kind for _, kind in parts])).tolist() for n, parts in found.items()}
     return dict(version=diffx2ct.__version__, model=digest(model.path), step=model.meta.get("step"), cases=list(rows), seed=seed, **settings(c), levels=list(LEVELS), kinds=KINDS, factors=q, limits=limits(list(rows.values())))
 
 def fitted(

@@ -35,7 +35,7 @@ def site(
     if name == "lung": return lung
     if name == "retrocardiac": return lung & (labels == LABELS["heart"]).int().cummax(1).values.bool()
     middle = between(right, left)
-    if name == "mediastinum": return middle & sum(labels == LABELS[k] for k in ("body", "fat", "heart", "vessels")).bool()
+    if name == "mediastinum": return middle & torch.stack([labels == LABELS[k] for k in ("body", "fat", "heart", "vessels")]).any(0)
     levels = lung.any(2).any(1)[:, None, None]
     beside = ~between(lung, lung) & ~middle
     return levels & beside & tissue & ~lung & (lung.any(2, keepdim=True))

@@ -57,7 +57,7 @@ def inputs_of(
     device: str = "meta",
 ) -> tuple:  # x, t, lifted, tokens: what the U-Net gets for one crop
     "Arguments of the right shapes, lifted features and tokens with a gradient to pass on."
-    p, first = encoder.code.shape[-1], 2 if unet.half else 1
+    p, first = encoder.code.shape[-1], 2 if unet.at_half else 1
     maps, tokens = encoder(torch.zeros(1, 2, p, p, device=device))
     lifted = [m.new_zeros(1, m.shape[2], *(patch // first // 2 ** l,) * 3).requires_grad_() for l, m in enumerate(maps)]
     return torch.zeros(1, unet.cin + unet.smooth, patch, patch, patch, device=device), torch.zeros(1, device=device), lifted, tokens
@@ -68,7 +68,7 @@ def block_bytes(
     device: str = "meta",  # or a real one, to check
 ) -> dict[str, int]:  # block name -> bytes kept for the backward pass of one crop
     "Measure every block by itself, in training mode and with the network's own checkpointing."
-    unet, encoder = (copy.deepcopy(m).to(device).train() for m in (unet, encoder))
+    unet, encoder = copy.deepcopy(unet).to(device).train(), copy.deepcopy(encoder).to(device).train()
     count = {name: SavedBytes(block) for name, block in blocks_of(unet, encoder).items()}
     for name, block in blocks_of(unet, encoder).items():
         block.register_forward_pre_hook(lambda module, args, name=name: count[name].__enter__() and None)
@@ -176,7 +176,8 @@ def needs(
     run: Iterable[str],  # blocks, in order
 ) -> list[str]:
     "What a run reads and has not written itself."
-    read, written = {}, set()
+    read: dict[str, None] = {}
+    written: set[str] = set()
     for b in run:
         read |= dict.fromkeys(k for k in flow[b][0] if k not in written)
         written |= set(flow[b][1])
@@ -206,7 +207,8 @@ def diagonal(
     walks: Iterable[Iterator],  # one a micro-batch; each stops after its copies and after its work, in every run
 ):
     "At every tick one more micro-batch begins; all copy, then all work."
-    waiting, active = list(walks), []
+    waiting: list[Iterator] = list(walks)
+    active: list[Iterator] = []
     while waiting or active:
         active += waiting[:1]; del waiting[:1]
         for _ in ("copies", "work"): active = [w for w in active if next(w, "done") is None]
@@ -233,8 +235,8 @@ class DistributedUNet:
         self.plan, self.flow = read_plan(plan, self.bytes, len(self.devices)), flow_of(unet)
         for name, block in self.blocks.items(): block.to(self.devices[self.plan[name]])
         if len(self.devices) == 1: return
-        self.runs = [(self.devices[d], list(run)) for d, run in groupby(self.flow, self.plan.get)]
-        unet.forward = self.forward                                           # a bound method: a deep copy of the network gets its own
+        self.runs = [(self.devices[d], list(run)) for d, run in groupby(self.flow, self.plan.__getitem__)]
+        unet.forward = self.forward  # type: ignore[method-assign]            # a bound method: a deep copy of the network gets its own
         self.hooks = [encoder.register_forward_pre_hook(lambda module, args: move(args, self.devices[self.plan["encoder"]])), encoder.register_forward_hook(lambda module, args, out: move(out, self.devices[0]))]
 
     def walk(self, s: dict[str, Tensor]) -> Iterator[None]:
@@ -248,11 +250,11 @@ class DistributedUNet:
 
     def forward(self, x: Tensor, t: Tensor, lifted: Sequence[Tensor] | None = None, tokens: Tensor | None = None) -> Tensor:
         "`UNet.forward`, micro-batch by micro-batch along the diagonal."
-        whole = {"x": enter(x, self.unet.half, self.unet.cin), "t": t, "tokens": tokens} | {f"lifted{l}": v for l, v in enumerate(lifted or [])}
+        whole = {"x": enter(x, self.unet.at_half, self.unet.cin), "t": t, "tokens": tokens} | {f"lifted{l}": v for l, v in enumerate(lifted or [])}
         pieces = {k: v.chunk(self.micro) for k, v in whole.items() if v is not None}
         states = [dict(zip(pieces, vs)) for vs in zip(*pieces.values())]
         diagonal(self.walk(s) for s in states)
-        return leave(torch.cat([s["h"] for s in states]), self.unet.half)
+        return leave(torch.cat([s["h"] for s in states]), self.unet.at_half)
 
     def undo(self):
         "Give the network its own forward pass again and bring every block home."

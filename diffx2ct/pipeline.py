@@ -43,7 +43,7 @@ class Part(nn.Module):
         lift: Callable[[list[Tensor]], list[Tensor]],  # the encoder's maps as features of every level's grid
     ):
         super().__init__()
-        self.blocks, self.flow, self.takes, self.gives, self.lift, self.half, self.cin = nn.ModuleDict(blocks), flow, takes, gives, lift, unet.half, unet.cin
+        self.blocks, self.flow, self.takes, self.gives, self.lift, self.at_half, self.cin = nn.ModuleDict(blocks), flow, takes, gives, lift, unet.at_half, unet.cin
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
         s = dict(zip(self.takes, map(Contiguous.apply, values), strict=True))
@@ -52,9 +52,9 @@ class Part(nn.Module):
                 maps, s["tokens"] = block(s["views"])
                 s |= {f"lifted{l}": v for l, v in enumerate(self.lift(maps))}
                 continue
-            if name == "first": s["x"] = enter(s["x"], self.half, self.cin)
+            if name == "first": s["x"] = enter(s["x"], self.at_half, self.cin)
             run_block(block, *self.flow[name], s)
-            if name == "last": s["h"] = leave(s["h"], self.half)
+            if name == "last": s["h"] = leave(s["h"], self.at_half)
         out = tuple(s[k].contiguous() for k in self.gives)
         return out if len(out) > 1 else out[0]
 

@@ -62,7 +62,7 @@ def share(
 def first(do: Callable[[], Any]) -> Any:
     "What `do` returns or raises on rank 0, on every rank; it runs nowhere else."
     if ranks() == 1: return do()
-    told = [None]
+    told: list[Any] = [None]
     if rank() == 0:
         try: told = [(do(), None)]
         except Exception as e: told = [(None, e)]
@@ -85,7 +85,7 @@ def same(
 ) -> None:
     "Refuse to go on where a rank stands on other facts than rank 0."
     if ranks() == 1: return
-    all_of = [None] * ranks()
+    all_of: list[Any] = [None] * ranks()
     dist.all_gather_object(all_of, {k: json.dumps(v, default=str) for k, v in facts.items()})
     for r, other in enumerate(all_of):
         for k in all_of[0].keys() | other.keys():

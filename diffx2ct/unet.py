@@ -8,7 +8,7 @@ __all__ = ['haar_matrix', 'haar', 'unhaar', 'TimeEmbedding', 'conv3', 'convolve'
 
 # %% ../nbs/02_unet.ipynb #5b9b0a57
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,7 @@ class Attention(nn.Module):
 # %% ../nbs/02_unet.ipynb #c19723f4
 class Stage(nn.Module):
     "Blocks of one level. `kind`: 'down' pushes a skip after each block, 'up' pops one before each, 'mid' leaves them alone."
+    blocks: Sequence[ResBlock]; attentions: Sequence[nn.Module]
     def __init__(self,
         kind: str, level: int, cin: int, cout: int,
         blocks: int,
@@ -157,6 +158,7 @@ class Stage(nn.Module):
 # %% ../nbs/02_unet.ipynb #a12119e9
 class UNet(nn.Module):
     "Conditional 3D U-Net."
+    stages: MutableMapping[str, Stage]  # down0, down1, ..., mid, ..., up1, up0
     def __init__(self,
         cin: int,  # input channels that may hold detail
         smooth: int,  # input channels after them that vary slowly: averaged, not transformed, where the network begins at half resolution
@@ -172,7 +174,7 @@ class UNet(nn.Module):
         emb: int = 256,
     ):
         super().__init__()
-        self.half, self.cin, self.smooth, k = half, cin, smooth, 8 if half else 1
+        self.at_half, self.cin, self.smooth, k = half, cin, smooth, 8 if half else 1
         self.time = TimeEmbedding(emb)
         self.first = nn.Conv3d(cin * k + smooth, channels[0], 3, padding=1)
         def stage(kind, l, a, b, n, **kw):
@@ -196,12 +198,12 @@ class UNet(nn.Module):
         tokens: Tensor | None = None,  # (B, n, tokens)
     ) -> Tensor:  # (B, 1, D, H, W)
         "Loop over the stages."
-        if self.half: x = torch.cat([haar(x[:, :self.cin]), F.avg_pool3d(x[:, self.cin:], 2)], 1)
+        if self.at_half: x = torch.cat([haar(x[:, :self.cin]), F.avg_pool3d(x[:, self.cin:], 2)], 1)
         skips: list[Tensor] = []
         h, emb = self.first(x), self.time(t)
         for stage in self.stages.values(): h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
         out = self.last(h)
-        return unhaar(out.float()) if self.half else out.float()
+        return unhaar(out.float()) if self.at_half else out.float()
 
 # %% ../nbs/02_unet.ipynb #8a0d5a22
 class SavedBytes:
