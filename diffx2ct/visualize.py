@@ -793,8 +793,9 @@ def save_report(
     truth, generated = volumes.get("truth"), volumes["generated"]
     fig = report_figure(truth, {"generated": generated}, views, metrics, reprojected=reprojected, coverage=volumes.get("coverage"), half_width=volumes.get("spread_95"), report=trust.get("report", ""), mm=mm, **how)
     if truth is not None: volumes["difference"] = generated - truth
-    for old in folder.glob("sample_*.nii.gz"): old.unlink()  # of an earlier run, which may have had more
     for name, values in volumes.items(): save_nifti(values, mm, folder / f"{name}.nii.gz", centre, note=NOTES.get(name, CAUTION).format(trust.get("calibration", "not calibrated")))
+    ours = {"truth", "difference", *NOTES, *(p.name.split(".")[0] for p in folder.glob("sample_*.nii.gz"))}
+    for name in ours - volumes.keys(): (folder / f"{name}.nii.gz").unlink(missing_ok=True)  # of an earlier run, which had more
     rows = {n: volumes[n] for n in ("truth", "generated", "difference") if n in volumes}
     show_mpr({n: torch.as_tensor(v) for n, v in rows.items()}, limits_of(how.get("window", (-1000, 600))), views=torch.as_tensor(views), path=folder / "mpr.png")
     write_atomic(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
