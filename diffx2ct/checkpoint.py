@@ -46,6 +46,7 @@ def note(folder: Path, sums: dict[str, set[str]]) -> None:
     "Write the checksums of a folder."
     write_atomic(folder/SUMS, lambda p: p.write_text("".join(f"{d}  {n}\n" for n, ds in sorted(sums.items()) for d in sorted(ds))))
 
+# %% ../nbs/03b_checkpoint.ipynb #4a18d3c5
 def write_summed(
     path: Path,
     write: Callable[[Path], Any],  # as of `write_atomic`
@@ -90,6 +91,7 @@ def save_model(
         except SafetensorError as e: raise OSError(0, str(e).rpartition("error: ")[2]) from None  # such as a full disk
     return first(lambda: write_summed(Path(path), write))
 
+# %% ../nbs/03b_checkpoint.ipynb #fc0c1934
 def save_checkpoint(
     folder: str | Path,
     step: int,
@@ -150,6 +152,7 @@ def read_header(
     if meta.get("format") not in (FORMAT, *UPGRADES): raise UserError(f"{path} has checkpoint format {meta.get('format')}, this program reads {min(UPGRADES)} to {FORMAT}; use diffx2ct {meta.get('version')}, which made it")
     return meta
 
+# %% ../nbs/03b_checkpoint.ipynb #ad6d626f
 def newest(
     folder: Path,
 ) -> Path | None:  # None where there is no model
@@ -206,6 +209,7 @@ def fill(denoiser: Denoiser, weights: dict[str, Tensor], path: Path, strict: boo
     denoiser.load_state_dict(weights, strict=strict)
     return denoiser
 
+# %% ../nbs/03b_checkpoint.ipynb #3a298c21
 def load_model(
     folder: str | Path,  # checkpoint folder or model file
     device: str = "cpu",

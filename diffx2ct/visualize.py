@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['INKS', 'LEVELS', 'COLOURS', 'BEAMS', 'MARGIN', 'ORDER', 'MOUSE', 'STYLE', 'HINT', 'STILL', 'DARK', 'FOOTER', 'NOTES',
-           'place', 'limits_of', 'kind_of', 'palette', 'Layer', 'layer', 'enlarge', 'frame', 'box', 'voxel', 'png',
-           'draw_slice', 'save_nifti', 'load_nifti', 'read_volume', 'ordered', 'read_volumes', 'layers_of', 'control',
-           'Viewer', 'value_at', 'scale_bar', 'view', 'cloud', 'picture', 'table', 'histogram', 'draw_volumes',
-           'draw_views', 'draw_doubt', 'page', 'report_figure', 'save_report', 'case_volumes', 'parser', 'held_out',
-           'answers', 'made_by', 'run_case', 'main', 'log_case']
+           'SLIDER', 'place', 'limits_of', 'kind_of', 'palette', 'Layer', 'layer', 'enlarge', 'frame', 'box', 'voxel',
+           'png', 'draw_slice', 'save_nifti', 'load_nifti', 'read_volume', 'ordered', 'read_volumes', 'layers_of',
+           'control', 'Viewer', 'value_at', 'scale_bar', 'view', 'cloud', 'picture', 'table', 'histogram',
+           'draw_volumes', 'draw_views', 'draw_doubt', 'page', 'report_figure', 'save_report', 'case_volumes', 'parser',
+           'held_out', 'answers', 'numbered', 'made_by', 'run_case', 'main', 'log_case']
 
 # %% ../nbs/05_visualize.ipynb #0d81fd33
 import argparse
@@ -779,7 +779,7 @@ NOTES = {"coverage": "beams through each voxel, 0 to 2; where 0, prior only", "m
 
 def save_report(
     folder: str | Path,  # made if need be; one per case
-    volumes: dict,  # {"generated": (D, H, W) HU} and, where known, "truth" and the maps of `examine`
+    volumes: dict,  # {"generated": (D, H, W) HU} and, where known, "truth", the maps of `examine`, "sample_1" and so on
     views,  # (2, P, P) mm of water, AP and LAT
     mm: float,  # voxel side
     metrics: dict = {},  # {metric: number}, with its "protocol"
@@ -794,6 +794,8 @@ def save_report(
     fig = report_figure(truth, {"generated": generated}, views, metrics, reprojected=reprojected, coverage=volumes.get("coverage"), half_width=volumes.get("spread_95"), report=trust.get("report", ""), mm=mm, **how)
     if truth is not None: volumes["difference"] = generated - truth
     for name, values in volumes.items(): save_nifti(values, mm, folder / f"{name}.nii.gz", centre, note=NOTES.get(name, CAUTION).format(trust.get("calibration", "not calibrated")))
+    ours = {"truth", "difference", *NOTES, *(p.name.split(".")[0] for p in folder.glob("sample_*.nii.gz"))}
+    for name in ours - volumes.keys(): (folder / f"{name}.nii.gz").unlink(missing_ok=True)  # of an earlier run, which had more
     rows = {n: volumes[n] for n in ("truth", "generated", "difference") if n in volumes}
     show_mpr({n: torch.as_tensor(v) for n, v in rows.items()}, limits_of(how.get("window", (-1000, 600))), views=torch.as_tensor(views), path=folder / "mpr.png")
     write_atomic(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
@@ -833,7 +835,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lat", help="lateral view of a new patient, .pt (P, P) in mm of water")
     p.add_argument("--name", default="new", help="name of the new patient")
     p.add_argument("--method", default="expected", choices=METHODS, help="what is shown; default: expected")
-    p.add_argument("--samples", type=int, default=4, help="samples for the spread (and for mean_of_k); 0 leaves it out")
+    p.add_argument("--samples", type=int, default=4, help="samples for the spread (and for mean_of_k), the first 4 of them kept for the viewer's slider; 0 leaves them out; default: 4")
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the settings")
     p.add_argument("--seed", type=int, default=0, help="the only source of chance")
     p.add_argument("--window", help="lung, mediastinum, bone or full; default: VIS_WINDOW_MIN to VIS_WINDOW_MAX of the settings")
@@ -869,6 +871,13 @@ def answers(
     shown = reconstruct(net, case.views, method, c, max(count, 1), seed, patch, amp).cpu()
     return shown, samples(net, case.views, list(range(seed, seed + count)), c, patch, amp).cpu() if count else shown[None], c
 
+def numbered(
+    many: Tensor,  # (K, 1, D, H, W) unit volumes
+    window: tuple[float, float],  # HU of 0 and 1
+) -> dict[str, Tensor]:  # {"sample_1": (D, H, W) HU, ...}
+    "Samples under the names the viewer's slider knows."
+    return {f"sample_{k}": to_hu(v[0].float(), window) for k, v in enumerate(many, 1)}
+
 def made_by(
     model: Model,
     case: Case | str | None,  # a case, or the name of a held-out one; None: the first
@@ -878,10 +887,12 @@ def made_by(
     case = case if isinstance(case, Case) else held_out(model.config, [case] if case else None)[0]
     shown, many, c = answers(model, case, count=count)
     volumes, _, _ = case_volumes(case, shown, examine(model, case.views, many, c)[0], deepcopy(model.denoiser.A).cpu(), model.denoiser.window)
-    return volumes | {f"sample_{k}": to_hu(v[0].float(), model.denoiser.window) for k, v in enumerate(many[:count], 1)}
+    return volumes | numbered(many[:count], model.denoiser.window)
 
 
 # %% ../nbs/05_visualize.ipynb #09517da9
+SLIDER = 4  # samples kept on disk for the viewer's slider, at most
+
 def run_case(
     model: Model,
     case: Case,
@@ -895,7 +906,7 @@ def run_case(
     maps, report = examine(model, case.views, many, c)
     volumes, again, figures = case_volumes(case, shown, maps, deepcopy(net.A).cpu(), net.window, a.protocol)
     if not net.line_integrals: again = to_display(again)[0]
-    save_report(out, volumes, case.views, net.A.mm, figures, again, trust=report, window=limits, unit="mm" if net.line_integrals else "", title=f"{case.name}, {a.method}")
+    save_report(out, volumes | numbered(many[:min(a.samples, SLIDER)], net.window), case.views, net.A.mm, figures, again, trust=report, window=limits, unit="mm" if net.line_integrals else "", title=f"{case.name}, {a.method}")
     print(f"{case.name}, {a.method}: {out}/mpr.png, report.png, generated.nii.gz", *(f"{k} {figures[k]:.4g}" for k in ("psnr", "ssim", "mae_hu") if k in figures), *([f"({a.protocol} protocol)"] if figures else []), sep="  ")
     print(report["report"], report["calibration"], sep="\n")
     return figures

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_browser import CHROMIUM, FLAGS
+from test_browser import CHROMIUM, FLAGS, SHOTS
 
 sys.path.insert(0, str(ROOT / ".ci"))
 from book import build, complaints
@@ -44,7 +44,7 @@ def test_on_a_phone_without_a_network(tmp_path):
             assert page.evaluate("document.documentElement.scrollWidth") == 390, path.name
             if path.stem == "00a_drr":
                 assert page.locator("div.math math").first.bounding_box()["height"] > 20  # an integral, set by the browser
-                page.screenshot(path=ROOT / "artifacts" / "site_phone.png")
+                page.screenshot(path=SHOTS / "site_phone.png")
         page.goto((site / "search.html").as_uri() + "?q=haar")
         page.wait_for_selector("#search-results li a")
         assert "U-Net" in page.inner_text("#search-results")

@@ -234,7 +234,7 @@ def test_run_visualize_writes_beside_the_checkpoint(searched):
     root = searched[0]
     said = script(root, "run_visualize.sh", "--checkpoint_dir", "checkpoints/trial_0")
     out = root/"checkpoints/s/trial_0/visualizations"
-    assert {p.name for p in out.iterdir()} >= {"generated.nii.gz", "truth.nii.gz", "difference.nii.gz", "coverage.nii.gz", "spread.nii.gz", "mpr.png", "report.png", "metrics.json"}
+    assert {p.name for p in out.iterdir()} >= {"generated.nii.gz", "truth.nii.gz", "difference.nii.gz", "coverage.nii.gz", "spread.nii.gz", *(f"sample_{k}.nii.gz" for k in (1, 2, 3, 4)), "mpr.png", "report.png", "metrics.json"}
     good_picture(out/"mpr.png", (400, 300)); good_picture(out/"report.png", (900, 600))
     generated, truth = (good_volume(out/f"{n}.nii.gz", 20.0) for n in ("generated", "truth"))
     metrics = json.loads((out/"metrics.json").read_text())
@@ -244,6 +244,7 @@ def test_run_visualize_writes_beside_the_checkpoint(searched):
     first = hashlib.sha256((out/"generated.nii.gz").read_bytes()).digest()
     script(root, "run_visualize.sh", "--checkpoint_dir", "checkpoints/trial_0", "--samples", "0")
     assert hashlib.sha256((out/"generated.nii.gz").read_bytes()).digest() == first
+    assert {p.name.split(".")[0] for p in out.glob("*.nii.gz")} == {"generated", "truth", "difference", "coverage"}  # nothing of the run before
 
 def test_own_scans_from_file_to_picture(tmp_path):
     for i in range(6): save_nifti(phantom(i, 32, 10.0)[0], 10.0, tmp_path/f"scans/p{i}.nii.gz")

@@ -263,6 +263,9 @@ def test_suspicions_warn_and_go_on(here, say, tmp_path):
     for files, words in ((here.pngs[::-1], "look exchanged"), ([here.pngs[0], flip("LAT.png")], "looks mirrored"), ([here.pngs[0], noise], "noise.png does not look like the LAT view"), (here.pts[::-1], "look exchanged")):
         out, err = say("--out", tmp_path/"c.nii.gz", "--method", "mean", *([] if files[0].suffix == ".pt" else ["--pixel_mm", 3.3, 3.3]), files=files)
         assert words in err and "look whether" in err and err.startswith("diffx2ct: warning: "), err
+    small = png(np.pad(np.asarray(Image.open(here.at/"LAT.png").resize((72, 72))), 12), tmp_path/"small.png")                # a smaller patient, or another scale
+    out, err = say("--out", tmp_path/"c.nii.gz", "--method", "mean", files=[here.pngs[0], small])
+    assert "AP.png and" in err and "small.png spread the body differently from head to feet" in err and "at one scale" in err and err.count("\n") == 1
     assert say("--out", tmp_path/"c.nii.gz", "--method", "mean")[1] == ""
 
 
@@ -333,5 +336,11 @@ def test_one_sentence_and_nothing_written(name, here, say, tmp_path):
 
 def test_there_must_be_somewhere_to_write(here, say, tmp_path):
     assert "--out" in say(code=2)[1]
-    assert "name --out as well" in say("--dicom", tmp_path/"s", "--samples", 2, code=2)[1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_series_alone_has_its_maps_beside_it(here, say, tmp_path):
+    out, _ = say("--dicom", f"{tmp_path}/s/", "--method", "sample", "--samples", 2, "--steps", 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "s_coverage.nii.gz", "s_mean.nii.gz", "s_spread.nii.gz", "s_spread_95.nii.gz", "s_trust.json"]
+    assert [p.suffix for p in (tmp_path/"s").iterdir()] == [".dcm"] * N
+    assert all(str(p) in out for p in tmp_path.iterdir())
