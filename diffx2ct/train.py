@@ -344,8 +344,10 @@ def to_wandb(
         if isinstance(v, plt.Figure): return wandb.Image(v)
         return wandb.Table(columns=list(v[0]), data=[list(row.values()) for row in v]) if isinstance(v, list) else v
     def tell(values: dict[str, Any], step: int | None) -> None:
-        if step is not None:
-            if told.exists() and step <= told.stat().st_size: return
+        size = told.stat().st_size if told.exists() else 0
+        if step is None: step = size + 1
+        elif step <= size: return
+        else:
             with open(told, "ab") as f: f.truncate(step)
         for key, path in values.items():
             if not isinstance(path, Path): continue
@@ -545,7 +547,7 @@ def train_run(
 
 # %% ../nbs/04_train_optuna.ipynb #1f07703f
 class Stop:
-    "Context manager: the first SIGINT, SIGTERM or SIGUSR1 sets `asked`, a second one interrupts; within a second of the first it is an echo, for torchrun passes Ctrl-C on to processes that heard it themselves."
+    "Context manager: the first SIGINT or SIGTERM sets `asked`, a second one interrupts; within a second of the first it is an echo, for torchrun passes Ctrl-C on to processes that heard it themselves."
     asked = False
     def __enter__(self):
         def handle(number, frame):
@@ -553,7 +555,7 @@ class Stop:
             if self.asked: raise KeyboardInterrupt
             self.asked, self.since = True, time.monotonic()
             if rank() == 0: tqdm.write("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
-        try: self.old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        try: self.old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError: self.old = {}  # not in the main thread: signals are somebody else's
         return self
     def __exit__(self, kind, *args):
