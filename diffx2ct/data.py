@@ -232,6 +232,7 @@ class OptunaConfig(Section):
     STORAGE: Annotated[str | None, Field(repr=False), PlainSerializer(hidden)] = None  # dumped, shown or printed it says where, not who
     PRUNER: Literal["median", "hyperband", "none"] = "median"
     STARTUP_TRIALS: Annotated[int, Field(ge=0)] = 2
+    GRACE: Positive = 600.0
     RETRAIN_FACTOR: Positive = 3.0
     PARAMS: dict[str, Range] = {
         "TRAINING.LEARNING_RATE": Range(low=3e-4, high=2e-3, log=True), "TRAINING.CLIP_PERCENTILE": Range(low=50, high=99),

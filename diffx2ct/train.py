@@ -6,16 +6,17 @@
 __all__ = ['AMP', 'Reporter', 'SILENT', 'PATIENCE', 'Data', 'phantom_names', 'make_phantoms', 'open_data', 'Pooled', 'pooled',
            'on_phantoms', 'stages', 'Draw', 'steps_per_epoch', 'draw', 'Crops', 'clip_threshold', 'plot_norms',
            'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'Loss', 'train_step', 'validate', 'folder_id', 'wandb_mode',
-           'start_wandb', 'to_wandb', 'peaks', 'prepare_run', 'averaging', 'train_devices', 'train_run', 'Stop', 'deaf',
-           'pictures', 'case_table', 'check_study', 'journal', 'open_study', 'suggest', 'flat', 'current',
-           'start_values', 'Sampler', 'try_lock', 'link', 'next_trial', 'passing', 'lead', 'follow', 'NoRoom',
-           'fitting', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main', 'start_ranks',
+           'start_wandb', 'to_wandb', 'peaks', 'measure', 'prepare_run', 'averaging', 'train_devices', 'Running',
+           'begin', 'make_step', 'header', 'judge', 'save', 'train_stage', 'train_run', 'Stop', 'deaf', 'pictures',
+           'case_table', 'check_study', 'journal', 'open_study', 'suggest', 'flat', 'current', 'start_values',
+           'Sampler', 'try_lock', 'link', 'from_queue', 'next_trial', 'alive', 'give_up', 'passing', 'lead', 'follow',
+           'NoRoom', 'fitting', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main', 'start_ranks',
            'check_share', 'act', 'train_alone', 'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
-import argparse, fcntl, json, logging, math, os, re, resource, signal, sqlite3, sys, time, uuid, warnings
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import argparse, fcntl, json, logging, math, os, re, resource, signal, sqlite3, sys, threading, time, uuid, warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from .drr import Geometry, Projector, geometry
 from .metrics import metrics, psnr
 from .parallel import devices_of, distribute
 from .phantom import phantom
-from .ranks import first, here, join, leave, own_devices, rank, ranks, same, shard, share, sliced, total, whole, wrap
+from .ranks import first, here, join, leave, lost, own_devices, rank, ranks, same, shard, share, sliced, total, whole, wrap
 from .reconstruct import methods_of, picture, reconstruct
 
 # %% ../nbs/04_train_optuna.ipynb #c4b1f170
@@ -343,15 +344,17 @@ def to_wandb(
         if isinstance(v, plt.Figure): return wandb.Image(v)
         return wandb.Table(columns=list(v[0]), data=[list(row.values()) for row in v]) if isinstance(v, list) else v
     def tell(values: dict[str, Any], step: int | None) -> None:
-        if step is not None:
-            if told.exists() and step <= told.stat().st_size: return
+        size = told.stat().st_size if told.exists() else 0
+        if step is None: step = size + 1
+        elif step <= size: return
+        else:
             with open(told, "ab") as f: f.truncate(step)
         for key, path in values.items():
             if not isinstance(path, Path): continue
             model = wandb.Artifact(f"{run.id}-{key}", type=key, metadata=read_header(path))
             model.add_reference(path.resolve().as_uri())
             run.log_artifact(model, aliases=["best"])
-        run.log({k: media(v) for k, v in values.items() if not isinstance(v, Path)}, step=step)
+        run.log({k: media(v) for k, v in values.items() if not isinstance(v, Path)}, step=step, commit=True)
     return tell
 
 # %% ../nbs/04_train_optuna.ipynb #60825263
@@ -361,6 +364,15 @@ def peaks() -> dict[str, float]:
     return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6} | {f"cuda:{i}": p / 1e9 for i in gpus if (p := torch.cuda.max_memory_allocated(i))}
 
 # %% ../nbs/04_train_optuna.ipynb #fdca3c62
+def measure(
+    denoiser: Denoiser,  # whose mean is zero still
+    cases: CTPairs,
+) -> tuple[Tensor, Tensor]:  # (1, 1, D, H, W) mean volume; its BANDS scales
+    "The mean training case, and what the consistent mean misses of the first 32, as root mean squares."
+    for i in range(len(cases)): denoiser.mean += cases[i].volume[None] / len(cases)
+    squares = [spread(case.volume[None] - denoiser.base(case.views[None]), BANDS).square() for case in map(cases.__getitem__, range(min(32, len(cases))))]
+    return denoiser.mean, torch.stack(squares).mean(0).sqrt().clamp(min=1e-3)
+
 def prepare_run(
     c: Config, data: Data,
     earlier: Path | None = None,  # folder of the stage before: the coarse network, or phantoms
@@ -376,17 +388,15 @@ def prepare_run(
     if source:                                                # weights of another training; mean and scales belong to the data
         read_header(source)
         fill(denoiser, {k: v for k, v in read_weights(source, "ema").items() if k.startswith(("unet.", "encoder."))}, source, strict=False)
-    denoiser.eval()
-    cases = [data.train[i] for i in range(len(data.train))]
-    for case in cases: denoiser.mean += case.volume[None] / len(cases)
-    squares = [spread(case.volume[None] - denoiser.base(case.views[None]), BANDS).square() for case in cases[:32]]
-    denoiser.scales.copy_(torch.stack(squares).mean(0).sqrt().clamp(min=1e-3))
+    for buffer, value in zip((denoiser.mean, denoiser.scales), first(lambda: measure(denoiser.eval(), data.train))): buffer.copy_(value)
     return denoiser
 
 def averaging(decay: float) -> Callable:
     "Exponential moving average whose memory grows with the run up to `decay`: after n steps it is at most (1 + n) / (10 + n)."
     return lambda ema, now, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(ema, now, n)
 
+
+# %% ../nbs/04_train_optuna.ipynb #e53371f4
 def train_devices(c: Config) -> list[torch.device]:
     "This process's devices of DEVICES, checked against the machine, AMP and PARALLEL."
     devices = own_devices(devices_of(c.DEVICES), *here())
@@ -394,21 +404,25 @@ def train_devices(c: Config) -> list[torch.device]:
     if c.PARALLEL == "fsdp" and ranks() > 1 and (len(devices) > 1 or c.TRAINING.AMP == "fp16"): raise UserError("PARALLEL fsdp takes one device a process and no AMP fp16; start more processes, use bf16, or set PARALLEL to ddp")
     return devices
 
-# %% ../nbs/04_train_optuna.ipynb #8670f6ad
-def train_run(
+@dataclass
+class Running:
+    "A training between two steps."
+    denoiser: Denoiser
+    average: AveragedModel  # its module is the averaged denoiser
+    loss: nn.Module  # with the denoiser in it, as `wrap` returns it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    history: dict[str, Any]  # norms, thresholds and losses of the steps, validation values, steps left out, best value
+    step: int  # optimizer steps made
+
+def begin(
     c: Config, data: Data,
-    folder: Path,  # checkpoints go here; what is there is gone on with
-    meta: dict,  # goes into the checkpoint beside settings and metrics: study, trial
-    report: Callable[[float, int], None] = lambda value, epoch: None,  # called after each validation
-    report_to: Reporter | None = None,  # hears of each step
-    title: str = "training",
-) -> float:  # best validation PSNR, dB
-    "Train from the settings, or from where the folder's checkpoint stands, to the last epoch."
-    *earlier, _ = stages(c, data)
-    before = sum(s.EPOCHS * steps_per_epoch(s, len(d.train)) for _, s, d in earlier)
-    for name, s, d in earlier[-1:]: train_run(s, d, folder/name, meta, report_to=report_to and (lambda values, step: report_to({f"{name}/{k}": v for k, v in values.items()}, step)), title=f"{title}, {name}")
+    folder: Path,  # of the checkpoints
+    earlier: Path | None = None,  # as of `prepare_run`
+) -> Running:
+    "A fresh training, or one that goes on from the folder's checkpoint."
     devices = train_devices(c)
-    denoiser = prepare_run(c, data, folder/earlier[-1][0] if earlier else None)
+    denoiser = prepare_run(c, data, earlier)
     average = AveragedModel(denoiser, multi_avg_fn=averaging(c.MODEL.EMA_DECAY))
     ema = average.module.requires_grad_(False)
     saved = load_training(folder, denoiser, ema)
@@ -420,56 +434,116 @@ def train_run(
     average.n_averaged = average.n_averaged.to(devices[0])
     optimizer = torch.optim.AdamW(params, c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=c.TRAINING.AMP == "fp16")
-    h = dict(norms=[], thresholds=[], losses=[], values=[], bad=[], best=-math.inf)
-    start, watched = 0, first(lambda: report_to is not None)
+    r = Running(denoiser, average, loss, optimizer, scaler, dict(norms=[], thresholds=[], losses=[], values=[], bad=[], best=-math.inf), 0)
     if saved:
         optimizer.load_state_dict(sliced(saved["optimizer"], params)); scaler.load_state_dict(saved["scaler"]); average.n_averaged.fill_(saved["averaged"])
-        h, start = h | saved["history"], saved["step"]
-    per = steps_per_epoch(c, len(data.train)); steps = per * c.EPOCHS
+        r.history, r.step = r.history | saved["history"], saved["step"]
+    return r
+
+
+# %% ../nbs/04_train_optuna.ipynb #89cb99a0
+def make_step(
+    r: Running, c: Config,
+    batch: list,  # micro-batches of the step, from `Crops`
+    epoch: int,
+    title: str,
+) -> dict[str, float]:  # what there is to tell of it
+    "Train one step; BAD_STEPS of them may diverge, and leave no trace but a count."
+    r.denoiser.train()
+    h = r.history
+    try:
+        log = train_step(r.loss, c, batch, epoch, r.optimizer, r.scaler, h["norms"])
+        r.average.update_parameters(r.denoiser)
+        h["losses"].append(log["loss"]); h["thresholds"].append(log["threshold"])
+        return log
+    except Diverged as e:
+        h["bad"].append(r.step)
+        if len(h["bad"]) > c.TRAINING.BAD_STEPS: raise
+        r.optimizer.zero_grad(set_to_none=True)
+        if rank() == 0: tqdm.write(f"{title}: step {r.step} left out, {e} ({len(h['bad'])} of {c.TRAINING.BAD_STEPS} allowed)")
+        return {"bad_steps": len(h["bad"])}
+
+def header(r: Running, c: Config, epoch: int, meta: dict) -> dict:
+    "What a model file of this moment says about itself."
+    return describe(r.average.module, c, step=r.step, epoch=epoch, metrics=dict(protocol="unit", psnr=r.history["best"], method="expected"), **meta)
+
+def judge(
+    r: Running, c: Config, data: Data,
+    folder: Path, epoch: int, meta: dict,  # as of `train_stage`
+) -> float:  # dB
+    "Validate the averaged network; the best one so far is kept as a file of its own."
+    value = validate(r.average.module, data, c)
+    if not math.isfinite(value): raise Diverged(f"the validation PSNR is {value}")
+    r.history["values"].append([epoch, value])
+    if value > r.history["best"]:
+        r.history["best"] = value
+        save_model(folder/"best.safetensors", r.average.module, header(r, c, epoch, meta))
+    return value
+
+def save(r: Running, c: Config, folder: Path, epoch: int, meta: dict) -> None:
+    "Write a checkpoint."
+    state = dict(optimizer=whole(r.optimizer.state_dict()), scaler=r.scaler.state_dict(), averaged=int(r.average.n_averaged), history=r.history)
+    save_checkpoint(folder, r.step, r.denoiser, r.average.module, state, header(r, c, epoch, meta), c.TRAINING.CHECKPOINTS_KEPT)
+
+
+# %% ../nbs/04_train_optuna.ipynb #8670f6ad
+def train_stage(
+    c: Config, data: Data,
+    folder: Path,  # checkpoints go here; what is there is gone on with
+    meta: dict,  # goes into the checkpoint beside settings and metrics: study, trial
+    earlier: Path | None = None,  # folder of the stage before
+    report: Callable[[float, int], None] = lambda value, epoch: None,  # called after each validation
+    report_to: Reporter | None = None,  # hears of each step
+    title: str = "training",
+) -> float:  # best validation PSNR, dB
+    "Train from the settings, or from where the folder's checkpoint stands, to the last epoch."
+    r, t, per, watched = begin(c, data, folder, earlier), c.TRAINING, steps_per_epoch(c, len(data.train)), first(lambda: report_to is not None)
+    h, ema, start, steps = r.history, r.average.module, r.step, per * c.EPOCHS
     if start > steps: raise UserError(f"{folder} has been trained for {start} steps already, more than the {steps} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
-    if saved and start < steps: print(f"{title}: going on from step {start} of {steps}")
+    if 0 < start < steps: print(f"{title}: going on from step {start} of {steps}")
     for epoch, value in h["values"][-1:]: first(lambda: report(value, epoch))  # killed between the checkpoint and the report
-    def save(step):
-        epoch = step // per
-        state = dict(optimizer=whole(optimizer.state_dict()), scaler=scaler.state_dict(), averaged=int(average.n_averaged), history=h)
-        save_checkpoint(folder, step, denoiser, ema, state, describe(ema, c, step=step, epoch=epoch, metrics=dict(protocol="unit", psnr=h["best"], method="expected"), **meta), c.TRAINING.CHECKPOINTS_KEPT)
-    micro = c.TRAINING.GRADIENT_ACCUMULATION_STEPS
     draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
     items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals, data.mm), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
     bar = tqdm(range(start, steps), desc=title, initial=start, total=steps, unit="step", disable=rank() > 0)
     with Stop() as stop, ExitStack() as at_end:
         at_end.callback(getattr(items, "_shutdown_workers", lambda: None))  # left to the garbage collector it can take ten seconds
         for step in bar:
-            for group in optimizer.param_groups: group["lr"] = c.TRAINING.LEARNING_RATE * lr_factor(step, steps, c.TRAINING.WARMUP_STEPS)
-            denoiser.train(); begun = time.perf_counter()
-            batch = [next(items) for _ in range(micro)]
-            try:
-                log = train_step(loss, c, batch, step // per, optimizer, scaler, h["norms"])
-                average.update_parameters(denoiser)
-                h["losses"].append(log["loss"]); h["thresholds"].append(log["threshold"])
-            except Diverged as e:
-                h["bad"].append(step)
-                if len(h["bad"]) > c.TRAINING.BAD_STEPS: raise
-                optimizer.zero_grad(set_to_none=True); log = {"bad_steps": len(h["bad"])}
-                if rank() == 0: tqdm.write(f"{title}: step {step} left out, {e} ({len(h['bad'])} of {c.TRAINING.BAD_STEPS} allowed)")
-            epoch, done = divmod(step + 1, per)
-            if watched: log |= {"lr": optimizer.param_groups[0]["lr"], "epoch": epoch, "voxels_per_second": micro * c.BATCH_SIZE * c.TRAINING.PATCH_SIZE ** 3 / (time.perf_counter() - begun)} | {f"memory/{k}": v for k, v in peaks().items()}
-            if not done and (epoch % c.TRAINING.VALIDATION_FREQ == 0 or epoch == c.EPOCHS):
-                value = validate(ema, data, c)
-                if not math.isfinite(value): raise Diverged(f"the validation PSNR is {value}")
-                h["values"].append([epoch, value]); log["psnr"] = value
-                if value > h["best"]:
-                    h["best"] = value
-                    save_model(folder/"best.safetensors", ema, describe(ema, c, step=step + 1, epoch=epoch, metrics=dict(protocol="unit", psnr=value, method="expected"), **meta))
+            for group in r.optimizer.param_groups: group["lr"] = t.LEARNING_RATE * lr_factor(step, steps, t.WARMUP_STEPS)
+            begun = time.perf_counter()
+            log = make_step(r, c, [next(items) for _ in range(t.GRADIENT_ACCUMULATION_STEPS)], step // per, title)
+            r.step = step + 1
+            epoch, done = divmod(r.step, per)
+            if watched: log |= {"lr": r.optimizer.param_groups[0]["lr"], "epoch": epoch, "voxels_per_second": t.GRADIENT_ACCUMULATION_STEPS * c.BATCH_SIZE * t.PATCH_SIZE ** 3 / (time.perf_counter() - begun)} | {f"memory/{k}": v for k, v in peaks().items()}
+            due = lambda every: not done and (epoch % every == 0 or epoch == c.EPOCHS)
+            if due(t.VALIDATION_FREQ): log["psnr"] = judge(r, c, data, folder, epoch, meta)
             if watched: log |= pictures(ema, data, c, epoch, done)
-            if report_to: report_to(log, before + step + 1)            # told before it is saved: what a checkpoint holds, everybody has heard of
+            if report_to: report_to(log, r.step)                       # told before it is saved: what a checkpoint holds, everybody has heard of
             asked = total({"asked": stop.asked})["asked"] > 0  # may change at any moment; what is saved here is what is left here
-            if not done and (epoch % c.TRAINING.CHECKPOINT_FREQ == 0 or epoch == c.EPOCHS) or asked: save(step + 1)
+            if due(t.CHECKPOINT_FREQ) or asked: save(r, c, folder, epoch, meta)
             bar.set_postfix(loss=f"{h['losses'][-1]:.3f}" if h["losses"] else "-", psnr=f"{h['best']:.2f} dB" if h["values"] else "-")
             if asked: raise KeyboardInterrupt
             if "psnr" in log: first(lambda: report(log["psnr"], epoch))
     if rank() == 0: plot_norms(h["norms"], h["thresholds"], folder/"gradients.png")
     return h["best"]
+
+
+# %% ../nbs/04_train_optuna.ipynb #de7b36ef
+def train_run(
+    c: Config, data: Data,
+    folder: Path, meta: dict,  # as of `train_stage`
+    report: Callable[[float, int], None] = lambda value, epoch: None,  # as of `train_stage`, for the last stage
+    report_to: Reporter | None = None,  # hears of each step of every stage
+    title: str = "training",
+) -> float:  # best validation PSNR of the last stage, dB
+    "Train every stage, or go on with the one that is not at its end."
+    plan, before, earlier = stages(c, data), 0, None
+    for i, (_, s, d) in enumerate(plan[:-1]):
+        names = [name for name, *_ in reversed(plan[i:-1])]
+        tell = report_to and (lambda values, step, at="/".join(names), n=before: report_to({f"{at}/{k}": v for k, v in values.items()}, n + step))
+        train_stage(s, d, folder.joinpath(*names), meta, earlier, report_to=tell, title=", ".join([title, *names]))
+        before, earlier = before + s.EPOCHS * steps_per_epoch(s, len(d.train)), folder.joinpath(*names)
+    return train_stage(c, data, folder, meta, earlier, report, report_to and (lambda values, step: report_to(values, before + step)), title)
+
 
 # %% ../nbs/04_train_optuna.ipynb #1f07703f
 class Stop:
@@ -630,25 +704,77 @@ def link(folder: Path) -> None:
     try: new.unlink(missing_ok=True); new.symlink_to(target); new.replace(place)
     except OSError: pass  # a disk without links
 
+def from_queue(
+    study: optuna.Study, trials: list[optuna.trial.FrozenTrial],
+    home: str,  # `folder_id`
+) -> int | None:  # its number
+    "Begin a trial that was put into the study's queue."
+    tell = study._storage.set_trial_user_attr
+    for t in trials:
+        if t.state != optuna.trial.TrialState.WAITING: continue
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            tell(t._trial_id, "alive", time.time()); tell(t._trial_id, "folder", home)  # before it begins, since a process may die between the two
+            if study._storage.set_trial_state_values(t._trial_id, optuna.trial.TrialState.RUNNING):
+                tell(t._trial_id, "folder", home)                                       # another machine may have written there, before it was refused
+                return t.number
+    return None
+
 def next_trial(
     study: optuna.Study, c: Config,
     root: Path,  # checkpoints/<study>
 ) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
-    "An interrupted trial, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
+    "An interrupted trial, else one from the queue, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
     def ours(t): return t.state == optuna.trial.TrialState.RUNNING and t.user_attrs.get("folder") == home
     while not (turn := try_lock(root)): time.sleep(0.05)  # one process at a time looks for work
     with turn:
-        home, most = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False)))
+        home, most, queued, since, said = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False))), set(), time.time(), False
         while True:
             trials = study.get_trials(deepcopy=False)
             for t in filter(ours, trials):
                 if not (lock := try_lock(root/f"trial_{t.number}")): continue
                 if not ours(study.get_trials(deepcopy=False)[t.number]): lock.close(); continue  # somebody alive has just ended it
-                if t.number >= most: study.tell(t.number, state=optuna.trial.TrialState.FAIL); return None  # another machine was quicker
+                if t.number >= most and t.number not in queued: study.tell(t.number, state=optuna.trial.TrialState.FAIL); lock.close(); continue  # another machine was quicker
                 view = optuna.load_study(study_name=study.study_name, storage=study._storage, sampler=Sampler(c, t.number), pruner=study.pruner)
                 return optuna.trial.Trial(view, t._trial_id), lock
-            if len(trials) >= c.OPTUNA.N_TRIALS: return None
-            study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs={"folder": home}))
+            there = [t for t in trials if t.state == optuna.trial.TrialState.RUNNING and "alive" in t.user_attrs and t.user_attrs["folder"] != home]
+            if silent := [t for t in there if time.time() > t.user_attrs["alive"] + c.OPTUNA.GRACE]: give_up(study, silent[0], c)
+            elif (number := from_queue(study, trials, home)) is not None: queued.add(number)
+            elif len(trials) < c.OPTUNA.N_TRIALS: study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs={"folder": home, "alive": time.time()}))
+            elif waiting := [t.number for t in there if t.user_attrs["alive"] < since]:
+                if not said: said = True; tqdm.write(f"waiting to hear of trial {waiting[0]} of another machine, {c.OPTUNA.GRACE:g} s at most")
+                time.sleep(min(1, c.OPTUNA.GRACE / 10))
+            else: return None
+
+
+# %% ../nbs/04_train_optuna.ipynb #0e2306fd
+@contextmanager
+def alive(
+    trial: optuna.Trial,
+    grace: float,  # OPTUNA.GRACE, s
+) -> Iterator[None]:
+    "Let other machines know, ten times in a grace, that somebody works at a trial."
+    over = threading.Event()
+    def tell():
+        while not over.wait(grace / 10):
+            with suppress(Exception): trial.set_user_attr("alive", time.time())  # a study that is out of reach is the loop's affair
+    trial.set_user_attr("alive", time.time())
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try: yield
+    finally: over.set(); thread.join()
+
+def give_up(
+    study: optuna.Study, t: optuna.trial.FrozenTrial,
+    c: Config,  # reads OPTUNA.GRACE
+) -> None:
+    "FAIL a trial whose machine is silent, and put its values into the queue."
+    why = f"no sign of life for {c.OPTUNA.GRACE:g} s"
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):                  # another was quicker, or it has just ended
+        study._storage.set_trial_user_attr(t._trial_id, "failed", why)
+        study._storage.set_trial_state_values(t._trial_id, optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(t.params, user_attrs={"instead_of": t.number})
+        tqdm.write(f"trial {t.number} is given up: its machine gave {why}; its values are tried again")
+
 
 # %% ../nbs/04_train_optuna.ipynb #0dff18fe
 SILENT = (optuna.exceptions.StorageInternalError, DBAPIError, PendingRollbackError)  # what Optuna and SQLAlchemy raise where a storage fails
@@ -674,7 +800,7 @@ def follow(data: Data) -> None:
     "What the other ranks do: train what rank 0 trains, until it says that there is no more."
     while (job := first(lambda: None)) is not None:
         try: train_run(Config.model_validate(job["c"]), data, job["folder"], job["meta"], title=job["title"])
-        except (optuna.TrialPruned, Diverged, *SILENT): pass
+        except (optuna.TrialPruned, Diverged, optuna.exceptions.UpdateFinishedTrialError, *SILENT): pass
 
 class NoRoom(Exception):
     "A training step does not fit into memory."
@@ -701,15 +827,17 @@ def run_trial(
     folder: Path,
 ) -> None:
     "Train one trial and tell the study."
-    told = study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    now = study.get_trials(deepcopy=False)[trial.number]
     def report(value, epoch):
-        if epoch not in told: trial.report(value, epoch)
+        if epoch not in now.intermediate_values: trial.report(value, epoch)
         if trial.should_prune(): raise optuna.TrialPruned(f"{value:.2f} dB after epoch {epoch} is below the median of earlier trials")
     link(folder)
     run, ended = None, dict(state=optuna.trial.TrialState.FAIL)
     try:
-        try: settings = suggest(trial, c)
-        except UserError as e: raise optuna.TrialPruned(f"its values contradict each other: {e}") from None
+        try:
+            settings = suggest(trial, c)
+            if strange := now.system_attrs.get("fixed_params", {}).keys() - c.OPTUNA.PARAMS.keys(): raise UserError(f"{', '.join(sorted(strange))} is no key of OPTUNA.PARAMS")
+        except (UserError, ValueError) as e: raise optuna.TrialPruned(f"its values cannot be used: {e}") from None
         run = start_wandb(settings, study.study_name, f"trial_{trial.number}", "trial", folder)
         report_to = to_wandb(run, folder)
         value = fitting(settings, lambda c: lead(c, data, folder, dict(study=study.study_name, trial=trial.number), report, report_to, f"trial {trial.number}"))
@@ -721,10 +849,13 @@ def run_trial(
         trial.set_user_attr("pruned", str(e)); ended = dict(state=optuna.trial.TrialState.PRUNED)
         tqdm.write(f"trial {trial.number} pruned: {e}")
         if run: run.summary["pruned"] = str(e)
-    except (KeyboardInterrupt, UserError, *SILENT): ended = None; raise
-    except Exception as e: trial.set_user_attr("failed", f"{type(e).__name__}: {e}"); raise
+    except (KeyboardInterrupt, UserError, optuna.exceptions.UpdateFinishedTrialError, *SILENT): ended = None; raise
+    except Exception as e:
+        if lost(e): ended = None                              # the trial is as good as before
+        else: trial.set_user_attr("failed", f"{type(e).__name__}: {e}")
+        raise
     finally:
-        if ended: study.tell(trial, **ended)
+        if ended: study.tell(trial, **ended, skip_if_finished=True)
         if run: run.finish()
 
 def search(
@@ -737,7 +868,8 @@ def search(
         try:
             if (got := next_trial(study, c, root)) is None: return
             since, (trial, lock) = None, got
-            with lock: run_trial(study, trial, c, data, root/f"trial_{trial.number}")
+            with lock, alive(trial, c.OPTUNA.GRACE): run_trial(study, trial, c, data, root/f"trial_{trial.number}")
+        except optuna.exceptions.UpdateFinishedTrialError: tqdm.write("the trial was given up by another machine, which had heard nothing of it; going on with the next")
         except SILENT as e:
             if not (why := passing(e)) or since and time.monotonic() > since + PATIENCE: raise
             if not since: tqdm.write(f"the study does not answer ({why}); waiting for it, and going on from the last checkpoint")
@@ -808,7 +940,7 @@ def main(argv: list[str]) -> None:
     join()
     try: act(a, c)
     except RuntimeError as e:
-        if ranks() == 1 or not re.search("peer|time|NCCL", str(e), re.I): raise
+        if not lost(e): raise
         raise UserError("another process has stopped, so this one stops too; the last checkpoint is whole, and the same command goes on from it") from None
     finally: leave()
 
@@ -836,12 +968,13 @@ def act(a: argparse.Namespace, c: Config) -> None:
     check_share(c, ranks())
     device, root = train_devices(c)[0], Path("checkpoints")/a.study_name
     if device.type == "cuda": torch.cuda.set_device(device)
-    if a.retrain_best: first(lambda: open_study(a.study_name, c, create=False) and None)
+    opened: list[optuna.Study] = []
+    if a.retrain_best: first(lambda: opened.append(open_study(a.study_name, c, create=False)))
     data = open_data(c)                                       # nothing is written before this is known to be good
     same({"training cases": data.train.cases, "validation cases": data.valid.cases})
     if rank(): return follow(data)
     print(f"data: {len(data.train)} training and {len(data.valid)} validation cases at {c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams" + ("" if data.line_integrals else ", display-domain views"))
-    try: folder = train_alone(a.study_name, None if a.no_search else open_study(a.study_name, c, create=False), c, data, root) if a.no_search or a.retrain_best else search_and_tell(open_study(a.study_name, c), c, data, root)
+    try: folder = train_alone(a.study_name, opened[0] if opened else None, c, data, root) if a.no_search or a.retrain_best else search_and_tell(open_study(a.study_name, c), c, data, root)
     except SILENT as e: raise UserError(f"study {a.study_name} cannot be read or written ({str(e.__cause__ or e).splitlines()[0]}); mend that, and the same command goes on") from None
     first(lambda: None)                                       # the others may go home
     leave()
@@ -884,8 +1017,8 @@ def search_and_tell(study: optuna.Study, c: Config, data: Data, root: Path) -> P
     "Search, then print the best trial and its hyperparameters; returns its folder."
     there = study.get_trials(deepcopy=False)
     if there:
-        half = sum(t.state == optuna.trial.TrialState.RUNNING for t in there)
-        print(f"resuming study {study.study_name}: {len(there)} of {c.OPTUNA.N_TRIALS} trials there" + (f", {half} of them unfinished" if half else ""))
+        half, waiting = (sum(t.state == s for t in there) for s in (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING))
+        print(f"resuming study {study.study_name}: {len(there)} of {max(len(there), c.OPTUNA.N_TRIALS)} trials there" + "".join(f", {n} of them {word}" for word, n in (("unfinished", half), ("waiting", waiting)) if n))
     search(study, c, data, root)
     save_plots(study, root)
     best = best_trial(study)

@@ -29,3 +29,8 @@ def test_the_server_of_a_study_is_restarted(tmp_path):
 @pytest.mark.slow
 def test_a_killed_workers_trial_is_taken_up_by_another(tmp_path):
     assert lose_nothing(tmp_path, "taken", "--workers", "2")["went_on_from_a_checkpoint"]
+
+@pytest.mark.slow
+def test_a_lost_machines_values_are_tried_again_by_another(tmp_path):
+    r = lose_nothing(tmp_path, "away")
+    assert r["why"] == "no sign of life for 5 s" and r["same_values"] and r["states"] == ["FAIL", "COMPLETE", "COMPLETE"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import BIN, ROOT, run_cmd
 from safetensors.torch import load_file
-from test_training import TINY
+from test_training import TINY, states
 
 sys.path.append(str(ROOT / "benchmarks"))
 from common import postgres
@@ -70,9 +70,9 @@ def test_a_run_changes_its_number_of_ranks(place):
 
 @pytest.mark.slow
 def test_a_rank_that_dies(place):
-    "The others stop within a minute with one sentence, and the last checkpoint is whole."
-    p = subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "dies", *STILL, "--nproc_per_node", "2", "--set", "EPOCHS=500", "--set", "TRAINING.VALIDATION_FREQ=100"], cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
-    folder, until = place / "checkpoints" / "dies" / "single", time.monotonic() + 120
+    "The others stop within a minute with one sentence, the last checkpoint is whole, and the trial of the search can be gone on with."
+    p = subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "dies", *STILL[1:], "--n_trials", "1", "--nproc_per_node", "2", "--set", "EPOCHS=500", "--set", "TRAINING.VALIDATION_FREQ=100"], cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    folder, until = place / "checkpoints" / "dies" / "trial_0", time.monotonic() + 120
     while not next(folder.glob("model_*.safetensors"), None):
         assert p.poll() is None and time.monotonic() < until, p.communicate()
         time.sleep(0.01)
@@ -82,6 +82,7 @@ def test_a_rank_that_dies(place):
     out, err = p.communicate(timeout=60)
     assert p.returncode == 2 and "Traceback" not in err and "another process has stopped" in err, (p.returncode, out, err)
     assert load_file(max(folder.glob("model_*.safetensors"))) and torch.load(max(folder.glob("training_*.pt")), weights_only=True)["step"] > 0
+    assert states(place, "dies") == ["RUNNING"]
 
 
 def test_bad_input(place):

@@ -61,11 +61,12 @@ def test_every_step_is_told_once_across_a_stop_and_a_kill(here):
     "Two coarse steps, then one an epoch; what W&B has not yet written when it is killed with the run may be lost, nothing else."
     files = [f for f in runs(here) if "-visualize" not in f.name]
     assert len(files) == 3 and len({f.name for f in files}) == 1  # the same run goes on
-    rows = [r for f in files for r in rows_of(f)]
+    *rows, end = [r for f in files for r in rows_of(f)]
     steps = [r["_step"] for r in rows]
     last_before_kill = rows_of(files[1])[-1]["_step"] if rows_of(files[1]) else rows_of(files[0])[-1]["_step"]
     total = max(steps)
     assert steps == sorted(set(steps))                                       # in order, none twice
+    assert "cases._type" in end and end["_step"] == total + 1
     missing = set(range(1, total + 1)) - set(steps)
     assert missing <= {last_before_kill + 1, last_before_kill + 2}, missing
     for r in rows:

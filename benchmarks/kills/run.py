@@ -1,7 +1,7 @@
 """Does a search survive being killed? Runs that are killed and started again until they end, held against one that was left in peace; and many workers on one study.
 
 python benchmarks/kills/run.py                      everything: about half an hour on one core
-python benchmarks/kills/run.py --only kills         kills, workers, server or taken
+python benchmarks/kills/run.py --only kills         kills, workers, server, taken or away
 python benchmarks/kills/run.py --kills 6 --trials 12 --out /tmp/kills   a rehearsal
 
 kills     a search of two trials at 16^3 with accumulation, EMA, dynamic clipping, AMP, loss phases, a coarse stage and W&B offline, killed by SIGKILL at drawn moments: some after a
@@ -9,6 +9,7 @@ kills     a search of two trials at 16^3 with accumulation, EMA, dynamic clippin
 workers   four processes on one SQLite file, at 8^3
 server    four processes on one PostgreSQL server, which is stopped without ceremony and started again when half of the trials are there
 taken     four processes, one of which is killed in mid-trial: how long until another goes on with its trial
+away      two processes in folders of their own, one of which is killed in mid-trial: how long until the other gives its trial up and trains its values, with a grace of 5 s
 
 Processes are forked from one that has imported everything, so that a start costs no more than the work. Kills that are in the result already are kept: the same command
 goes on. Exit code 1 where anything was lost."""
@@ -21,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import one_thread, postgres, save, table
 
+PARTS = ["kills", "workers", "server", "taken", "away"]
 KINDS = ("time", "step", "validation", "file", "study", "W&B")
 BASE = ["DATA.PHANTOMS=4", "VALIDATION_SPLIT=0.34", "MODEL.UNET.NUM_CHANNELS=[8, 16]", "MODEL.UNET.ATTENTION_LEVELS=[false, true]", "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true]", "MODEL.UNET.PLANAR_LEVELS=1", "MODEL.CONDITIONING_ENCODER.NUM_CHANNELS=8",
         "DEVICES=cpu", "DIFFUSION.STEPS=2", "OPTUNA.PRUNER=none"]
@@ -249,8 +251,24 @@ def taken(home: Path, workers: int) -> dict:
     return r | dict(killed_trial=killed["trial"], seconds_until_taken_up=again and round(again[2] - killed["at"], 2), went_on_from_a_checkpoint=f"trial {killed['trial']}: going on from step" in (home / "said").read_text())
 
 
+def away(home: Path) -> dict:
+    "Kill a worker whose checkpoints nobody else sees."
+    there, here, storage, grace = home / "there", home / "here", f"sqlite:///{home}/s.db", 5
+    for folder in (home, there, here): folder.mkdir()
+    args = options(2, [*POOR, "EPOCHS=40", "TRAINING.VALIDATION_FREQ=20", "TRAINING.VISUALIZATION_FREQ=40", f"OPTUNA.STORAGE={storage}", f"OPTUNA.GRACE={grace}"])
+    gone = start(there, args, WANDB_MODE="disabled")
+    wait_until(lambda: any(there.glob("checkpoints/s/trial_0/model_*.safetensors")), [gone])
+    other = start(here, args, WANDB_MODE="disabled")
+    os.kill(gone, signal.SIGKILL)
+    killed, codes = time.time(), [ended(gone), ended(other)]
+    trials, said = trials_of(home, storage), (here / "said").read_text(errors="replace")
+    again = next((t for t in trials if t.user_attrs.get("instead_of") == 0), None)
+    return dict(workers=2, grace=grace, states=[t.state.name for t in trials], why=trials[0].user_attrs.get("failed"), same_values=bool(again) and again.params == trials[0].params, seconds_until_tried_again=again and round(again.datetime_start.timestamp() - killed, 1), tracebacks=said.count("Traceback"), exit_codes=codes)
+
+
 def sound(name: str, r: dict) -> bool:
     "Whether nothing was lost."
+    if name == "away": return r["states"] == ["FAIL", "COMPLETE", "COMPLETE"] and r["same_values"] and not r["tracebacks"] and r["exit_codes"] == [-signal.SIGKILL, 0]
     if name == "kills": return not any(x["differs"] for x in r["runs"])
     died = [-signal.SIGKILL] if name == "taken" else []
     return not (r["lost"] or r["doubled"] or r["without_checkpoint"] or r["locked_said"] or r["tracebacks"]) and r["exit_codes"] == died + [0] * (r["workers"] - len(died)) and (name != "taken" or r["went_on_from_a_checkpoint"])
@@ -258,7 +276,7 @@ def sound(name: str, r: dict) -> bool:
 
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", choices=["kills", "workers", "server", "taken"], default=["kills", "workers", "server", "taken"], help="parts (default: all)")
+    p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts (default: all)")
     p.add_argument("--kills", type=int, default=100, help="default: %(default)s")
     p.add_argument("--trials", type=int, default=200, help="of a shared study (default: %(default)s)")
     p.add_argument("--workers", type=int, default=4, help="processes that share it (default: %(default)s)")
@@ -267,7 +285,7 @@ def main(argv: list[str]) -> None:
     a = p.parse_args(argv)
     import diffx2ct.train as T, optuna, wandb                                     # before forking
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    parts = {"kills": lambda d: kills(a.kills, a.seed, d, a.out / "kills.json"), "workers": lambda d: share_study(d / "w", a.trials, a.workers), "server": lambda d: with_server(d / "w", a.trials, a.workers), "taken": lambda d: taken(d / "w", a.workers)}
+    parts = {"kills": lambda d: kills(a.kills, a.seed, d, a.out / "kills.json"), "workers": lambda d: share_study(d / "w", a.trials, a.workers), "server": lambda d: with_server(d / "w", a.trials, a.workers), "taken": lambda d: taken(d / "w", a.workers), "away": lambda d: away(d / "w")}
     bad = []
     with tempfile.TemporaryDirectory() as home:
         for name in a.only:

@@ -117,13 +117,13 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         try: return validate(*a)
         finally: apart[0] += time.process_time() - start
     T.validate = timed if row["method"] != "original_style" else lambda *a: 0.0  # it has no expected volume
-    train_run, coarse_seconds = T.train_run, [0.0]
-    def inner(*a, **k):  # the coarse stages, which the run trains first
+    train_stage, spent = T.train_stage, []  # s of each stage, of which the run itself is the last
+    def clocked(*a, **k):
         start, before = time.process_time(), apart[0]
-        try: return train_run(*a, **k)
-        finally: coarse_seconds[0] = time.process_time() - start - (apart[0] - before)  # the outermost comes last and holds the others
-    T.train_run, start = inner, time.process_time()
-    train_run(c, data, folder, dict(study="quality", trial=row["name"]), title=row["name"])
+        try: return train_stage(*a, **k)
+        finally: spent.append(time.process_time() - start - (apart[0] - before))
+    T.train_stage, start = clocked, time.process_time()
+    T.train_run(c, data, folder, dict(study="quality", trial=row["name"]), title=row["name"])
     seconds = time.process_time() - start - apart[0]
     model = load_model(newest(folder))
     history = torch.load(sorted(folder.glob("training_*.pt"))[-1], weights_only=True)["history"]
@@ -133,7 +133,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         got = evaluate(model, open_cases(model), [m for m in methods if consistency == "on" or m in ("expected", "sample")], seed=0, consistency=consistency)
         scores |= {m + ("" if consistency == "on" else " (off)"): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
         if consistency == "on": cases = {n: {m: round(s["psnr"], 3) for m, s in v["scores"].items()} for n, v in got["cases"].items()}
-    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], phantom_epochs=plan["phantoms"], coarse_seconds=round(coarse_seconds[0]), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
+    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], phantom_epochs=plan["phantoms"], coarse_seconds=round(sum(spent[:-1])), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
                         scores=scores, cases=cases, torch=torch.__version__, evaluation_seconds=round(time.time() - start))
     write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
 
