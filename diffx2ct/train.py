@@ -9,7 +9,7 @@ __all__ = ['AMP', 'Reporter', 'SILENT', 'PATIENCE', 'Data', 'phantom_names', 'ma
            'start_wandb', 'to_wandb', 'peaks', 'measure', 'prepare_run', 'averaging', 'train_devices', 'Running',
            'begin', 'make_step', 'header', 'judge', 'save', 'train_stage', 'train_run', 'Stop', 'deaf', 'pictures',
            'case_table', 'check_study', 'journal', 'open_study', 'suggest', 'flat', 'current', 'start_values',
-           'Sampler', 'try_lock', 'link', 'from_queue', 'next_trial', 'alive', 'give_up', 'passing', 'lead', 'follow',
+           'Sampler', 'try_lock', 'link', 'from_queue', 'alive', 'give_up', 'next_trial', 'passing', 'lead', 'follow',
            'NoRoom', 'fitting', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main', 'start_ranks',
            'check_share', 'act', 'train_alone', 'best_trial', 'search_and_tell']
 
@@ -704,6 +704,8 @@ def link(folder: Path) -> None:
     try: new.unlink(missing_ok=True); new.symlink_to(target); new.replace(place)
     except OSError: pass  # a disk without links
 
+
+# %% ../nbs/04_train_optuna.ipynb #e029beb6
 def from_queue(
     study: optuna.Study, trials: list[optuna.trial.FrozenTrial],
     home: str,  # `folder_id`
@@ -718,32 +720,6 @@ def from_queue(
                 tell(t._trial_id, "folder", home)                                       # another machine may have written there, before it was refused
                 return t.number
     return None
-
-def next_trial(
-    study: optuna.Study, c: Config,
-    root: Path,  # checkpoints/<study>
-) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
-    "An interrupted trial, else one from the queue, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
-    def ours(t): return t.state == optuna.trial.TrialState.RUNNING and t.user_attrs.get("folder") == home
-    while not (turn := try_lock(root)): time.sleep(0.05)  # one process at a time looks for work
-    with turn:
-        home, most, queued, since, said = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False))), set(), time.time(), False
-        while True:
-            trials = study.get_trials(deepcopy=False)
-            for t in filter(ours, trials):
-                if not (lock := try_lock(root/f"trial_{t.number}")): continue
-                if not ours(study.get_trials(deepcopy=False)[t.number]): lock.close(); continue  # somebody alive has just ended it
-                if t.number >= most and t.number not in queued: study.tell(t.number, state=optuna.trial.TrialState.FAIL); lock.close(); continue  # another machine was quicker
-                view = optuna.load_study(study_name=study.study_name, storage=study._storage, sampler=Sampler(c, t.number), pruner=study.pruner)
-                return optuna.trial.Trial(view, t._trial_id), lock
-            there = [t for t in trials if t.state == optuna.trial.TrialState.RUNNING and "alive" in t.user_attrs and t.user_attrs["folder"] != home]
-            if silent := [t for t in there if time.time() > t.user_attrs["alive"] + c.OPTUNA.GRACE]: give_up(study, silent[0], c)
-            elif (number := from_queue(study, trials, home)) is not None: queued.add(number)
-            elif len(trials) < c.OPTUNA.N_TRIALS: study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs={"folder": home, "alive": time.time()}))
-            elif waiting := [t.number for t in there if t.user_attrs["alive"] < since]:
-                if not said: said = True; tqdm.write(f"waiting to hear of trial {waiting[0]} of another machine, {c.OPTUNA.GRACE:g} s at most")
-                time.sleep(min(1, c.OPTUNA.GRACE / 10))
-            else: return None
 
 
 # %% ../nbs/04_train_optuna.ipynb #0e2306fd
@@ -776,6 +752,35 @@ def give_up(
         tqdm.write(f"trial {t.number} is given up: its machine gave {why}; its values are tried again")
 
 
+# %% ../nbs/04_train_optuna.ipynb #0cc617ff
+def next_trial(
+    study: optuna.Study, c: Config,
+    root: Path,  # checkpoints/<study>
+) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
+    "An interrupted trial, else one from the queue, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
+    def ours(t): return t.state == optuna.trial.TrialState.RUNNING and t.user_attrs.get("folder") == home
+    while not (turn := try_lock(root)): time.sleep(0.05)  # one process at a time looks for work
+    with turn:
+        home, most, queued, since, said = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False))), set(), time.time(), False
+        while True:
+            trials = study.get_trials(deepcopy=False)
+            for t in filter(ours, trials):
+                if not (lock := try_lock(root/f"trial_{t.number}")): continue
+                if not ours(study.get_trials(deepcopy=False)[t.number]): lock.close(); continue  # somebody alive has just ended it
+                if t.number >= most and t.number not in queued: study.tell(t.number, state=optuna.trial.TrialState.FAIL); lock.close(); continue  # another machine was quicker
+                view = optuna.load_study(study_name=study.study_name, storage=study._storage, sampler=Sampler(c, t.number), pruner=study.pruner)
+                return optuna.trial.Trial(view, t._trial_id), lock
+            there = [t for t in trials if t.state == optuna.trial.TrialState.RUNNING and "alive" in t.user_attrs and t.user_attrs["folder"] != home]
+            if silent := [t for t in there if time.time() > t.user_attrs["alive"] + c.OPTUNA.GRACE]: give_up(study, silent[0], c)
+            elif (number := from_queue(study, trials, home)) is not None: queued.add(number)
+            elif len(trials) < c.OPTUNA.N_TRIALS: study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs={"folder": home, "alive": time.time()}))
+            elif waiting := [t.number for t in there if t.user_attrs["alive"] < since]:
+                if not said: said = True; tqdm.write(f"waiting to hear of trial {waiting[0]} of another machine, {c.OPTUNA.GRACE:g} s at most")
+                first(dict)                                   # the other ranks wait with this one, and would lose patience without a word
+                time.sleep(min(1, c.OPTUNA.GRACE / 10))
+            else: return None
+
+
 # %% ../nbs/04_train_optuna.ipynb #0dff18fe
 SILENT = (optuna.exceptions.StorageInternalError, DBAPIError, PendingRollbackError)  # what Optuna and SQLAlchemy raise where a storage fails
 PATIENCE = 300  # s that a study may be out of reach
@@ -799,6 +804,7 @@ def lead(c: Config, data: Data, folder: Path, meta: dict, report: Callable, repo
 def follow(data: Data) -> None:
     "What the other ranks do: train what rank 0 trains, until it says that there is no more."
     while (job := first(lambda: None)) is not None:
+        if not job: continue                                  # rank 0 is waiting itself
         try: train_run(Config.model_validate(job["c"]), data, job["folder"], job["meta"], title=job["title"])
         except (optuna.TrialPruned, Diverged, optuna.exceptions.UpdateFinishedTrialError, *SILENT): pass
 
