@@ -25,7 +25,7 @@ from .checkpoint import Model, digest, harm, load_model, write_summed
 from .consistency import CLASH, disagreement
 from .data import CAUTION, Case, CTPairs, DiffusionConfig, UserError, command, density, to_hu
 from .diffusion import Denoiser
-from .drr import Projector, coverage
+from .drr import Projector, coverage, path_density
 from .evaluate import open_cases
 from .parallel import device_option
 from .reconstruct import careful, finish, noise_of, reconstruct, samples, settled
@@ -264,13 +264,13 @@ def examine(
     views: Tensor,  # (2, P, P) of one case
     many: Tensor,  # (K, 1, D, H, W) its samples, or one volume
     c: DiffusionConfig,  # the settings they were made with
-) -> tuple[dict[str, Tensor], dict]:  # maps (D, H, W), in HU or beams; and the report: signs, limits, beyond, calibration, report
+) -> tuple[dict[str, Tensor], dict]:  # maps (D, H, W), in HU, beams or rays; and the report: signs, limits, beyond, calibration, report
     "The doubt that goes with one reconstruction."
     net, (q, usual, said) = model.denoiser, fitted(model, c, len(many))
     found = signs(net, views, many, c, min(model.config.TRAINING.PATCH_SIZE, net.A.size), AMP[model.config.TRAINING.AMP])
     beyond, text = trust(found, usual)
     seen, many = coverage(net.A.geometry, net.A.size, net.A.mm)[0], many.float().cpu()
-    maps = {"coverage": seen[0]}
+    maps = {"coverage": seen[0], "path_density": path_density(net.A)[0, 0].cpu()}
     if len(many) > 1:
         mean, deviation = many.mean(0), many.std(0)
         maps |= {"mean": to_hu(mean[0], net.window), "spread": deviation[0] * (net.window[1] - net.window[0]), "spread_95": half_width(deviation, kinds(mean, seen, net.window), q[:, LEVELS.index(0.95)], net.window)[0]}

@@ -343,8 +343,8 @@ the model's mean patient. Only .pt files, as diffx2ct_prepare stores them, are t
   diffx2ct_reconstruct AP.dcm LAT.dcm --checkpoint_dir checkpoints/best --out case.nii.gz --samples 8 --seed 3
   diffx2ct_reconstruct data/drrs/p1/AP.pt data/drrs/p1/LAT.pt --checkpoint_dir checkpoints/best --out p1.nii.gz --method consistent_mean
 
-Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel (where there is none, the volume is prior only), and case_trust.json, whether there is reason to doubt it as a whole.
-The third of these writes a series for a workstation, case_series_coverage.nii.gz and case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large, the views did not say what is there.
+Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel (where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json, whether there is reason to doubt it as a whole.
+The third of these writes a series for a workstation, case_series_coverage.nii.gz, case_series_path_density.nii.gz and case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large, the views did not say what is there.
 The last is half of the 95 % interval in HU; after diffx2ct_doubt has been run on the checkpoint it is calibrated, and the trust report has limits. Both say so.""")
     p.add_argument("ap", metavar="AP", help="frontal view")
     p.add_argument("lat", metavar="LAT", help="lateral view")
@@ -428,6 +428,6 @@ def write(
         written.append(save_nifti(hu(mean), net.A.mm, f"{stem}_mean{kind}", note=note(f"mean, {seeds}")))
         written.append(save_nifti(maps["spread"], net.A.mm, f"{stem}_spread{kind}", note=note(f"spread, {seeds}")))
         written.append(save_nifti(maps["spread_95"], net.A.mm, f"{stem}_spread_95{kind}", note=NOTES["spread_95"].format(report["calibration"])))
-    written.append(save_nifti(maps["coverage"], net.A.mm, f"{stem}_coverage{kind}", note=NOTES["coverage"]))
+    for name in ("coverage", "path_density"): written.append(save_nifti(maps[name], net.A.mm, f"{stem}_{name}{kind}", note=NOTES[name]))
     written.append(write_atomic(f"{stem}_trust.json", lambda p: p.write_text(json.dumps(report, indent=1))))
     print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; {CAUTION}")

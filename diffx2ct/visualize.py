@@ -72,12 +72,12 @@ def limits_of(
 
 # %% ../nbs/05_visualize.ipynb #bfbfbb80
 LEVELS = 240                                        # palette entries for data; letters and lines follow
-COLOURS = {"hu": "gray", "difference": "berlin", "spread": "inferno", "coverage": ["#7a2e2e", "#b98a35", "#2e7d6b"]}
+COLOURS = {"hu": "gray", "difference": "berlin", "spread": "inferno", "density": "viridis", "coverage": ["#7a2e2e", "#b98a35", "#2e7d6b"]}
 BEAMS = ("no beam: prior only", "one beam", "both beams")
 
-def kind_of(name: str) -> str:  # a volume's name -> "hu", "difference", "spread" or "coverage"
+def kind_of(name: str) -> str:  # a volume's name -> "hu", "difference", "spread", "density" or "coverage"
     "The kind of volume, told by its name."
-    return next((kind for kind in ("difference", "spread", "coverage") if kind in name.lower()), "hu")
+    return next((kind for kind in ("difference", "spread", "density", "coverage") if kind in name.lower()), "hu")
 
 @cache
 def palette(kind: str) -> bytes:  # 251 RGB triples
@@ -94,8 +94,8 @@ def palette(kind: str) -> bytes:  # 251 RGB triples
 class Layer:
     "One volume as it is drawn."
     name: str             # shown on its button
-    values: np.ndarray    # (D, H, W) float32, HU, or number of beams
-    kind: str             # "hu", "difference", "spread" or "coverage"
+    values: np.ndarray    # (D, H, W) float32, HU, or number of beams or rays
+    kind: str             # "hu", "difference", "spread", "density" or "coverage"
     limits: tuple         # (low, high), drawn as first and last colour
     less: np.ndarray | None = None  # (D, H, W) float32 taken away from `values`: the truth, in a difference
 
@@ -105,7 +105,7 @@ class Layer:
 
 def layer(
     name: str,            # tells the kind, see `kind_of`
-    values,               # (D, H, W), HU, or number of beams
+    values,               # (D, H, W), HU, or number of beams or rays
     window=(-1024, 1500), # (low, high) HU, used by kind "hu" only
     less=None,            # (D, H, W) to be taken away
 ) -> Layer:
@@ -113,7 +113,8 @@ def layer(
     values, less = (v if v is None else np.ascontiguousarray(v, np.float32) for v in (values, less))
     made = Layer(name, values, kind_of(name), tuple(window), less)
     if made.kind == "coverage": made.limits = (0, 2)
-    if made.kind in ("hu", "coverage"): return made
+    if made.kind == "density": made.limits = (0, float(made.values.max()))
+    if made.kind in ("hu", "density", "coverage"): return made
     top = float(np.percentile(np.abs(made[::2, ::2, ::2]), 99.5))
     top = max(10.0 * math.ceil(top / 10), 10.0)
     made.limits = (-top if made.kind == "difference" else 0.0, top)
@@ -487,6 +488,7 @@ def redraw(self: Viewer, change=None):
 def value_at(layer: Layer, at) -> str:  # at a voxel (d, h, w)
     "What a volume says of a voxel, in words."
     value = float(layer[at])
+    if layer.kind == "density": return f"{value:.1f} rays"
     return BEAMS[min(max(round(value), 0), 2)] if layer.kind == "coverage" else f"{value:{'+' if layer.kind == 'difference' else ''}.0f} HU"
 
 @patch
@@ -508,7 +510,7 @@ def scale_bar(layer: Layer) -> str:  # HTML
         return name + " &nbsp; ".join(f'<span style="color:rgb{tuple(map(int, c))}">&#9632;</span> {text}' for c, text in items)
     stops = ",".join(f"rgb{tuple(map(int, rgb[k]))}" for k in range(0, LEVELS, 17))
     bar = f'<span style="display:inline-block;width:170px;height:10px;border-radius:3px;border:1px solid #30363d;background:linear-gradient(90deg,{stops})"></span>'
-    return f'{name}<span class="dim">{low:.0f}</span> {bar} <span class="dim">{high:.0f} HU</span>'
+    return f'{name}<span class="dim">{low:.0f}</span> {bar} <span class="dim">{high:.0f} {"rays" if layer.kind == "density" else "HU"}</span>'
 
 # %% ../nbs/05_visualize.ipynb #7c92a6d5
 STILL: dict[str, list] = {"click": [0], "by": [0, 0, 0], "drag": [0.0, 0.0, 0]}  # a browser that did nothing yet
@@ -775,7 +777,7 @@ def report_figure(
     return fig
 
 # %% ../nbs/05_visualize.ipynb #4a830e85
-NOTES = {"coverage": "beams through each voxel, 0 to 2; where 0, prior only", "mean": "mean of the samples", "spread": "deviation of the samples", "spread_95": "{}; half of the 95 % interval about the mean"}  # in the headers of maps
+NOTES = {"coverage": "beams through each voxel, 0 to 2; where 0, prior only", "path_density": "rays through each voxel", "mean": "mean of the samples", "spread": "deviation of the samples", "spread_95": "{}; half of the 95 % interval about the mean"}  # in the headers of maps
 
 def save_report(
     folder: str | Path,  # made if need be; one per case

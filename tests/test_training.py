@@ -244,7 +244,7 @@ def test_run_visualize_writes_beside_the_checkpoint(searched):
     first = hashlib.sha256((out/"generated.nii.gz").read_bytes()).digest()
     script(root, "run_visualize.sh", "--checkpoint_dir", "checkpoints/trial_0", "--samples", "0")
     assert hashlib.sha256((out/"generated.nii.gz").read_bytes()).digest() == first
-    assert {p.name.split(".")[0] for p in out.glob("*.nii.gz")} == {"generated", "truth", "difference", "coverage"}  # nothing of the run before
+    assert {p.name.split(".")[0] for p in out.glob("*.nii.gz")} == {"generated", "truth", "difference", "coverage", "path_density"}  # nothing of the run before
 
 def test_own_scans_from_file_to_picture(tmp_path):
     for i in range(6): save_nifti(phantom(i, 32, 10.0)[0], 10.0, tmp_path/f"scans/p{i}.nii.gz")

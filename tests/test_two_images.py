@@ -94,7 +94,7 @@ def test_one_command_from_two_pictures_to_a_volume(here, tmp_path):
     "As a process of its own, in another folder, and what it says."
     made = run_cmd([sys.executable, "-c", "from diffx2ct.two_images import main; main()", *here.pngs, "--checkpoint_dir", here.at/"model", "--out", "deep/case.nii.gz"], cwd=tmp_path)
     assert made.returncode == 0 and made.stderr == "", made.stderr
-    assert sorted(p.name for p in (tmp_path/"deep").iterdir()) == ["case.nii.gz", "case_coverage.nii.gz", "case_trust.json"] and [p.name for p in tmp_path.iterdir()] == ["deep"]
+    assert sorted(p.name for p in (tmp_path/"deep").iterdir()) == ["case.nii.gz", "case_coverage.nii.gz", "case_path_density.nii.gz", "case_trust.json"] and [p.name for p in tmp_path.iterdir()] == ["deep"]
     notes = [line for line in made.stdout.splitlines() if line.startswith("note: ")]
     assert len(notes) == 3 and "display images, so consistency is soft" in notes[2] and "not for clinical use" in made.stdout.splitlines()[-1]
 
@@ -168,7 +168,7 @@ def test_samples_mean_and_spread(here, say, tmp_path):
     read = lambda name: sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/name))).astype(float)
     note = lambda name: sitk.ReadImage(str(tmp_path/name)).GetMetaData("descrip").strip()
     for name, seed in (("a", 3), ("b", 3), ("c", 4)): say("--out", tmp_path/f"{name}.nii.gz", "--method", "sample", "--samples", 3, "--steps", 2, "--seed", seed)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}{k}" for n in "abc" for k in (".nii.gz", "_mean.nii.gz", "_spread.nii.gz", "_spread_95.nii.gz", "_coverage.nii.gz", "_trust.json"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}{k}" for n in "abc" for k in (".nii.gz", "_mean.nii.gz", "_spread.nii.gz", "_spread_95.nii.gz", "_coverage.nii.gz", "_path_density.nii.gz", "_trust.json"))
     for k in ("", "_mean", "_spread", "_spread_95"):
         assert (read(f"a{k}.nii.gz") == read(f"b{k}.nii.gz")).all() and (read(f"a{k}.nii.gz") != read(f"c{k}.nii.gz")).any()
     assert read("a_spread.nii.gz").min() >= 0 < read("a_spread.nii.gz").mean()
@@ -341,6 +341,6 @@ def test_there_must_be_somewhere_to_write(here, say, tmp_path):
 
 def test_a_series_alone_has_its_maps_beside_it(here, say, tmp_path):
     out, _ = say("--dicom", f"{tmp_path}/s/", "--method", "sample", "--samples", 2, "--steps", 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "s_coverage.nii.gz", "s_mean.nii.gz", "s_spread.nii.gz", "s_spread_95.nii.gz", "s_trust.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "s_coverage.nii.gz", "s_mean.nii.gz", "s_path_density.nii.gz", "s_spread.nii.gz", "s_spread_95.nii.gz", "s_trust.json"]
     assert [p.suffix for p in (tmp_path/"s").iterdir()] == [".dcm"] * N
     assert all(str(p) in out for p in tmp_path.iterdir())
