@@ -9,9 +9,9 @@ __all__ = ['AMP', 'Reporter', 'SILENT', 'PATIENCE', 'Data', 'phantom_names', 'ma
            'start_wandb', 'to_wandb', 'peaks', 'measure', 'prepare_run', 'averaging', 'train_devices', 'Running',
            'begin', 'make_step', 'header', 'judge', 'save', 'train_stage', 'train_run', 'Stop', 'deaf', 'pictures',
            'case_table', 'check_study', 'journal', 'open_study', 'suggest', 'flat', 'current', 'start_values',
-           'Sampler', 'try_lock', 'link', 'from_queue', 'alive', 'give_up', 'next_trial', 'passing', 'lead', 'follow',
-           'NoRoom', 'fitting', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main', 'start_ranks',
-           'check_share', 'act', 'train_alone', 'best_trial', 'search_and_tell']
+           'Sampler', 'try_lock', 'turn', 'link', 'from_queue', 'alive', 'give_up', 'next_trial', 'passing', 'lead',
+           'follow', 'NoRoom', 'fitting', 'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main',
+           'start_ranks', 'check_share', 'act', 'train_alone', 'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
 import argparse, fcntl, json, logging, math, os, re, resource, signal, sqlite3, sys, threading, time, uuid, warnings
@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, sown, toned
-from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model
+from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model, tidy
 from .data import (CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
@@ -500,6 +500,7 @@ def train_stage(
     r, t, per, watched = begin(c, data, folder, earlier), c.TRAINING, steps_per_epoch(c, len(data.train)), first(lambda: report_to is not None)
     h, ema, start, steps = r.history, r.average.module, r.step, per * c.EPOCHS
     if start > steps: raise UserError(f"{folder} has been trained for {start} steps already, more than the {steps} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
+    if start == steps and rank() == 0: tidy(folder, t.CHECKPOINTS_KEPT)                 # killed after the last checkpoint, before it was done
     if 0 < start < steps: print(f"{title}: going on from step {start} of {steps}")
     for epoch, value in h["values"][-1:]: first(lambda: report(value, epoch))  # killed between the checkpoint and the report
     draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
@@ -696,6 +697,11 @@ def try_lock(folder: Path) -> Any | None:
     except OSError: f.close(); return None
     return f
 
+def turn(root: Path) -> Any:
+    "A study's lock, waited for: what the processes of its folder do one at a time."
+    while not (lock := try_lock(root)): time.sleep(0.05)
+    return lock
+
 def link(folder: Path) -> None:
     "Point `checkpoints/<name>` at a folder of a study."
     place, target = folder.parent.parent/folder.name, Path(folder.parent.name)/folder.name
@@ -759,8 +765,7 @@ def next_trial(
 ) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
     "An interrupted trial, else one from the queue, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
     def ours(t): return t.state == optuna.trial.TrialState.RUNNING and t.user_attrs.get("folder") == home
-    while not (turn := try_lock(root)): time.sleep(0.05)  # one process at a time looks for work
-    with turn:
+    with turn(root):
         home, most, queued, since, said = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False))), set(), time.time(), False
         while True:
             trials = study.get_trials(deepcopy=False)
@@ -889,13 +894,15 @@ def save_plots(study: optuna.Study, root: Path) -> list[Path]:
     done = [t for t in study.trials if t.value is not None]
     plots = {"history": draw_with.plot_optimization_history} | ({"importances": draw_with.plot_param_importances} if len(done) > 1 and len({t.value for t in done}) > 1 and study.best_params else {})
     saved = []
-    for name, plot in plots.items() if done else ():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            axes = plot(study)
-        fig = (axes[0] if isinstance(axes, np.ndarray) else axes).figure
-        saved.append(write_atomic(root/f"{name}.png", lambda p: fig.savefig(p, dpi=80, bbox_inches="tight")))
-        plt.close(fig)
+    with turn(root):
+        for dead in root.glob(".tmp-*"): dead.unlink()        # of a process that was killed while writing
+        for name, plot in plots.items() if done else ():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                axes = plot(study)
+            fig = (axes[0] if isinstance(axes, np.ndarray) else axes).figure
+            saved.append(write_atomic(root/f"{name}.png", lambda p: fig.savefig(p, dpi=80, bbox_inches="tight")))
+            plt.close(fig)
     return saved
 
 def show_result(folder: Path, data: Data, device: str = "cpu", most: int = 4) -> str:

@@ -216,7 +216,8 @@ def test_cone_beams_small_patches_and_wandb_offline_without_a_key(tmp_path):
     said = train(tmp_path, "--no_search", "--study_name", "cone", *(x for s in sets for x in ("--set", s)), HOME=str(tmp_path/"home"), **none)
     assert "cone beams" in said and "best validation PSNR" in said and not (tmp_path/"cone.db").exists()
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    rows = rows_of(run)
+    *rows, end = rows_of(run)
+    assert end["_step"] == 3 and "cases._type" in end
     assert run.name.startswith("run-cone-single-single-") and b"mine" in run.read_bytes()
     assert [r["_step"] for r in rows] == [1, 2] and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows) and [k for k in rows[-1] if k.startswith("MPR/")]
     assert f"this model {rows[-1]['psnr']:.2f} dB" in said
