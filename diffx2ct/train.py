@@ -911,9 +911,11 @@ def show_result(folder: Path, data: Data, device: str = "cpu", most: int = 4) ->
     c, d = model.config, model.denoiser
     names = {"mean": "mean training volume", "consistent_mean": "consistent mean", "expected": "this model"}
     figures = ", ".join(f"{name} {validate(d, data, c, m):.2f} dB" for m, name in names.items() if m in methods_of(d))
-    for i in range(min(most, len(data.valid))):
-        x = reconstruct(d, data.valid[i].views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
-        picture(x, data.valid[i], d.window, (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX), folder/"visualizations"/f"{data.valid[i].name}_mpr.png")
+    with turn(folder.parent):
+        for dead in (folder/"visualizations").glob(".tmp-*.png"): dead.unlink()
+        for i in range(min(most, len(data.valid))):
+            x = reconstruct(d, data.valid[i].views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
+            picture(x, data.valid[i], d.window, (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX), folder/"visualizations"/f"{data.valid[i].name}_mpr.png")
     return f"PSNR (unit protocol, {len(data.valid)} validation cases): {figures}\npictures: {folder/'visualizations'}"
 
 # %% ../nbs/04_train_optuna.ipynb #22d12077
