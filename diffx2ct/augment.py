@@ -107,15 +107,15 @@ def sown(
     often: float,  # TRAINING.AUGMENT.NODULES, the mean of their number
     mm: float,  # voxel edge
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
-) -> Tensor:  # (1, D, H, W)
+) -> tuple[Tensor, Tensor]:  # (1, D, H, W) each: the volume, and the share of each voxel that is nodule, 0 to 1
     "The patient with nodules: 8 to 40 mm, soft as muscle or calcified a little, every third with spikes."
-    if not often: return x
-    hu = to_hu(x[0], window)
+    hu, shares = to_hu(x[0], window), torch.zeros_like(x)
     places = ((hu > LUNG[0]) & (hu < LUNG[1])).nonzero()
-    for _ in range(rng.poisson(often) * bool(len(places))):
+    for _ in range(rng.poisson(often) * bool(len(places)) if often else 0):
         at, diameter, seed = places[rng.integers(len(places))].tolist(), math.exp(rng.uniform(math.log(8), math.log(40))), int(rng.integers(2 ** 31))
-        x = plant(x, blob(x.shape[-1], mm, at, diameter, spikes=12 * (rng.random() < 1 / 3), seed=seed), rng.uniform(-100, 200), window)
-    return x
+        share = blob(x.shape[-1], mm, at, diameter, spikes=12 * (rng.random() < 1 / 3), seed=seed)
+        x, shares = plant(x, share, rng.uniform(-100, 200), window), torch.maximum(shares, share)
+    return x, shares
 
 # %% ../nbs/00f_augment.ipynb #a7df0ad2
 MU = 0.02  # 1/mm, attenuation of water at about 60 keV

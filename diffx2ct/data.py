@@ -157,6 +157,7 @@ class AugmentConfig(Section):
     ELASTIC: Ratio = 0.02
     INTENSITY: Annotated[float, Field(ge=0, lt=1)] = 0.03
     NODULES: Annotated[float, Field(ge=0, le=20)] = 0.0
+    NODULE_WEIGHT: Annotated[float, Field(ge=1, le=1000)] = 30.0
     GEOMETRY: Annotated[float, Field(ge=0, lt=0.2)] = 0.0
     PHOTONS: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     GAMMA: Annotated[float, Field(ge=0, lt=2)] = 0.0
@@ -468,7 +469,7 @@ CAUTION = "not for clinical use"  # on every picture and in every file that leav
 PLANES = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "H", "F"), "sagittal": ("A", "P", "H", "F")}  # letters at left, right, top, bottom
 
 def planes(
-    volume: Tensor,  # (D, H, W)
+    volume: Any,  # (D, H, W), a tensor or what is indexed like one
     at: tuple[int, int, int],  # voxel (d, h, w) the planes go through
 ) -> list[Tensor]:  # axial (H, W), coronal (D, W), sagittal (D, H)
     "Three orthogonal slices in radiological display."
@@ -619,11 +620,11 @@ class Manifest(BaseModel):
     cases: dict[str, dict]
 
 def read_manifest(
-    drr_dir: str | Path,  # `DATA.DRR_DIR`
+    drr_dir: str | Path | None,  # `DATA.DRR_DIR`
 ) -> dict | None:
     "The manifest of a folder of views; `None` where there is none."
-    path = Path(drr_dir)/"manifest.json"
-    if not path.exists(): return None
+    path = Path(drr_dir or "")/"manifest.json"
+    if drr_dir is None or not path.exists(): return None
     try:
         if not path.is_file(): raise ValueError
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ import argparse, json, math, os, shutil, sys, tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -121,7 +122,9 @@ def read_xray(
         view.grey = 1 - window if dark else window
     if dark: view.done.append("MONOCHROME1, so black and white were exchanged")
     for axis, (to, want) in enumerate(zip(tag("0020|0020").split("\\"), letters)):
-        if to[:1] == dict(zip("LRPAFH", "RLAPHF"))[want]: view.grey, _ = view.grey.flip(1 - axis), view.done.append(f"its {('columns', 'rows')[axis]} lead to {to[0]}, so they were mirrored")
+        if to[:1] == dict(zip("LRPAFH", "RLAPHF"))[want]: 
+            view.grey = view.grey.flip(1 - axis)
+            view.done.append(f"its {('columns', 'rows')[axis]} lead to {to[0]}, so they were mirrored")
     edges, sdd, middle = numbers("0018|1164") or numbers("0028|0030"), numbers("0018|1110"), numbers("0018|1111")
     if len(edges) > 1 and min(edges) > 0: view.mm = tuple(edges[:2])
     if found := numbers("0018|1114") or sdd and middle and middle[0] > 0 and [sdd[0] / middle[0]]: view.enlarged = found[0]
@@ -205,7 +208,9 @@ def laid(
         return view.grey, torch.ones_like(ref[0], dtype=torch.bool), ["stored view, taken as it is"]
     grey, seen = on_panel(view, net.A)
     said = [f"pixels of {view.mm[0]:.3g} x {view.mm[1]:.3g} mm, {seen.float().mean():.0%} of the detector" if view.mm else f"no pixel size, so taken to be {net.A.geometry.panel_mm:g} mm high like the detector", *view.done]
-    if sum(likeness(grey[seen], r[seen]) for r in ref) < 0: grey, _ = -grey, said.append("bone is darker than air, so black and white were exchanged" + " back" * any("exchanged" in s for s in said))
+    if sum(likeness(grey[seen], r[seen]) for r in ref) < 0:
+        grey = -grey
+        said.append("bone is darker than air, so black and white were exchanged" + " back" * any("exchanged" in s for s in said))
     return grey, seen, said
 
 # %% ../nbs/05a_two_images.ipynb #69f9e9c9
@@ -386,7 +391,7 @@ def main(argv: list[str]):
     a = parser().parse_args(argv)
     check_options(a)
     device = device_option(a.device)
-    views = tuple(read_view(path, which) for path, which in ((a.ap, "AP"), (a.lat, "LAT")))
+    views = read_view(a.ap, "AP"), read_view(a.lat, "LAT")
     for view, mm in zip(views, a.pixel_mm or ()): view.mm = (mm, mm)
     if a.pixel_mm and all(v.stored for v in views): raise UserError(f"--pixel_mm is for pictures, but {a.ap} and {a.lat} are stored views, which lie on the model's detector already; leave it out")
     same_scale(views)
@@ -400,11 +405,11 @@ def main(argv: list[str]):
     for text in filter(None, [*done, line]): print(f"note: {text}")
     for text in doubts: print(f"diffx2ct: warning: {one_line(text)}", file=sys.stderr)
     c = careful(net, y, c, f"{a.ap}, {a.lat}")
-    how = dict(patch=min(model.config.TRAINING.PATCH_SIZE, net.A.size), amp=AMP[model.config.TRAINING.AMP])
+    how: dict[str, Any] = dict(patch=min(model.config.TRAINING.PATCH_SIZE, net.A.size), amp=AMP[model.config.TRAINING.AMP])
     many = samples(net, y, list(range(a.seed, a.seed + a.samples)), c, **how) if a.samples else None
-    mean = finish(net, many.mean(0, keepdim=True), y[None].to(many.device), c.CONSISTENCY)[0] if a.samples else None
-    shown = mean if a.method == "mean_of_k" else reconstruct(net, y, a.method, c, seed=a.seed, **how)
-    maps, report = examine(model, y, many if a.samples else shown[None], c)
+    mean = finish(net, many.mean(0, keepdim=True), y[None].to(many.device), c.CONSISTENCY)[0] if many is not None else None
+    shown = mean if mean is not None and a.method == "mean_of_k" else reconstruct(net, y, a.method, c, seed=a.seed, **how)
+    maps, report = examine(model, y, shown[None] if many is None else many, c)
     print(report["report"], report["calibration"], sep="\n")
     write(a, model, shown, mean, maps, report, c)
 

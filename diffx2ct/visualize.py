@@ -335,7 +335,7 @@ class Viewer(W.VBox):
         self.arrange()
         for w in (self.show, self.other, self.levels, self.cross, self.smooth, *self.sliders.values()):
             w.observe(self.redraw, "value")
-        self.preset.observe(lambda c: c.new and setattr(self.levels, "value", WINDOWS[c.new]), "value")
+        self.preset.observe(self.pick, "value")
         self.sample.observe(self.choose, "value")
         self.mouse.observe(self.steer, "value")
         self.redraw()
@@ -543,6 +543,11 @@ def stretch(
     elif layer.kind != "coverage":
         layer.limits = tuple(math.exp(2 * wide) * end for end in layer.limits)
         self.redraw()
+
+@patch
+def pick(self: Viewer, change):
+    "A preset's window."
+    if change.new: self.levels.value = WINDOWS[change.new]
 
 @patch
 def choose(self: Viewer, change):
@@ -927,7 +932,7 @@ def main(argv: list[str]):
     net, d = model.denoiser, model.config.DATA
     for view in views:
         if view.shape != (net.A.pixels,) * 2: raise UserError(f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size")
-    cases = [Case(a.name, None, torch.stack(views))] if views else held_out(model.config, a.case, a.cases)
+    cases = [Case(a.name, None, torch.stack(views))] if views else held_out(model.config, a.case, a.cases)  # type: ignore[arg-type]  # of the two views nobody knows the truth
     top, figures, step = Path(a.out or model.path.parent / "visualizations"), {}, model.meta.get("step", 0)
     run = start_wandb(model.config, str(model.meta.get("study")), f"trial_{model.meta.get('trial')}", "visualize")
     for case in cases:

@@ -32,7 +32,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
         draws = [T.Draw((int(np.random.default_rng(i).integers(cases)),), crop_origin(edge, patch, (0, i)), i) for i in range(100)]
         def ours(kind):
             c = config("demo", still | {"DATA.PT_DATA_DIR": f"{tmp}/{kind}", "DATA.DRR_DIR": f"{tmp}/views", "DATA.TARGET_VOLUME_SIZE": edge, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": patch})
-            return T.Crops(CTPairs(c.DATA), draws, c)
+            return T.Crops(CTPairs(c.DATA), draws, c, True, c.DATA.CUBE_MM / c.DATA.TARGET_VOLUME_SIZE)
         def load(i, **how): return crop(torch.load(f"{tmp}/single/case{draws[i].cases[0]}.pt", weights_only=True, **how)[None, None], draws[i].origin, patch).contiguous()
         half, single, ram = ours("half"), ours("single"), [torch.load(f"{tmp}/single/case{i}.pt", weights_only=True) for i in range(cases)]
         ways = {  # name -> crop number i, (1, 1, patch, patch, patch) in single precision
@@ -48,7 +48,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
             for i in range(0, len(draws), 10): torch.testing.assert_close(way(i), first(i), rtol=0, atol=3e-4)  # half a unit in the last place of a half
         trains = config("demo", {"DATA.TARGET_VOLUME_SIZE": patch, "DATA.TARGET_DRR_SIZE": patch, "TRAINING.PATCH_SIZE": patch, "BATCH_SIZE": 1, "DEVICES": "cpu"})
         net, turn = network(trains), {name: itertools.cycle(range(len(draws))) for name in ways}
-        step = partial(training_step(net, trains), [T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], trains)[0]])
+        step = partial(training_step(net, trains), [T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], trains, True, net.A.mm)[0]])
         def read(name):
             for i in itertools.islice(turn[name], many): ways[name](i)
         spent = cpu_seconds({name: lambda name=name: read(name) for name in ways}, repeats, before=step)
@@ -69,7 +69,7 @@ def views(edge: int, repeats: int) -> list[dict]:
             c = config(profile, {"DATA.TARGET_VOLUME_SIZE": size, "DATA.TARGET_DRR_SIZE": size, "TRAINING.PATCH_SIZE": size, "DATA.GEOMETRY": g, "BATCH_SIZE": 1, "TRAINING.AUGMENT.SHARE": 1.0, "DEVICES": "cpu"})
             net = network(c)
             case = random_cases(1, net)
-            item = T.Crops(case, [T.Draw((0,), (0, 0, 0), 0)], c)[0]
+            item = T.Crops(case, [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
             work[g, "step"] = partial(training_step(net, c), [item])
             work[g, "render"] = lambda net=net, item=item: net.A(density(item[1], net.window))
             work[g, "warp"] = lambda c=c, case=case: augment(case[0].volume, np.random.default_rng(0), c.TRAINING.AUGMENT, c.TRAINING.FLIP_AXES)

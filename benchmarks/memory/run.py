@@ -47,7 +47,7 @@ def measure(name: str, profile: str, edge: int, sets: dict, out: Path) -> None:
     c = config(profile, ONE | {"DATA.TARGET_VOLUME_SIZE": edge, "DATA.TARGET_DRR_SIZE": edge, "TRAINING.PATCH_SIZE": edge} | sets)
     before, net = peak(), network(c)
     net.train()
-    crops = T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], c)
+    crops = T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)
     optimizer, scaler = torch.optim.AdamW(net.parameters(), 1e-4), torch.amp.GradScaler("cpu", enabled=False)
     start = time.process_time()
     log = T.train_step(T.Loss(net, c), c, [crops[0]], c.EPOCHS - 1, optimizer, scaler, [])  # of the last phase, whose losses keep most

@@ -79,7 +79,7 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
 def step_seconds(T, c, data) -> float:
     "CPU seconds of a training step: the median of ten of a throwaway network, and a little for the averaging of weights."
     step = training_step(T.build(c, data.geometry, data.mm, data.line_integrals), c)
-    crops, micro, times = T.Crops(data.train, [x for s in range(12) for x in T.draw(c, len(data.train), s)], c, data.line_integrals), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
+    crops, micro, times = T.Crops(data.train, [x for s in range(12) for x in T.draw(c, len(data.train), s)], c, data.line_integrals, data.mm), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
     for s in range(12):
         start = time.process_time()
         step([crops[s * micro + i] for i in range(micro)])

@@ -33,7 +33,7 @@ def denoiser(sets: dict, edge: int, amp: str) -> tuple:
     import diffx2ct.train as T
     c = config("demo", {"DATA.TARGET_VOLUME_SIZE": edge, "DATA.TARGET_DRR_SIZE": edge, "TRAINING.PATCH_SIZE": edge, "BATCH_SIZE": 1, "TRAINING.AMP": amp, "DEVICES": "cpu"} | sets)
     net = network(c)
-    item = T.Crops(Whole(random_cases(1, net)), [T.Draw((0,), (0, 0, 0), 0)], c)[0]
+    item = T.Crops(Whole(random_cases(1, net)), [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
     with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
         base = net.base(item[3], amp=T.AMP[amp])
         known = net.condition(base, net.encode(item[3]))
