@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import training_step
+from common import machine, training_step
 
 STS = [f"STS_{i:03d}" for i in range(33, 41)]  # held out, never trained on
 
@@ -134,7 +134,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         scores |= {m + ("" if consistency == "on" else " (off)"): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
         if consistency == "on": cases = {n: {m: round(s["psnr"], 3) for m, s in v["scores"].items()} for n, v in got["cases"].items()}
     result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], phantom_epochs=plan["phantoms"], coarse_seconds=round(sum(spent[:-1])), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
-                        scores=scores, cases=cases, torch=torch.__version__, evaluation_seconds=round(time.time() - start))
+                        scores=scores, cases=cases, machine=machine() | dict(bf16=T.bf16_pays()), evaluation_seconds=round(time.time() - start))
     write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
 
 
