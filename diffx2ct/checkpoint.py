@@ -142,7 +142,7 @@ def unenlarged(weights: Weights, meta: dict) -> Weights:
     out, pixels = dict(weights), meta["config"]["DATA"]["TARGET_DRR_SIZE"]
     for k in (k for k in weights if k.endswith("encoder.stem.weight")):
         out[k] = torch.cat([weights[k][:, :1] / ENLARGED, weights[k][:, 1:]], 1)
-        out[k.replace("encoder.stem.weight", "usual")] = torch.zeros(2, *(pixels // 2 ** k.count("coarse."),) * 2)
+        out[k.replace("encoder.stem.weight", "usual")] = torch.zeros(()).expand(2, *(pixels // 2 ** k.count("coarse."),) * 2)
     return out
 
 UPGRADES = {2: banded, 3: unenlarged}  # format -> what makes weights of the next one of them
@@ -164,6 +164,8 @@ def read_header(
     except KeyError: raise UserError(f"{path} is a safetensors file of another program; name a folder that run_training.sh has written") from None
     except (SafetensorError, OSError, ValueError, RecursionError): raise UserError(f"{path} is damaged or not a safetensors file; use another checkpoint") from None
     if meta.get("format") not in (FORMAT, *UPGRADES): raise UserError(f"{path} has checkpoint format {meta.get('format')}, this program reads {min(UPGRADES)} to {FORMAT}; use diffx2ct {meta.get('version')}, which made it")
+    try: Header.model_validate(meta)
+    except ValidationError as e: raise UserError(sentence(e, str(path))) from None
     return meta
 
 # %% ../nbs/03b_checkpoint.ipynb #ad6d626f
@@ -231,8 +233,7 @@ def load_model(
     "The averaged model of a checkpoint, ready for `reconstruct`."
     path = model_file(folder)
     meta = read_header(path)
-    try: h = Header.model_validate(meta)
-    except ValidationError as e: raise UserError(sentence(e, str(path))) from None
+    h = Header.model_validate(meta)
     make, weights = lambda: build(h.config, Geometry(**h.geometry.model_dump()), h.mm, h.line_integrals), read_weights(path, "ema")
     try:
         with torch.device("meta"): fits(make(), weights, path)  # costs no memory, however large the description says it is

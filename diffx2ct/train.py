@@ -396,7 +396,6 @@ def prepare_run(
     if denoiser.coarse and stage: fill(denoiser.coarse, read_weights(stage, "ema"), stage); stage = None
     source = model_file(c.TRAINING.START_FROM) if c.TRAINING.START_FROM else stage
     if source:                                                # weights of another training; mean and scales belong to the data
-        read_header(source)
         fill(denoiser, {k: v for k, v in read_weights(source, "ema").items() if k.startswith(("unet.", "encoder."))}, source, strict=False)
     for buffer, value in zip((denoiser.mean, denoiser.usual, denoiser.scales), first(lambda: measure(denoiser.eval(), data.train))): buffer.copy_(value)
     return denoiser
