@@ -127,7 +127,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     seconds = time.process_time() - start - apart[0]
     model = load_model(newest(folder))
     history = torch.load(sorted(folder.glob("training_*.pt"))[-1], weights_only=True)["history"]
-    methods = ["mean", "consistent_mean", "sample"] if row["method"] == "original_style" else ["mean", "consistent_mean", "expected", "sample", "mean_of_k"]
+    methods = ["mean", "consistent_mean", *(["expected"] if row["method"] != "original_style" else []), "sample", *(["mean_of_k"] if row["table"] == "main" and row["method"] != "original_style" else [])]
     scores, start = {}, time.time()
     for consistency in ("on", "off"):
         got = evaluate(model, open_cases(model), [m for m in methods if consistency == "on" or m in ("expected", "sample")], seed=0, consistency=consistency)
