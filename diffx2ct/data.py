@@ -157,7 +157,7 @@ class AugmentConfig(Section):
     ELASTIC: Ratio = 0.02
     INTENSITY: Annotated[float, Field(ge=0, lt=1)] = 0.03
     NODULES: Annotated[float, Field(ge=0, le=20)] = 0.0
-    NODULE_WEIGHT: Annotated[float, Field(ge=1, le=1000)] = 30.0
+    NODULE_WEIGHT: Annotated[float, Field(ge=1, le=1000)] = 60.0
     GEOMETRY: Annotated[float, Field(ge=0, lt=0.2)] = 0.0
     PHOTONS: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     GAMMA: Annotated[float, Field(ge=0, lt=2)] = 0.0
