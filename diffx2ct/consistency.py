@@ -28,23 +28,24 @@ def residual(
 def solve_views(
     A: Projector,
     r: Tensor,  # (B, 2, P, P) residual views
-    steps: int,  # conjugate-gradient steps
+    steps: int,  # conjugate-residual steps, each one A and one adjoint
     stop: Tensor | float = 0.0,  # (B,) norm of the residual at which a case is done
     damping: float = 0.0,  # lambda, relative to the mean eigenvalue of A A^T
-) -> Tensor:  # (B, 2, P, P) z with (A A^T + lambda I) z = r
-    "Conjugate gradients on the normal equations of the views."
+) -> Tensor:  # (B, 2, P, P) z with (A A^T + lambda I) z = r, as far as there is one
+    "Conjugate residuals on the normal equations of the views; the norm of what is left never grows."
     dot = lambda a, b: (a * b).flatten(1).sum(1)[:, None, None, None]
-    lam = damping * A.size * A.mm ** 2
-    stop = torch.as_tensor(stop, device=r.device).reshape(-1, 1, 1, 1) ** 2
-    z, p, rr = torch.zeros_like(r), r, dot(r, r)
-    first = rr
+    eigenvalue = A.size * A.mm ** 2
+    floor = torch.maximum(torch.as_tensor(stop, device=r.device).reshape(-1, 1, 1, 1) ** 2, 1e-12 * dot(r, r))
+    z = p = q = torch.zeros_like(r)                                              # q is G p
+    e = torch.full_like(dot(r, r), torch.inf)
     for _ in range(steps):
-        q = A(A.adjoint(p)) + lam * p
-        active = rr > torch.maximum(stop, 1e-12 * first)
-        step = torch.where(active, rr / dot(p, q).clamp(min=1e-20), 0.0)
+        g = A(A.adjoint(r)) + damping * eigenvalue * r
+        active = (dot(r, r) > floor) & (dot(g, g) > 1e-8 * eigenvalue ** 2 * dot(r, r))
+        last, e = e, dot(r, g)
+        beta = torch.where(active, e / last.clamp(min=1e-20), 0.0)
+        p, q = r + beta * p, g + beta * q
+        step = torch.where(active, e / dot(q, q).clamp(min=1e-20), 0.0)
         z, r = z + step * p, r - step * q
-        new = dot(r, r)
-        p, rr = r + torch.where(active, new / rr.clamp(min=1e-20), 0.0) * p, new
     return z
 
 # %% ../nbs/00d_consistency.ipynb #84abe6cf
@@ -53,7 +54,7 @@ def nearest(
     y: Tensor,  # (B, 2, P, P) views, mm of water
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
-    steps: int | None = None,  # conjugate-gradient steps; default 2 parallel, 10 cone
+    steps: int | None = None,  # conjugate-residual steps; default 2 parallel, 10 cone
     noise: float = 0.0,  # relative residual at which to stop
     damping: float = 0.0,  # 0: exact; 0.3: meet the views half-way where they disagree
 ) -> Tensor:  # (B, 1, D, H, W)
@@ -70,7 +71,7 @@ def consistent(
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
     rounds: int = 30,  # alternations
-    steps: int | None = None,  # conjugate-gradient steps in each; default 2
+    steps: int | None = None,  # conjugate-residual steps in each; default 2
     noise: float = 0.0,  # relative residual at which to stop
     damping: float = 0.0,
     momentum: bool = False,  # the accelerated scheme

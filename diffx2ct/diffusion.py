@@ -185,7 +185,7 @@ def settle(self: Denoiser,
     x: Tensor,  # (B, 1, D, H, W) unit volume of the whole cube
     views: Tensor,  # (B, 2, P, P)
     consistency: str,  # on, soft or off
-    steps: int | None = None,  # conjugate-gradient steps
+    steps: int | None = None,  # conjugate-residual steps
 ) -> Tensor:
     "Make a volume agree with its views (chapter 00d), as far as they are line integrals."
     if consistency == "off" or not self.line_integrals: return x
