@@ -41,6 +41,7 @@ def solve_views(
     for _ in range(steps):
         g = A(A.adjoint(r)) + damping * eigenvalue * r
         active = (dot(r, r) > floor) & (dot(g, g) > 1e-8 * eigenvalue ** 2 * dot(r, r))
+        if not active.any(): break
         last, e = e, dot(r, g)
         beta = torch.where(active, e / last.clamp(min=1e-20), 0.0)
         p, q = r + beta * p, g + beta * q
@@ -92,7 +93,7 @@ def disagreement(
 ) -> Tensor:  # (B,)
     "Relative residual that is left when the views are explained as well as any volume (HU range aside) can; says nothing for cone beams."
     air = torch.full((len(y), 1, *(A.size,) * 3), (-1000 - window[0]) / (window[1] - window[0]), device=y.device)
-    return residual(nearest(air, y, A, window, steps=20, damping=1e-3), y, A, window)
+    return residual(nearest(air, y, A, window, steps=20), y, A, window)
 
 # %% ../nbs/00d_consistency.ipynb #9f66124f
 CLASH = 0.02  # disagreement above which two views count as not of one patient
