@@ -188,6 +188,7 @@ class TrainingConfig(Section):
     CHECKPOINTS_KEPT: Count = 2
     VISUALIZATION_FREQ: Count = 4
 
+# %% ../nbs/00_data.ipynb #7ee0b5b1
 class DiffusionConfig(Section):
     "Noise schedule, parameterisation, sampling (chapter 02a)."
     SCHEDULE: Literal["cosine", "linear", "flow"] = "flow"
@@ -223,6 +224,7 @@ class Range(Section):
         assert self.low is not None and self.high is not None  # as `check` has seen to
         return [self.low, min(self.high, self.low + (self.step or 1)), self.high]
 
+# %% ../nbs/00_data.ipynb #2f103685
 def hidden(url: str | None) -> str | None:
     "A database URL as it may be written down: without user, password and options."
     return url and re.sub(r"(?<=://).*@|(?<=\?).*", "***", url)
@@ -239,6 +241,7 @@ class OptunaConfig(Section):
         "TRAINING.LEARNING_RATE": Range(low=3e-4, high=2e-3, log=True), "TRAINING.CLIP_PERCENTILE": Range(low=50, high=99),
         "TRAINING.LOSS_WEIGHTS.SSIM": Range(low=0.0, high=0.5), "TRAINING.LOSS_WEIGHTS.FOURIER": Range(low=0.0, high=0.5)}
 
+# %% ../nbs/00_data.ipynb #3312d88b
 class Config(Section):
     "All settings, as in `config.yml`."
     PROJECT_NAME: Annotated[str, Field(min_length=1)] = "diffx2ct"
@@ -337,6 +340,7 @@ class Loader(yaml.SafeLoader):
         try: return super().construct_object(node, deep)
         except (ValueError, OverflowError, RecursionError) as e: raise yaml.MarkedYAMLError(problem=f"{str(node.value)[:40]} is no value ({e})", problem_mark=node.start_mark) from None
 
+# %% ../nbs/00_data.ipynb #6bdc28e9
 def read_yaml(
     path: str | Path,  # a YAML file with a mapping in it
 ) -> dict:
@@ -353,6 +357,7 @@ def read_yaml(
     if not isinstance(got, dict | None): raise UserError(f"{path} must hold KEY: value lines, not a {type(got).__name__}")
     return got or {}
 
+# %% ../nbs/00_data.ipynb #01a734dc
 def load_config(
     path: str | Path | None = None,  # YAML file; `None` gives the defaults
     profile: str | None = None,  # name under PROFILES in that file; default: its PROFILE key
@@ -523,6 +528,7 @@ def write_pt(
     "`torch.save` by way of a Python file, which tells why a write fails."
     with open(path, "wb") as f: torch.save(thing, f)
 
+# %% ../nbs/00_data.ipynb #9d2b24f1
 def unpacked(
     path: str | Path,  # a file
     size: int,  # bytes that its header promises
@@ -548,6 +554,7 @@ def read_pt(
             if "mmap can only be used with files saved with" not in str(e): raise
             return torch.load(path, map_location="cpu", weights_only=True)
 
+# %% ../nbs/00_data.ipynb #734ad2e5
 def load_tensor(
     path: str | Path,  # `.pt` file with one tensor
     dims: int = 3,  # how many axes it must have; one leading axis of length 1 is dropped
@@ -600,6 +607,7 @@ def write_manifest(
     manifest = dict(format=1, geometry=geometry, view_domain=view_domain, size=size, mm=mm, pixels=pixels, hu_window=list(window), axes="D head-feet, H front-back, W right-left", cases=cases)
     return write_atomic(Path(drr_dir)/"manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1)))
 
+# %% ../nbs/00_data.ipynb #45ce6e23
 class Beams(BaseModel):
     "What a manifest or a checkpoint says of an acquisition geometry (chapter 00a)."
     model_config = ConfigDict(extra="forbid")

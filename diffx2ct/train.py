@@ -620,6 +620,7 @@ def check_study(
         if tables and "studies" not in tables: raise UserError(f"{file} is a database but not an Optuna study; move it away or choose another --study_name")
     return file.exists()
 
+# %% ../nbs/04_train_optuna.ipynb #7071f74e
 def journal(path: str) -> optuna.storages.BaseStorage:
     "A study in a log file, safe on network disks."
     from optuna.storages.journal import JournalFileBackend
@@ -658,6 +659,7 @@ def open_study(
             if r and getattr(d, "choices", None) != (r.choices and tuple(map(json.dumps, r.choices))): raise UserError(f"OPTUNA.PARAMS.{key}: its choices are not those of trial {t.number} of study {name}; restore them, or use another --study_name")
     return study
 
+# %% ../nbs/04_train_optuna.ipynb #b2cac874
 def suggest(
     trial: optuna.trial.BaseTrial,
     c: Config,
@@ -675,6 +677,7 @@ def suggest(
         set_key(c, key, value, f"OPTUNA.PARAMS.{key}")
     return check_config(c)
 
+# %% ../nbs/04_train_optuna.ipynb #4c5e657f
 def flat(tree: dict, before: str = "") -> dict[str, Any]:
     "Dotted key -> value."
     return {k: v for name, part in tree.items() for k, v in (flat(part, f"{before}{name}.") if isinstance(part, dict) else {before + name: part}).items()}
@@ -962,6 +965,7 @@ Ctrl-C saves after the step; the same command goes on from there. Every key is e
     how.add_argument("--retrain_best", action="store_true", help="train with the study's best values, OPTUNA.RETRAIN_FACTOR times as long")
     return p
 
+# %% ../nbs/04_train_optuna.ipynb #d997524a
 @command
 def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_train` and `./run_training.sh`."
@@ -979,6 +983,7 @@ def main(argv: list[str]) -> None:
         raise UserError("another process has stopped, so this one stops too; the last checkpoint is whole, and the same command goes on from it") from None
     finally: leave()
 
+# %% ../nbs/04_train_optuna.ipynb #d0c9fc28
 def start_ranks(n: int, argv: list[str], c: Config) -> None:
     "Start n processes of this command with torch's launcher; what can be wrong is said before, once."
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -996,6 +1001,7 @@ def check_share(c: Config, n: int) -> None:
     "Every rank must have a case of every batch."
     if c.BATCH_SIZE < n: raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} cannot be shared by {n} processes; raise it, or start fewer")
 
+# %% ../nbs/04_train_optuna.ipynb #0c355925
 def act(a: argparse.Namespace, c: Config) -> None:
     "What a process does, alone or as one of several."
     if rank(): sys.stdout = open(os.devnull, "w")             # one of them speaks
@@ -1043,6 +1049,7 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
         if run: run.finish()
     return folder
 
+# %% ../nbs/04_train_optuna.ipynb #4c9f8bc7
 def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
     "The completed trial with the highest value."
     done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
