@@ -147,6 +147,7 @@ def unenlarged(weights: Weights, meta: dict) -> Weights:
 
 UPGRADES = {2: banded, 3: unenlarged}  # format -> what makes weights of the next one of them
 
+# %% ../nbs/03b_checkpoint.ipynb #9968ccbf
 class Header(BaseModel):
     "What is needed of a description to build its network; more may stand in it."
     config: Config

@@ -690,6 +690,7 @@ class Case:
     volume: Tensor  # (1, D, H, W) unit volume
     views: Tensor  # (2, P, P) AP and LAT
 
+# %% ../nbs/00_data.ipynb #e6dc194d
 class CTPairs(torch.utils.data.Dataset):
     "Cases of a folder in the original layout; iterating gives whole `Case`s."
     def __init__(self,

@@ -375,6 +375,7 @@ def blend_weight(patch: int, blend: str) -> Tensor:
     w = {"constant": torch.ones(patch), "gaussian": torch.exp(-8 * u ** 2), "cosine": (u * torch.pi / 2).cos()}[blend].clamp(min=1e-3)
     return w[:, None, None] * w[:, None] * w
 
+# %% ../nbs/02a_diffusion.ipynb #0012c6e3
 def joined(
     conditions: Sequence[Condition],  # of blocks of one shape
 ) -> Condition:

@@ -159,6 +159,7 @@ def surprise(
     again = [denoiser.to_volume(denoise(denoiser.diffusion.noisy(state, noise, state.new_tensor([t])), t), base) for t in TIMES]
     return (torch.cat(again) - x).square().mean().sqrt().item() * (denoiser.window[1] - denoiser.window[0])
 
+# %% ../nbs/04b_doubt.ipynb #94fb57d9
 @torch.no_grad()
 def signs(
     denoiser: Denoiser,
@@ -239,6 +240,7 @@ def fit(
     q = {n: factors(torch.cat([z for z, _ in parts]), torch.cat([kind for _, kind in parts])).tolist() for n, parts in found.items()}
     return dict(version=diffx2ct.__version__, model=digest(model.path), step=model.meta.get("step"), cases=list(rows), seed=seed, **settings(c), levels=list(LEVELS), kinds=KINDS, factors=q, limits=limits(list(rows.values())))
 
+# %% ../nbs/04b_doubt.ipynb #6ace0f01
 def fitted(
     model: Model,
     c: DiffusionConfig,  # the settings a case is reconstructed with

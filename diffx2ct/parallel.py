@@ -219,6 +219,7 @@ def to_device(value, device: torch.device):
     if isinstance(value, (list, tuple)): return type(value)(to_device(v, device) for v in value)
     return value if value is None or value.device == device else value.to(device, non_blocking=device.type == "cuda")   # to a CPU one must wait: the numbers are read at once
 
+# %% ../nbs/03_parallel.ipynb #ea95f716
 class DistributedUNet:
     "A U-Net and its encoder placed on devices by a plan, from outside. `undo` brings them home."
     def __init__(self,

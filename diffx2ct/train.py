@@ -75,6 +75,7 @@ def make_phantoms(
         write_manifest(folder/"drrs", asdict(g), d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE, window, {n: dict(source="procedural phantom") for n in cases_in(folder/"volumes")})
     return folder
 
+# %% ../nbs/04_train_optuna.ipynb #d3e8fe28
 def open_data(
     c: Config,  # reads DATA and the split
 ) -> Data:
@@ -229,6 +230,7 @@ def bf16_pays() -> bool:
 
 AMP = {"bf16": torch.bfloat16 if bf16_pays() else None, "fp16": torch.float16, "off": None}
 
+# %% ../nbs/04_train_optuna.ipynb #a0575b98
 def seen(
     denoiser: Denoiser,
     views: Tensor,  # (B, 2, P, P) as stored
@@ -245,6 +247,7 @@ def seen(
     change = (lambda v, rng: grainy(v, rng, a.PHOTONS)) if a.PHOTONS and net.line_integrals else (lambda v, rng: toned(v, rng, a.GAMMA)) if a.GAMMA and not net.line_integrals else None
     return torch.cat([change(views[i:i + 1], torch.Generator().manual_seed(d.seed + 1 + n)) for i, n in enumerate(mine)]) if change else views
 
+# %% ../nbs/04_train_optuna.ipynb #632792ac
 class Loss(nn.Module):
     "The loss terms of this rank's share of a micro-batch, means over its cases; a module, since that is what a parallel engine wraps."
     def __init__(self, denoiser: Denoiser, c: Config):
@@ -340,6 +343,7 @@ def start_wandb(
     try: return wandb.init(project=c.PROJECT_NAME, group=group, name=name, job_type=job, id=key, resume="allow", config=c.model_dump(), mode=cast(Any, mode), settings=wandb.Settings(silent=True, x_disable_meta=True, x_transaction_log_flush_interval=0.1))
     except Exception as e: raise UserError(f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to online, offline or disabled") from None
 
+# %% ../nbs/04_train_optuna.ipynb #c791cbf1
 def to_wandb(
     run: Any,  # from `start_wandb`
     folder: Path,  # of the checkpoints
@@ -413,6 +417,7 @@ def train_devices(c: Config) -> list[torch.device]:
     if c.PARALLEL == "fsdp" and ranks() > 1 and (len(devices) > 1 or c.TRAINING.AMP == "fp16"): raise UserError("PARALLEL fsdp takes one device a process and no AMP fp16; start more processes, use bf16, or set PARALLEL to ddp")
     return devices
 
+# %% ../nbs/04_train_optuna.ipynb #f9492228
 @dataclass
 class Running:
     "A training between two steps."
@@ -893,6 +898,7 @@ def run_trial(
         if ended: study.tell(trial, **ended, skip_if_finished=True)
         if run: run.finish()
 
+# %% ../nbs/04_train_optuna.ipynb #812de447
 def search(
     study: optuna.Study, c: Config, data: Data,
     root: Path,  # checkpoints/<study>

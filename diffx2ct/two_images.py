@@ -365,6 +365,7 @@ The last is half of the 95 % interval in HU; after diffx2ct_doubt has been run o
     p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto")
     return p
 
+# %% ../nbs/05a_two_images.ipynb #b28fb2bc
 def check_options(
     a: argparse.Namespace,
 ) -> None:
@@ -413,6 +414,7 @@ def main(argv: list[str]):
     print(report["report"], report["calibration"], sep="\n")
     write(a, model, shown, mean, maps, report, c)
 
+# %% ../nbs/05a_two_images.ipynb #a8a77eac
 def write(
     a: argparse.Namespace,  # reads out, dicom, method, samples, seed
     model: Model,
