@@ -38,6 +38,10 @@ def test_bad_options_are_one_sentence(tmp_path, checkpoint):
 @pytest.mark.slow
 def test_a_rehearsal_fills_every_table_and_is_not_repeated(tmp_path, checkpoint):
     args = [sys.executable, RUN, "--checkpoint_dir", checkpoint, "--out", tmp_path / "out", "--work", tmp_path / "work", "--k", "2", "--mean_of", "1", "--plants", "1"]
+    listed = run_cmd([*args, "--list", "--only", "spiculated", "24 mm"], cwd=tmp_path).stdout.splitlines()
+    none = run_cmd([*args, "--only", "lung", "7 mm"], cwd=tmp_path)
+    assert none.returncode == 2 and "no row's name holds 'lung' and '7 mm'" in none.stderr and "Traceback" not in none.stderr
+    assert len(listed) == 4 and all(line.startswith("missing lesion · lung, spiculated · 24 mm · 0 · phantom") for line in listed)
     part = run_cmd([*args, "--figure", "calibration"], cwd=tmp_path)
     assert part.returncode == 0 and "### Calibration: 4 cases, 2 samples" in part.stdout and "### Lesions" not in part.stdout, part.stderr
     before = json.loads((tmp_path / "out/demo.json").read_text())["rows"]

@@ -300,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own held-out cases)")
     p.add_argument("--name", default="demo", help="what to call this model in the results (default: %(default)s)")
     p.add_argument("--figure", choices=list(FIGURES), help="only the rows of one figure (default: all)")
+    p.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only rows whose name holds all of these words, for instance: --only spiculated '24 mm'")
     p.add_argument("--out", type=Path, default=HERE / "results", help="results (default: %(default)s)")
     p.add_argument("--work", type=Path, default=Path("data/doubt"), help="samples (default: %(default)s)")
     p.add_argument("--k", type=int, default=8, help="samples of each case, for the calibration (default: %(default)s)")
@@ -323,7 +324,8 @@ def main(argv: list[str]) -> None:
     try: kept = json.loads(path.read_text()) if path.exists() else dict(settings=facts, rows={})
     except ValueError: raise UserError(f"{path} is damaged; remove it, or choose another --name") from None
     if kept["settings"] != facts: raise UserError(f"{path} was made with other settings ({', '.join(k for k in facts if kept['settings'].get(k) != facts[k])} differ); choose another --name or --out")
-    done, wanted = kept["rows"], {k: v for k, v in rows(b).items() if not a.figure or k.startswith(FIGURES[a.figure])}
+    done, wanted = kept["rows"], {k: v for k, v in rows(b).items() if (not a.figure or k.startswith(FIGURES[a.figure])) and all(word in k for word in a.only)}
+    if not wanted: raise UserError(f"no row's name holds {' and '.join(map(repr, a.only))}; --list shows them all")
     if a.list:
         for k in wanted: print("there  " if k in done else "missing", k)
         return
