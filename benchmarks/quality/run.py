@@ -157,11 +157,13 @@ def summary(out: Path) -> str:
         said.append("")
     part = [r for r in got if r["table"] == "ablation"]
     if part:
-        of = lambda m: [r["scores"]["expected"]["psnr"][0] for r in part if r["method"] == m]
+        of = lambda m: {r["seed"]: r["scores"]["expected"]["psnr"][0] for r in part if r["method"] == m}
         ours = of("ours")
-        said += [f"### ablation on sarcoma32, {part[0]['minutes']:g} CPU minutes a row", "", "| row | seeds | expected + consistency, dB | what the part earns |", "|---|---|---|---|"]
+        said += [f"### ablation on sarcoma32, {part[0]['minutes']:g} CPU minutes a row", "", "| row | seeds | expected + consistency, dB | what the part earns, over the seeds both have |", "|---|---|---|---|"]
         for m in ABLATIONS:
-            if v := of(m): said.append(f"| {m} | {len(v)} | {statistics.mean(v):.2f}" + (f" (sd {statistics.stdev(v):.2f})" if len(v) > 1 else "") + f" | {statistics.mean(ours) - statistics.mean(v):+.2f} |" if ours and m != "ours" else f"| {m} | {len(v)} | {statistics.mean(v):.2f} | |")
+            if v := of(m):
+                earned = [ours[s] - v[s] for s in v if s in ours]
+                said.append(f"| {m} | {len(v)} | {statistics.mean(v.values()):.2f}" + (f" (sd {statistics.stdev(v.values()):.2f})" if len(v) > 1 else "") + (f" | {statistics.mean(earned):+.2f} |" if earned and m != "ours" else " | |"))
         said.append("")
     return "\n".join(said)
 
