@@ -27,7 +27,8 @@ def test_a_rehearsal_is_scored_and_not_repeated(tmp_path):
     for name, r in results.items():
         assert r["steps"] > 0 and r["cpu_seconds"] < 60 and set(r["cases"]) == {"phantom0004", "phantom0005"}
         assert ("expected" in r["scores"]) == (name != "original_style")
-        assert 1 < r["scores"]["sample (off)"]["psnr"][0] < 40 and r["scores"]["consistent_mean"]["psnr"][0] > 5
+        assert r["scores"]["consistent_mean"]["psnr"][0] > 5 and 1 < r["scores"]["sample (off)"]["psnr"][0] < 40          # noise prediction from a few steps, on its own, is hardly better than noise
+        assert name == "original_style" or 5 < r["scores"]["sample"]["psnr"][0] < 40
     table = (tmp_path / "out/table.md").read_text()
     assert "consistent mean" in table and "original style" in table and (tmp_path / "out/curves.png").stat().st_size > 1000
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.json")}

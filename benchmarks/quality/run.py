@@ -134,7 +134,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     for consistency, methods in passes.items():
         got = evaluate(model, held, methods, seed=0, consistency=consistency)
         scores |= {m + (" (off)" if consistency == "off" and "mean" not in m else ""): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
-        for n, v in got["cases"].items(): cases.setdefault(n, {}).update({m: round(s["psnr"], 3) for m, s in v["scores"].items() if m not in cases.get(n, {})})
+        for n, v in got["cases"].items(): cases.setdefault(n, {m: round(s["psnr"], 3) for m, s in v["scores"].items()})  # of the first pass
     result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], phantom_epochs=plan["phantoms"], coarse_seconds=round(sum(spent[:-1])), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
                         scores=scores, cases=cases, machine=machine() | dict(bf16=T.bf16_pays()), evaluation_seconds=round(time.time() - start))
     write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
