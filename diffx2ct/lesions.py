@@ -40,6 +40,7 @@ def site(
     beside = ~between(lung, lung) & ~middle
     return levels & beside & tissue & ~lung & (lung.any(2, keepdim=True))
 
+# %% ../nbs/04c_lesions.ipynb #73e1bccf
 def spots(
     mask: Tensor,  # (D, H, W) where it may lie
     diameter: float,  # mm
@@ -128,6 +129,7 @@ def spine_line(
     weight = (hu - 150).clamp(min=0) * body * (h > middle[0]) * ((w - middle[1]).abs() < width / 6)
     return torch.stack([(weight * v).sum((1, 2)) / weight.sum((1, 2)) for v in (h, w)], 1)
 
+# %% ../nbs/04c_lesions.ipynb #b7d9f922
 def cardiothoracic(
     lung: Tensor,  # (D, H, W) bool
 ) -> float:  # NaN without lungs

@@ -183,6 +183,7 @@ def needs(
         written |= set(flow[b][1])
     return list(read)
 
+# %% ../nbs/03_parallel.ipynb #f7a7109b
 def run_block(
     block: nn.Module,
     reads: Sequence[str], writes: Sequence[str],  # of `flow_of`
@@ -237,7 +238,7 @@ class DistributedUNet:
         for name, block in self.blocks.items(): block.to(self.devices[self.plan[name]])
         if len(self.devices) == 1: return
         self.runs = [(self.devices[d], list(run)) for d, run in groupby(self.flow, self.plan.__getitem__)]
-        unet.forward = self.forward  # type: ignore[method-assign]            # a bound method: a deep copy of the network gets its own
+        unet.forward = self.forward  # a bound method: a deep copy of the network gets its own
         self.hooks = [encoder.register_forward_pre_hook(lambda module, args: move(args, self.devices[self.plan["encoder"]])), encoder.register_forward_hook(lambda module, args, out: move(out, self.devices[0]))]
 
     def walk(self, s: dict[str, Tensor]) -> Iterator[None]:

@@ -58,6 +58,7 @@ class Part(nn.Module):
         out = tuple(s[k].contiguous() for k in self.gives)
         return out if len(out) > 1 else out[0]
 
+# %% ../nbs/03c_pipeline.ipynb #cd886aba
 def parts_of(
     unet: UNet, encoder: Encoder,
     plan: Mapping[str, int],  # block name -> rank, complete; of `in_line` or `read_plan`

@@ -483,6 +483,7 @@ def header(r: Running, c: Config, epoch: int, meta: dict) -> dict:
     "What a model file of this moment says about itself."
     return describe(r.ema, c, step=r.step, epoch=epoch, metrics=dict(protocol="unit", psnr=r.history["best"], method="expected"), **meta)
 
+# %% ../nbs/04_train_optuna.ipynb #72fd57ee
 def judge(
     r: Running, c: Config, data: Data,
     folder: Path, epoch: int, meta: dict,  # as of `train_stage`
@@ -500,7 +501,6 @@ def save(r: Running, c: Config, folder: Path, epoch: int, meta: dict) -> None:
     "Write a checkpoint."
     state = dict(optimizer=whole(r.optimizer.state_dict()), scaler=r.scaler.state_dict(), averaged=int(r.average.n_averaged), history=r.history)
     save_checkpoint(folder, r.step, r.denoiser, r.ema, state, header(r, c, epoch, meta), c.TRAINING.CHECKPOINTS_KEPT)
-
 
 # %% ../nbs/04_train_optuna.ipynb #8670f6ad
 def train_stage(
@@ -590,6 +590,7 @@ def deaf(worker: int) -> None:
     "Take a reading process out of the group that Ctrl-C goes to: the training process still needs it for the step."
     os.setpgrp()
 
+# %% ../nbs/04_train_optuna.ipynb #70bd6d7f
 def pictures(ema: Denoiser, data: Data, c: Config, epoch: int, done: int, most: int = 3) -> dict[str, plt.Figure]:
     "MPR of the first validation cases, at the end of every VISUALIZATION_FREQ-th epoch."
     if done or epoch % c.TRAINING.VISUALIZATION_FREQ and epoch != c.EPOCHS: return {}

@@ -93,6 +93,7 @@ def through_window(
     if curve == "LINEAR": centre, width = centre - 0.5, max(width - 1, 1e-6)
     return ((v - centre) / width + 0.5).clamp(0, 1)
 
+# %% ../nbs/05a_two_images.ipynb #b1ed5594
 def read_xray(
     path: Path,
     letters: tuple[str, str] = ("L", "F"),  # where columns and rows shall lead to

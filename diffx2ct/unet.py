@@ -12,6 +12,7 @@ from collections.abc import MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -191,19 +192,21 @@ class UNet(nn.Module):
         self.last = nn.Sequential(norm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], k, 3, padding=1))
         for p in self.last[-1].parameters(): nn.init.zeros_(p)
 
-    def forward(self,
-        x: Tensor,  # (B, cin + smooth, D, H, W)
-        t: Tensor,  # (B,) in [0, 1]
-        lifted: Sequence[Tensor] | None = None,  # per level (B, C_l, d, h, w)
-        tokens: Tensor | None = None,  # (B, n, tokens)
-    ) -> Tensor:  # (B, 1, D, H, W)
-        "Loop over the stages."
-        if self.at_half: x = torch.cat([haar(x[:, :self.cin]), F.avg_pool3d(x[:, self.cin:], 2)], 1)
-        skips: list[Tensor] = []
-        h, emb = self.first(x), self.time(t)
-        for stage in self.stages.values(): h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
-        out = self.last(h)
-        return unhaar(out.float()) if self.at_half else out.float()
+# %% ../nbs/02_unet.ipynb #1f9af2fe
+@patch
+def forward(self: UNet,
+    x: Tensor,  # (B, cin + smooth, D, H, W)
+    t: Tensor,  # (B,) in [0, 1]
+    lifted: Sequence[Tensor] | None = None,  # per level (B, C_l, d, h, w)
+    tokens: Tensor | None = None,  # (B, n, tokens)
+) -> Tensor:  # (B, 1, D, H, W)
+    "Loop over the stages."
+    if self.at_half: x = torch.cat([haar(x[:, :self.cin]), F.avg_pool3d(x[:, self.cin:], 2)], 1)
+    skips: list[Tensor] = []
+    h, emb = self.first(x), self.time(t)
+    for stage in self.stages.values(): h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
+    out = self.last(h)
+    return unhaar(out.float()) if self.at_half else out.float()
 
 # %% ../nbs/02_unet.ipynb #8a0d5a22
 class SavedBytes:

@@ -544,6 +544,7 @@ def stretch(
         layer.limits = tuple(math.exp(2 * wide) * end for end in layer.limits)
         self.redraw()
 
+# %% ../nbs/05_visualize.ipynb #79bf5fd1
 @patch
 def pick(self: Viewer, change):
     "A preset's window."
@@ -555,7 +556,6 @@ def choose(self: Viewer, change):
     for layer in self.layers.values():
         if layer.name == "generated" or layer.less is not None: layer.values = self.answers[change.new]
     self.redraw()
-
 
 # %% ../nbs/05_visualize.ipynb #8bb56c57
 @patch

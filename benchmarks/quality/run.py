@@ -63,6 +63,12 @@ def rows() -> list[dict]:
 def slug(name: str) -> str: return "".join(c if c.isalnum() else "_" for c in name)
 
 
+def make(*what: str | Path) -> None:
+    "Call `diffx2ct_prepare`; what it refuses ends the benchmark with its own sentence."
+    done = subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), *what], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode: sys.exit(done.stderr.strip().splitlines()[-1])
+
+
 def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
     "Make what the rows need; real CT is left out, saying so, where its file is not there."
     ready = {}
@@ -72,7 +78,7 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
         file, geometry = d["prepare"]
         if not (ct / file).exists(): print(f"{name}: {ct / file} is not there; its rows are left out (name the folder with --ct)"); continue
         folder = work / "data" / name
-        subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), ct / file, "--out", folder, "--geometry", geometry], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        make(ct / file, "--out", folder, "--geometry", geometry)
         ready[name] = {"DATA.PT_DATA_DIR": str(folder / "volumes"), "DATA.DRR_DIR": str(folder / "drrs")}
     return ready
 
@@ -108,9 +114,11 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         full = sum(s.EPOCHS * T.steps_per_epoch(s, len(d.train)) * step_seconds(T, s, d) for _, s, d in T.stages(c, data))  # what the settings' own epochs would take
         share = minutes * 60 / full
         folder.mkdir(parents=True, exist_ok=True)
-        plan.write_text(json.dumps(dict(epochs=max(1, round(c.EPOCHS * share)), coarse=[max(1, round(e * share)) for e in c.TRAINING.COARSE_EPOCHS], phantoms=round(c.TRAINING.PHANTOM_EPOCHS * share))))
+        steps = round(share * c.EPOCHS * T.steps_per_epoch(c, len(data.train)))
+        plan.write_text(json.dumps(dict(epochs=max(1, round(c.EPOCHS * share)), coarse=[max(1, round(e * share)) for e in c.TRAINING.COARSE_EPOCHS], phantoms=round(c.TRAINING.PHANTOM_EPOCHS * share), steps=max(1, steps) if share * c.EPOCHS < 1 else None)))
     plan = json.loads(plan.read_text())
     epochs = plan["epochs"]
+    if plan.get("steps"): T.steps_per_epoch = lambda c, n: plan["steps"]  # not even one pass over the cases: its beginning
     c = config(**{"EPOCHS": epochs, "TRAINING.COARSE_EPOCHS": plan["coarse"], "TRAINING.PHANTOM_EPOCHS": plan["phantoms"], "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
     apart, validate = [0.0], T.validate
     def timed(*a):
@@ -198,7 +206,7 @@ def pictures(out: Path, work: Path, ct: Path) -> None:
         file = newest(work / slug(f"{data} · ours · seed 0"))
         if not file or (scan and not scan.exists()) or (out / f"{name}.png").exists(): continue
         folder = work / "data" / "chest" if scan else None
-        if scan: subprocess.run([Path(sys.executable).with_name("diffx2ct_prepare"), scan, "--out", folder], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if scan: make(scan, "--out", folder)
         model = load_model(file)
         case, net, t = open_cases(model, folder)[0], model.denoiser, model.config.TRAINING
         volumes = {m.replace("_", " "): reconstruct(net, case.views, m, model.config.DIFFUSION, amp=AMP[t.AMP]).float()[0] for m in ("consistent_mean", "expected", "sample")}
