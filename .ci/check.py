@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-WORKERS, TIMEOUT = 2, 1200  # notebooks at once; seconds a notebook may take
+WORKERS, TIMEOUT = 2, 1200  # notebooks, or files of tests, at once; seconds a notebook may take, a third of what such a file may
 quick = "quick" in sys.argv[1:]
 notebooks = sorted(p for p in Path("nbs").glob("*.ipynb") if p.name[0] not in "_.")
 passed, failed, skipped = 0, [], 0
@@ -57,17 +57,18 @@ def check_notebooks():
 
 
 def check_pytest():
-    "The tests of the commands, the scripts and the packaging; each counts."
+    "The tests of the commands, the scripts and the packaging, a process for each file; each test counts."
     global passed, skipped
-    with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder) / "junit.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={xml}", *(["-m", "not slow"] if quick else []), "tests"], stdin=subprocess.DEVNULL)
-        if not xml.exists(): return report("pytest", False, 0, "pytest ended without a report")
-        for case in ET.parse(xml).iter("testcase"):
-            bad, left_out = any(case.find(k) is not None for k in ("failure", "error")), case.find("skipped") is not None
-            if bad: failed.append(f"{case.get('classname')}::{case.get('name')}")
-            elif left_out: skipped += 1
-            else: passed += 1
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
+        def one(path): return path, Path(folder) / f"{path.stem}.xml", run(sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={folder}/{path.stem}.xml", *(["-m", "not slow"] if quick else []), str(path), timeout=3 * TIMEOUT)
+        for path, xml, (_, _, words) in pool.map(one, sorted(Path("tests").glob("test_*.py"), key=lambda p: -p.stat().st_size)):  # the largest first
+            print(f"{path}\n{words.rstrip()}", flush=True)
+            if not xml.exists(): report(str(path), False, 0, "pytest ended without a report"); continue
+            for case in ET.parse(xml).iter("testcase"):
+                bad, left_out = any(case.find(k) is not None for k in ("failure", "error")), case.find("skipped") is not None
+                if bad: failed.append(f"{case.get('classname')}::{case.get('name')}")
+                elif left_out: skipped += 1
+                else: passed += 1
 
 
 check_drift()
