@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'CAUTION', 'PLANES', 'UserError', 'one_line',
-           'command', 'write_atomic', 'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig',
+           'command', 'write_atomic', 'hold', 'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig',
            'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'hidden',
            'OptunaConfig', 'Config', 'check_config', 'sentence', 'set_key', 'merge', 'Loader', 'read_yaml',
            'load_config', 'comments', 'flat_schema', 'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density',
@@ -13,8 +13,9 @@ __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS',
            'crop_origin', 'crop', 'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
-import copy, difflib, functools, json, os, random, re, sys, tempfile, warnings, zipfile
-from collections.abc import Callable, Iterable
+import copy, difflib, fcntl, functools, json, os, random, re, sys, tempfile, warnings, zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -78,6 +79,32 @@ def write_atomic(
         raise UserError(f"{path} could not be saved ({why.strerror}); what was there before is unchanged") from None
     finally: tmp.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_data.ipynb #b68d7b78
+@contextmanager
+def hold(
+    folder: Path,  # made where it does not exist, and gone again where nothing has come of it
+) -> Iterator[None]:
+    "Work in a folder while no other process does; whoever comes second says so and waits."
+    while True:
+        made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = os.open(folder, os.O_RDONLY)
+        except OSError as e: raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
+        with ExitStack() as at_end:
+            at_end.callback(os.close, held)
+            try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"diffx2ct: another process works in {folder}; waiting for it", file=sys.stderr)
+                fcntl.flock(held, fcntl.LOCK_EX)
+            except OSError: pass  # a network disk without locks
+            if not folder.exists() or not os.path.samestat(os.stat(folder), os.fstat(held)): continue  # the other one has taken it away
+            try: yield
+            finally:
+                if made:
+                    with suppress(OSError): folder.rmdir()  # which an empty one allows
+            return
 
 # %% ../nbs/00_data.ipynb #e60cfe7a
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

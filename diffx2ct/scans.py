@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import UserError, command, density, cases_in, read_manifest, save_case, show_mpr, to_hu, to_unit, unpacked, write_manifest
+from .data import UserError, command, density, cases_in, hold, read_manifest, save_case, show_mpr, to_hu, to_unit, unpacked, write_manifest
 from .drr import Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
@@ -711,8 +711,11 @@ def main(argv: list[str]):
     a = parser().parse_args(argv)
     out, scans = Path(a.out), find_scans(a.scans, a.series, a.h5_offset)
     if out.exists() and not out.is_dir(): raise UserError(f"--out {out} is a file; name a folder")
-    s = settings(a, scans, read_manifest(out/"drrs"))
-    new, kept = prepare(scans, out, s, a)
+    look = lambda: settings(a, scans, read_manifest(out/"drrs"))
+    look()  # what is wrong is said before there is a folder
+    with hold(out):
+        s = look()
+        new, kept = prepare(scans, out, s, a)
     print(f"{new} case{'s' * (new != 1)} written, {kept} kept: {s['size']}^3 voxels of {s['mm']:g} mm, {s['pixels']}x{s['pixels']} pixels, {a.geometry or s['geometry']['kind']} geometry, in {out}")
     keys = dict(PT_DATA_DIR=out/"volumes", DRR_DIR=out/"drrs") | (dict(TARGET_VOLUME_SIZE=s["size"]) if s["size"] != 64 else {}) | (dict(TARGET_DRR_SIZE=s["pixels"]) if s["pixels"] != 64 else {})
     sets = " ".join("--set " + shlex.quote(f"DATA.{k}={v}") for k, v in keys.items()) + (f" --set TRAINING.PATCH_SIZE={s['size']}" if s["size"] < 64 else "")

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, sown, toned
 from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model, sweep, tidy
-from .data import (CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
+from .data import (CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, hold, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
 from .metrics import metrics, psnr
@@ -67,12 +67,13 @@ def make_phantoms(
     folder = Path("data")/f"phantoms_{d.TARGET_VOLUME_SIZE}_{d.TARGET_DRR_SIZE}_{kind}_{d.CUBE_MM:g}mm_{d.HU_MIN:g}_{d.HU_MAX:g}"
     A = Projector(g, d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE)
     names = phantom_names(c)
-    missing = [i for i, name in enumerate(names) if not (folder/"volumes"/f"{name}.pt").exists()]
-    for i in tqdm(missing, desc="making phantoms", disable=not missing, leave=False):
-        x = to_unit(phantom(i, d.TARGET_VOLUME_SIZE, mm)[0], window)
-        save_case(names[i], x, A(density(x[None, None], window))[0], folder/"volumes", folder/"drrs")
-    if missing or not (folder/"drrs/manifest.json").exists():
-        write_manifest(folder/"drrs", asdict(g), d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE, window, {n: dict(source="procedural phantom") for n in cases_in(folder/"volumes")})
+    with hold(folder):
+        missing = [i for i, name in enumerate(names) if not (folder/"volumes"/f"{name}.pt").exists()]
+        for i in tqdm(missing, desc="making phantoms", disable=not missing, leave=False):
+            x = to_unit(phantom(i, d.TARGET_VOLUME_SIZE, mm)[0], window)
+            save_case(names[i], x, A(density(x[None, None], window))[0], folder/"volumes", folder/"drrs")
+        if missing or not (folder/"drrs/manifest.json").exists():
+            write_manifest(folder/"drrs", asdict(g), d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE, window, {n: dict(source="procedural phantom") for n in cases_in(folder/"volumes")})
     return folder
 
 # %% ../nbs/04_train_optuna.ipynb #d3e8fe28

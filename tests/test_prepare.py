@@ -136,6 +136,16 @@ def test_a_second_run_adds_and_keeps(cases):
     assert files(out/"volumes")[out/"volumes/lps.pt"] != before[out/"volumes/lps.pt"]
 
 
+def test_two_at_once_share_a_folder(tmp_path):
+    "The second waits for the first; the folder then holds what both were given, and the manifest says so."
+    for name in "ab": sitk.WriteImage(image(patient() + ord(name)), str(tmp_path/f"{name}.nii.gz"))
+    command = [Path(sys.executable).with_name("diffx2ct_prepare"), "--out", tmp_path/"out", "--size", "16", "--mm", "20"]
+    both = [subprocess.Popen([*command, tmp_path/f"{name}.nii.gz"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8") for name in "ab"]
+    for p in both: assert "Traceback" not in p.communicate(timeout=300)[1] and p.returncode == 0
+    assert set(json.loads((tmp_path/"out/drrs/manifest.json").read_text())["cases"]) == {"a", "b"}
+    assert sorted(p.name for p in (tmp_path/"out/volumes").iterdir()) == ["a.pt", "b.pt"]
+
+
 @pytest.mark.parametrize("args, word", [(("--size", 24), "size 16, not 24"), (("--mm", 10), "mm 20, not 10"), (("--geometry", "x2ct"), "geometry"), (("--window", -1000, 1000), "hu_window"), (("--pixels", 32), "pixels 16, not 32")])
 def test_settings_may_not_change(cases, args, word, capfd):
     tmp, out, _ = cases
