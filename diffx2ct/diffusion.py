@@ -59,6 +59,11 @@ class Diffusion:
         if self.prediction == "v": return (a * x_t - s * F_) / (a ** 2 + s ** 2)
         return (x_t - s * F_) / a.clamp(min=0.02)
 
+    def reach(self, t: Tensor) -> Tensor:  # (B,)
+        "What an error of the answer is in the clean state, by which a loss divides it; for x0, whose errors are counted there, 1."
+        a, s = self.alpha_sigma(t)
+        return (torch.ones_like(t) if self.prediction == "x0" else s / (a ** 2 + s ** 2) if self.prediction == "v" else s / a.clamp(min=0.02)).clamp(min=0.02)
+
 # %% ../nbs/02a_diffusion.ipynb #edaa5584
 def graded(
     x: Tensor,  # (B, C, D, H, W)
@@ -290,13 +295,13 @@ def phase_weights(
 
 def loss_terms(
     x: Tensor, truth: Tensor,  # (B, 1, d, h, w) unit volumes
-    scale: Tensor,  # () s, the typical distance of a base
+    scale: Tensor,  # () or (B,) s, the typical distance of a base, times `reach` of the times
     weights: dict[str, float],  # from `phase_weights`; what is absent is not computed
     A: Projector | None = None,  # for PROJECTION; None where blocks are smaller than the cube
     counts: Tensor | float = 1.0,  # (B, 1, d, h, w) how much a voxel counts in L2 and L1
 ) -> dict[str, Tensor]:  # (B,) each, in units of s
     "The losses that count, one figure a case."
-    diff = (x - truth) / scale
+    diff = (x - truth) / scale.view(-1, 1, 1, 1, 1)
     terms = {"L2": lambda: (counts * diff.square()).flatten(1).mean(1), "L1": lambda: (counts * diff.abs()).flatten(1).mean(1), "SSIM": lambda: ssim_loss(x, truth), "FOURIER": lambda: fourier_loss(x, truth) / scale,
              "PROJECTION": lambda: A(x - truth).abs().flatten(1).mean(1) / (A.size * A.mm * scale) if A else diff.abs().flatten(1).mean(1)}
     return {k: terms[k]() for k in weights}
