@@ -87,7 +87,7 @@ def hold(
 ) -> Iterator[None]:
     "Work in a folder while no other process does; whoever comes second says so and waits."
     while True:
-        made = not folder.exists()
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held = os.open(folder, os.O_RDONLY)
@@ -102,8 +102,8 @@ def hold(
             if not folder.exists() or not os.path.samestat(os.stat(folder), os.fstat(held)): continue  # the other one has taken it away
             try: yield
             finally:
-                if made:
-                    with suppress(OSError): folder.rmdir()  # which an empty one allows
+                with suppress(OSError):
+                    for p in made: p.rmdir()  # which an empty one allows
             return
 
 # %% ../nbs/00_data.ipynb #e60cfe7a

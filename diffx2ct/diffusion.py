@@ -61,8 +61,9 @@ class Diffusion:
 
     def reach(self, t: Tensor) -> Tensor:  # (B,)
         "What an error of the answer is in the clean state, by which a loss divides it; for x0, whose errors are counted there, 1."
-        a, s = self.alpha_sigma(t)
-        return (torch.ones_like(t) if self.prediction == "x0" else s / (a ** 2 + s ** 2) if self.prediction == "v" else s / a.clamp(min=0.02)).clamp(min=0.02)
+        if self.prediction == "x0": return torch.ones_like(t)
+        one = torch.ones_like(t)[:, None, None, None, None]
+        return self.clean(one, 0 * one, t).flatten().abs().clamp(min=0.02)
 
 # %% ../nbs/02a_diffusion.ipynb #edaa5584
 def graded(

@@ -98,7 +98,7 @@ def plot_reliability(
     "Share found against share stated."
     ax.plot([0, 1], [0, 1], "--", color="grey", lw=1)
     for i, (name, (levels, shares)) in enumerate(lines.items()): ax.plot(levels, shares, "o-" if i < 10 else "s--", ms=3, lw=1, label=name)  # there are ten colours
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="stated", ylabel="inside", aspect="equal"); ax.grid(alpha=0.3); ax.legend(fontsize=7)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="stated", ylabel="inside", aspect="equal"); ax.grid(alpha=0.3)
 
 # %% ../nbs/04b_doubt.ipynb #532682f6
 def half_width(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['devices_of', 'device_option', 'blocks_of', 'inputs_of', 'block_bytes', 'cut_line', 'balanced', 'seed3', 'read_plan',
-           'plan_table', 'show_plan', 'flow_of', 'needs', 'run_block', 'enter', 'leave', 'diagonal', 'to_device',
-           'DistributedUNet', 'distribute']
+           'plan_table', 'show_plan', 'flow_of', 'needs', 'run_block', 'diagonal', 'to_device', 'DistributedUNet',
+           'distribute']
 
 # %% ../nbs/03_parallel.ipynb #28e8b5e7
 import copy, re
@@ -15,13 +15,12 @@ from itertools import groupby
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import UserError
 from .diffusion import Denoiser
 from .encoder import Encoder
-from .unet import SavedBytes, Stage, UNet, haar, unhaar
+from .unet import SavedBytes, Stage, UNet, enter, leave
 
 # %% ../nbs/03_parallel.ipynb #0c840ba4
 def devices_of(
@@ -194,14 +193,6 @@ def run_block(
     popped = [s.pop(k) for k in reads if k.startswith("skip")]
     s["h"], pushed = block(s["h"], popped, s["emb"], *(s[k] if k in reads else None for k in (f"lifted{block.level}", "tokens")))
     s.update(zip(writes[1:], pushed))
-
-def enter(x: Tensor, half: bool, cin: int) -> Tensor:
-    "What the first convolution sees of (B, cin + smooth, D, H, W): as the first line of `UNet.forward`."
-    return torch.cat([haar(x[:, :cin]), F.avg_pool3d(x[:, cin:], 2)], 1) if half else x
-
-def leave(h: Tensor, half: bool) -> Tensor:
-    "The last layers' output as (B, 1, D, H, W): as the last line of `UNet.forward`."
-    return unhaar(h.float()) if half else h.float()
 
 # %% ../nbs/03_parallel.ipynb #5e21c0c3
 def diagonal(

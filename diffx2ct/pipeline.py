@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .data import UserError
 from .encoder import Encoder
-from .parallel import blocks_of, cut_line, enter, flow_of, leave, needs, run_block
-from .unet import UNet
+from .parallel import blocks_of, cut_line, flow_of, needs, run_block
+from .unet import UNet, enter, leave
 
 # %% ../nbs/03c_pipeline.ipynb #9a3e0007
 def in_line(

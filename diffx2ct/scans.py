@@ -711,10 +711,8 @@ def main(argv: list[str]):
     a = parser().parse_args(argv)
     out, scans = Path(a.out), find_scans(a.scans, a.series, a.h5_offset)
     if out.exists() and not out.is_dir(): raise UserError(f"--out {out} is a file; name a folder")
-    look = lambda: settings(a, scans, read_manifest(out/"drrs"))
-    look()  # what is wrong is said before there is a folder
     with hold(out):
-        s = look()
+        s = settings(a, scans, read_manifest(out/"drrs"))
         new, kept = prepare(scans, out, s, a)
     print(f"{new} case{'s' * (new != 1)} written, {kept} kept: {s['size']}^3 voxels of {s['mm']:g} mm, {s['pixels']}x{s['pixels']} pixels, {a.geometry or s['geometry']['kind']} geometry, in {out}")
     keys = dict(PT_DATA_DIR=out/"volumes", DRR_DIR=out/"drrs") | (dict(TARGET_VOLUME_SIZE=s["size"]) if s["size"] != 64 else {}) | (dict(TARGET_DRR_SIZE=s["pixels"]) if s["pixels"] != 64 else {})

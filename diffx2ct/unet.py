@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['haar_matrix', 'haar', 'unhaar', 'TimeEmbedding', 'conv3', 'convolve', 'ResBlock', 'Attention', 'Stage', 'UNet',
-           'SavedBytes']
+           'enter', 'leave', 'SavedBytes']
 
 # %% ../nbs/02_unet.ipynb #5b9b0a57
 import math
@@ -193,6 +193,14 @@ class UNet(nn.Module):
         for p in self.last[-1].parameters(): nn.init.zeros_(p)
 
 # %% ../nbs/02_unet.ipynb #1f9af2fe
+def enter(x: Tensor, half: bool, cin: int) -> Tensor:
+    "What the first convolution sees of (B, cin + smooth, D, H, W)."
+    return torch.cat([haar(x[:, :cin]), F.avg_pool3d(x[:, cin:], 2)], 1) if half else x
+
+def leave(h: Tensor, half: bool) -> Tensor:
+    "The last layers' output as (B, 1, D, H, W), in full precision."
+    return unhaar(h.float()) if half else h.float()
+
 @patch
 def forward(self: UNet,
     x: Tensor,  # (B, cin + smooth, D, H, W)
@@ -201,12 +209,10 @@ def forward(self: UNet,
     tokens: Tensor | None = None,  # (B, n, tokens)
 ) -> Tensor:  # (B, 1, D, H, W)
     "Loop over the stages."
-    if self.at_half: x = torch.cat([haar(x[:, :self.cin]), F.avg_pool3d(x[:, self.cin:], 2)], 1)
     skips: list[Tensor] = []
-    h, emb = self.first(x), self.time(t)
+    h, emb = self.first(enter(x, self.at_half, self.cin)), self.time(t)
     for stage in self.stages.values(): h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
-    out = self.last(h)
-    return unhaar(out.float()) if self.at_half else out.float()
+    return leave(self.last(h), self.at_half)
 
 # %% ../nbs/02_unet.ipynb #8a0d5a22
 class SavedBytes:

@@ -279,7 +279,7 @@ def curves(t: dict, out: Path, name: str) -> None:
     if t["calibration"]:
         fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), dpi=90)
         for ax, how, title in zip(axes, ("before", "after"), ("the spread believed", "after the fit")):
-            plot_reliability({g: (FINE, v[how]) for g, v in t["calibration"]["fine"].items()}, ax); ax.set_title(title, fontsize=9); ax.get_legend().remove()
+            plot_reliability({g: (FINE, v[how]) for g, v in t["calibration"]["fine"].items()}, ax); ax.set_title(title, fontsize=9)
         fig.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=7)  # up to twelve groups: beside the lines, not over them
         fig.tight_layout(rect=(0, 0, 0.8, 1)); write_atomic(out / f"{name}_reliability.png", lambda p: fig.savefig(p)); plt.close(fig)
 
