@@ -57,7 +57,7 @@ def nearest(
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
     steps: int | None = None,  # conjugate-residual steps; default 2 parallel, 10 cone
     noise: float = 0.0,  # relative residual at which to stop
-    damping: float = 0.0,  # 0: exact; 0.3: meet the views half-way where they disagree
+    damping: float = 0.0,  # 0: exact; 0.3: part of the way, and less where the views contradict each other
 ) -> Tensor:  # (B, 1, D, H, W)
     "Projection onto the volumes that explain the views; differentiable."
     steps = steps or (2 if A.geometry.kind == "parallel" else 10)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'CAUTION', 'PLANES', 'UserError', 'one_line',
-           'command', 'write_atomic', 'hold', 'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig',
-           'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'hidden',
-           'OptunaConfig', 'Config', 'check_config', 'sentence', 'set_key', 'merge', 'Loader', 'read_yaml',
+           'command', 'write_atomic', 'writable', 'hold', 'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig',
+           'EncoderConfig', 'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range',
+           'hidden', 'OptunaConfig', 'Config', 'check_config', 'sentence', 'set_key', 'merge', 'Loader', 'read_yaml',
            'load_config', 'comments', 'flat_schema', 'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density',
            'planes', 'show_mpr', 'draw_plane', 'save_tensor', 'write_pt', 'unpacked', 'read_pt', 'load_tensor',
            'save_case', 'cases_in', 'write_manifest', 'Beams', 'Manifest', 'read_manifest', 'patient_of', 'split_cases',
@@ -79,6 +79,15 @@ def write_atomic(
         raise UserError(f"{path} could not be saved ({why.strerror}); what was there before is unchanged") from None
     finally: tmp.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_data.ipynb #d5d1293f
+def writable(
+    path: str | Path,  # of a file or folder that shall be made
+) -> None:
+    "Refuse a place where nothing can be written."
+    try: tempfile.TemporaryFile(dir=next(p for p in Path(path).resolve().parents if p.exists())).close()
+    except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
+
 
 # %% ../nbs/00_data.ipynb #b68d7b78
 @contextmanager
@@ -308,11 +317,15 @@ def check_config(
         refuse(size % stride, f"{key} ({size}) must be a multiple of {stride} for the {len(u.NUM_CHANNELS)} levels of MODEL.UNET.NUM_CHANNELS")
     refuse(t.COARSE_EPOCHS and c.MODEL.BASE == "none", "TRAINING.COARSE_EPOCHS makes a better base, but MODEL.BASE is none; set it to consistent_mean, or COARSE_EPOCHS to []")
     refuse(len(t.COARSE_EPOCHS) >= len(u.NUM_CHANNELS), f"TRAINING.COARSE_EPOCHS names {len(t.COARSE_EPOCHS)} coarser stages, but each needs a level of its own and MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; name fewer")
+    fine = 2 ** len(t.COARSE_EPOCHS)
+    for key, size, unit in (("TARGET_VOLUME_SIZE", d.TARGET_VOLUME_SIZE, 8), ("TARGET_DRR_SIZE", d.TARGET_DRR_SIZE, 1)):
+        refuse(size % (unit * fine) or size < 8 * fine, f"DATA.{key} ({size}) must be a multiple of {unit * fine}, and {8 * fine} at least, for the {len(t.COARSE_EPOCHS)} coarser stages of TRAINING.COARSE_EPOCHS; change it, or set COARSE_EPOCHS to []")
+    refuse(t.LOSS_WEIGHTS.PROJECTION and t.PATCH_SIZE < d.TARGET_VOLUME_SIZE, f"TRAINING.LOSS_WEIGHTS.PROJECTION needs whole volumes, but TRAINING.PATCH_SIZE ({t.PATCH_SIZE}) is smaller than DATA.TARGET_VOLUME_SIZE ({d.TARGET_VOLUME_SIZE}); set it to 0, or make the sizes equal")
     refuse(t.PHANTOM_EPOCHS and c.DATA.PT_DATA_DIR is None, "TRAINING.PHANTOM_EPOCHS trains on phantoms before your own cases, but DATA.PT_DATA_DIR is null, which is phantoms alone; name a folder, or set PHANTOM_EPOCHS to 0")
     refuse(t.PHANTOM_EPOCHS and t.START_FROM, "TRAINING.START_FROM and TRAINING.PHANTOM_EPOCHS both say where the weights begin; set one of them to null or 0")
     plain = c.model_copy(update=dict(OPTUNA=c.OPTUNA.model_copy(update=dict(PARAMS={}))))
     for key, r in c.OPTUNA.PARAMS.items():
-        refuse(key.startswith("OPTUNA."), f"OPTUNA.PARAMS.{key}: the search cannot search its own settings; remove it")
+        refuse(key.startswith(("OPTUNA.", "DATA.", "VALIDATION_SPLIT")), f"OPTUNA.PARAMS.{key}: the search and its data are the same for all trials, so this cannot be searched; remove it")
         for value in r.ends():
             try: check_config(set_key(plain.model_copy(deep=True), key, value, f"OPTUNA.PARAMS.{key}"))
             except UserError as e: raise e if str(e).startswith("OPTUNA.PARAMS") else UserError(f"OPTUNA.PARAMS.{key} = {value}: {e}") from None
@@ -343,6 +356,7 @@ def set_key(
     section: Any = c
     for name in parents:
         section = getattr(section, name, None) if isinstance(section, Section) and name in type(section).model_fields else None
+    if isinstance(section, str): raise UserError(f"{source}: {'.'.join(parents)} is {section}, which has no {last}; set {'.'.join(parents)} as a whole, as config.yml shows")
     if not isinstance(section, Section) or last not in type(section).model_fields:
         raise UserError(f"{source}: {key} is not a known key; see config.yml for the keys there are")
     try: setattr(section, last, value)
@@ -393,9 +407,10 @@ def load_config(
     "Read, merge and check the settings."
     raw, source = (read_yaml(path), str(path)) if path is not None else ({}, "settings")
     profiles, chosen = raw.pop("PROFILES", {}) or {}, raw.pop("PROFILE", None)
-    name = profile or chosen or "demo"
+    name = str(profile or chosen or "demo")
     if not isinstance(profiles, dict) or any(not isinstance(p, dict | None) for p in profiles.values()): raise UserError(f"{source}: PROFILES must hold a block of settings for each name")
-    known = sorted({"demo", *map(str, profiles)})
+    profiles = {str(k): p for k, p in profiles.items()}       # YAML takes 128 for a number
+    known = sorted({"demo", *profiles})
     if name not in known: raise UserError(f"{source}: there is no profile {name!r}; there are: {', '.join(known)}")
     try: c = Config.model_validate(merge(raw, profiles.get(name) or {}))
     except ValidationError as e: raise UserError(sentence(e, source)) from None

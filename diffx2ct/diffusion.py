@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -216,10 +216,10 @@ def condition(self: Denoiser,
     edge, levels, first = base.shape[-1], len(maps), 2 if self.unet.at_half else 1
     key = (origin, edge, base.device)
     if key not in self.lifts:
-        if len(self.lifts) > 64: self.lifts.clear()
+        if len(self.lifts) > (0 if self.training else 64): self.lifts.clear()  # a random crop does not come back
         g, size, mm = self.A.geometry, self.A.size, self.A.mm
         axes = torch.meshgrid(*block_axes(size, mm, origin, edge), indexing="ij")
-        seen = crop(coverage(g, size, mm), origin, edge)
+        seen = coverage(g, size, mm, origin, edge)
         self.lifts[key] = (lift_levels(g, size, mm, origin, edge, self.A.pixels, levels, first).to(base.device),
                            torch.cat([seen / 2, torch.stack(axes)[None] * 2 / (size * mm)], 1).to(base.device))
     lifts, extra = self.lifts[key]
@@ -230,7 +230,7 @@ def condition(self: Denoiser,
 @patch
 def base(self: Denoiser,
     views: Tensor,  # (B, 2, P, P)
-    consistency: str = "on",  # soft: meet doubtful views half-way
+    consistency: str = "on",  # soft: by damped steps
     amp: torch.dtype | None = None,  # precision of the coarse network's arithmetic
 ) -> Tensor:  # (B, 1, D, H, W) unit volume
     "The volume states are measured from."
@@ -298,13 +298,13 @@ def loss_terms(
     x: Tensor, truth: Tensor,  # (B, 1, d, h, w) unit volumes
     scale: Tensor,  # () or (B,) s, the typical distance of a base, times `reach` of the times
     weights: dict[str, float],  # from `phase_weights`; what is absent is not computed
-    A: Projector | None = None,  # for PROJECTION; None where blocks are smaller than the cube
+    A: Projector | None = None,  # for PROJECTION, of whole cubes
     counts: Tensor | float = 1.0,  # (B, 1, d, h, w) how much a voxel counts in L2 and L1
 ) -> dict[str, Tensor]:  # (B,) each, in units of s
     "The losses that count, one figure a case."
     diff = (x - truth) / scale.view(-1, 1, 1, 1, 1)
     terms = {"L2": lambda: (counts * diff.square()).flatten(1).mean(1), "L1": lambda: (counts * diff.abs()).flatten(1).mean(1), "SSIM": lambda: ssim_loss(x, truth), "FOURIER": lambda: fourier_loss(x, truth) / scale,
-             "PROJECTION": lambda: A(x - truth).abs().flatten(1).mean(1) / (A.size * A.mm * scale) if A else diff.abs().flatten(1).mean(1)}
+             "PROJECTION": lambda: cast(Projector, A)(x - truth).abs().flatten(1).mean(1) / (A.size * A.mm * scale) }
     return {k: terms[k]() for k in weights}
 
 # %% ../nbs/02a_diffusion.ipynb #32d62542

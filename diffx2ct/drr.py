@@ -112,12 +112,15 @@ def coverage(
     g: Geometry,
     size: int,  # voxels along the cube's edge
     mm: float,  # voxel edge
+    origin: tuple[int, int, int] = (0, 0, 0),  # voxel (d, h, w) where a block begins
+    patch: int | None = None,  # its edge in voxels; None: to the end of the cube
 ) -> Tensor:  # (1, 1, D, H, W) 0, 1 or 2
-    "How many of the two beams pass through each voxel."
+    "How many of the two beams pass through each voxel of a block."
     c = centres(size, mm)
     seen = (shadow(g, c, c).abs() <= g.panel_mm / 2).expand(size, size)  # (depth, across)
-    ap = seen[None, :, :] & seen.T[:, :, None]      # w across and d across, depth h
-    lat = seen.T[None, :, :] & seen.T[:, None, :]   # h across and d across, depth w
+    d, h, w = (slice(o, o + (patch or size)) for o in origin)
+    ap = seen[None, h, w] & seen[h, d].T[:, :, None]        # w across and d across, depth h
+    lat = seen[w, h].T[None] & seen[w, d].T[:, None, :]     # h across and d across, depth w
     return (ap.int() + lat.int())[None, None]
 
 # %% ../nbs/00a_drr.ipynb #4e57f8d7

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Model, load_model
 from .consistency import disagreement, litres, residual
-from .data import Case, Config, CTPairs, UserError, cases_in, command, patient_of, read_manifest, split_cases, write_atomic
+from .data import Case, CTPairs, UserError, cases_in, command, patient_of, read_manifest, split_cases, writable, write_atomic
 from .diffusion import Denoiser
 from .drr import geometry
 from .metrics import PROTOCOLS, bootstrap, metrics
@@ -77,7 +77,7 @@ def open_cases(
     d = model.config.DATA
     if folder is None:
         if d.PT_DATA_DIR and not Path(d.PT_DATA_DIR).is_dir(): raise UserError(f"the checkpoint's own data {d.PT_DATA_DIR} is not here; name a folder of prepared cases with --data")
-        own = open_data(model.config).valid
+        own = open_data(model.config, model.meta.get("cases")).valid
         volumes, drrs, known = own.pt, own.drr, own.cases
     else:
         volumes, drrs = Path(folder)/"volumes", Path(folder)/"drrs"
@@ -94,13 +94,14 @@ def open_cases(
 # %% ../nbs/04a_evaluate.ipynb #cdf06dfd
 def trained_on(
     names: list[str],  # cases to be scored
-    c: Config,  # the checkpoint's settings
+    model: Model,
 ) -> list[str]:
-    "Those of the cases whose patients the model was trained on, as far as its data is still here."
-    known = cases_in(c.DATA.PT_DATA_DIR) if c.DATA.PT_DATA_DIR else phantom_names(c)
-    try: learnt = {patient_of(n) for n in split_cases(known, c)[0]}
+    "Those of the cases whose patients the model was trained on; an old model file does not name them, and they are found as far as its data is still here."
+    c, split = model.config, model.meta.get("cases")
+    try: learnt = split["train"] if split else split_cases(cases_in(c.DATA.PT_DATA_DIR) if c.DATA.PT_DATA_DIR else phantom_names(c), c)[0]
     except UserError: return []
-    return [n for n in names if patient_of(n) in learnt]
+    patients = {patient_of(n) for n in learnt}
+    return [n for n in names if patient_of(n) in patients]
 
 # %% ../nbs/04a_evaluate.ipynb #b016e51f
 def means(
@@ -238,6 +239,7 @@ def check_options(a: argparse.Namespace) -> torch.device:
         if value is not None and not least <= value < 2 ** 32: raise UserError(f"--{name} {value} must be a number from {least} to {2 ** 32 - 1}")
     for name, path in (("json", a.json), ("plot", a.plot)):
         if path and Path(path).is_dir(): raise UserError(f"--{name} {path} is a folder; name a file")
+        if path: writable(path)
     if a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--plot {a.plot} must end in .png, .pdf or .svg")
     return device_option(a.device)
 
@@ -247,7 +249,7 @@ def main(argv: list[str]) -> None:
     a = parser().parse_args(argv)
     model = load_model(a.checkpoint_dir, str(check_options(a)))
     cases = open_cases(model, a.data, a.cases)
-    learnt = trained_on(cases.cases, model.config) if a.data else []
+    learnt = trained_on(cases.cases, model) if a.data else []
     if learnt: print(f"diffx2ct: {len(learnt)} of {len(cases)} cases are of patients this checkpoint was trained on ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)}); their figures flatter", file=sys.stderr)
     if a.consistency in ("on", "soft") and not model.denoiser.line_integrals: raise UserError(f"--consistency {a.consistency} needs line integrals, but checkpoint {model.path.resolve().parent.name} reads display images, whose tone curve is unknown; leave it out or prepare line-integral views")
     result = evaluate(model, cases, list(dict.fromkeys(a.methods or methods_of(model.denoiser))), a.protocol, a.k, a.seed, a.steps, a.consistency)

@@ -69,9 +69,9 @@ def finish(
     views: Tensor,  # (1 or B, 2, P, P)
     consistency: str,  # on, soft or off
 ) -> Tensor:  # (B, 1, D, H, W) in [0, 1]
-    "Into the HU range, and onto the views as far as that allows."
+    "Into the HU range, and onto the views as far as that allows; soft is a single damped step towards them."
     if consistency == "off" or not denoiser.line_integrals: return x.clamp(0, 1)
-    return consistent(x, views.expand(len(x), -1, -1, -1), denoiser.A, denoiser.window, rounds=10, damping=DAMPING[consistency])
+    return consistent(x, views.expand(len(x), -1, -1, -1), denoiser.A, denoiser.window, rounds=1 if consistency == "soft" else 10, damping=DAMPING[consistency])
 
 # %% ../nbs/02b_reconstruct.ipynb #78537583
 METHODS = ("mean", "consistent_mean", "expected", "sample", "mean_of_k")

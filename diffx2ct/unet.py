@@ -100,10 +100,10 @@ class Attention(nn.Module):
         c: int,
         tokens: int = 0,  # channels of the tokens; 0 for no cross-attention
         self_attention: bool = True,
-        head: int = 32,  # channels a head
+        head: int = 32,  # channels a head at least; more where they do not divide
     ):
         super().__init__()
-        self.heads = max(1, c // head)
+        self.heads = next(h for h in range(max(1, c // head), 0, -1) if c % h == 0)
         self.norm = norm(c)
         self.qkv, self.out = (nn.Linear(c, 3 * c), nn.Linear(c, c)) if self_attention else (None, None)
         self.q, self.kv, self.cross = (nn.Linear(c, c), nn.Linear(tokens, 2 * c), nn.Linear(c, c)) if tokens else (None, None, None)

@@ -48,7 +48,7 @@ class Bench:
         pairs = open_cases(self.model, a.data)
         self.cases, self.phantoms = {case.name: case for case in (pairs[i] for i in range(len(pairs)))}, not (a.data or self.model.config.DATA.PT_DATA_DIR)
         if len(self.cases) < 2: raise UserError("this benchmark needs two held-out cases or more; name a folder of prepared cases with --data")
-        if a.data and (learnt := trained_on(list(self.cases), self.model.config)): print(f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} patients ({', '.join(learnt[:4])}); the figures do not count", file=sys.stderr)
+        if a.data and (learnt := trained_on(list(self.cases), self.model)): print(f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} patients ({', '.join(learnt[:4])}); the figures do not count", file=sys.stderr)
         self.size, self.mm, self.window, self.A = self.net.A.size, self.net.A.mm, self.net.window, self.net.A
         self.digest = digest(self.model.path)
         self.work, self.how = a.work / f"{a.name}_{self.digest[:8]}", dict(patch=self.model.config.TRAINING.PATCH_SIZE, amp=AMP[self.model.config.TRAINING.AMP])
