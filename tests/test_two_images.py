@@ -223,6 +223,9 @@ def test_spacing_and_magnification(here, tmp_path):
     for tags in (dict(ImagerPixelSpacing=[1.5 * edge] * 2, EstimatedRadiographicMagnificationFactor=1.5), dict(ImagerPixelSpacing=[1.25 * edge] * 2, DistanceSourceToDetector=1500, DistanceSourceToPatient=1200),
                  dict(PixelSpacing=[edge] * 2, PixelSpacingCalibrationType="GEOMETRY"), dict(PixelSpacing=[edge] * 2), dict(ImagerPixelSpacing=[edge] * 2, PixelSpacing=[9, 9])):
         torch.testing.assert_close(at(**tags)[0], plain, msg=str(tags))
+    calibrated = dict(PixelSpacing=[edge] * 2, PixelSpacingCalibrationType="GEOMETRY")
+    for tags, inside in ((calibrated, True), (dict(PixelSpacing=[edge] * 2), False), (calibrated | dict(ImagerPixelSpacing=[edge] * 2), False)):
+        assert read_view(dicom(tmp_path/"x", n, **tags), "AP").calibrated == inside, tags
     half, seen = at(ImagerPixelSpacing=[edge / 2, edge])
     assert seen.any(1).sum() == N // 2 and seen.any(0).all()                       # rows and columns are not confused
 
