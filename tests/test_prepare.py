@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from diffx2ct.scans import main
+from diffx2ct.scans import fingerprint, main
 
 CT = Path(os.environ.get("DIFFX2CT_CT_DIR", Path(__file__).parents[1]/"../shared/ct"))
 real = pytest.mark.skipif(not CT.is_dir(), reason=f"no real CT at {CT}; set DIFFX2CT_CT_DIR")
@@ -146,7 +146,8 @@ def test_two_at_once_share_a_folder(tmp_path):
     assert sorted(p.name for p in (tmp_path/"out/volumes").iterdir()) == ["a.pt", "b.pt"]
 
 
-@pytest.mark.parametrize("args, word", [(("--size", 24), "size 16, not 24"), (("--mm", 10), "mm 20, not 10"), (("--geometry", "x2ct"), "geometry"), (("--window", -1000, 1000), "hu_window"), (("--pixels", 32), "pixels 16, not 32")])
+@pytest.mark.parametrize("args, word", [(("--size", 24), "size 16, not 24"), (("--mm", 10), "mm 20, not 10"), (("--geometry", "x2ct"), "geometry"), (("--window", -1000, 1000), "hu_window"), (("--pixels", 32), "pixels 16, not 32"),
+    (("--table", "keep"), "table left open, not keep"), (("--centre", "volume"), "centre left open, not volume"), (("--air_threshold", -400), "air_threshold -500, not -400"), (("--no-float16",), "float16 True, not False")])
 def test_settings_may_not_change(cases, args, word, capfd):
     tmp, out, _ = cases
     before = files(out)
@@ -160,6 +161,49 @@ def test_one_name_from_two_scans(cases):
     assert "made from other files" in run(tmp/"again/ras.nii", "--out", out, code=2)
     run(tmp/"again/ras.nii", tmp/"ras.nii", "--out", tmp/"both", "--size", 16)
     assert len(list((tmp/"both/volumes").glob("*.pt"))) == 2
+
+
+def test_a_scan_in_company_keeps_its_name(tmp_path, capfd):
+    "Two patients on one grid: same name, same header, same corners."
+    for p, lung in (("p1", -800), ("p2", -850)):
+        hu = patient(); hu[hu == -800] = lung
+        (tmp_path/p).mkdir(); sitk.WriteImage(image(hu), str(tmp_path/p/"ct.nii"))
+    go = lambda *names: main([*(str(tmp_path/p/"ct.nii") for p in names), "--out", str(tmp_path/"o"), "--size", "16"])
+    for names, said in ((("p1",), "1 case written, 0 kept"), (("p2", "p1"), "1 case written, 1 kept"), (("p1", "p2"), "0 cases written, 2 kept"), (("p2",), "0 cases written, 1 kept")):
+        go(*names)
+        assert said in capfd.readouterr().out
+    assert set(json.loads((tmp_path/"o/drrs/manifest.json").read_text())["cases"]) == {"ct", "p2_ct"}
+
+
+def test_settings_are_taken_over(tmp_path, capfd):
+    for name in "ab": sitk.WriteImage(image(patient() + np.int16(ord(name))), str(tmp_path/f"{name}.nii"))
+    main([str(tmp_path/"a.nii"), "--out", str(tmp_path/"o"), "--size", "16", "--table", "keep", "--centre", "volume", "--air_threshold", "-400", "--no-float16"])
+    main([str(tmp_path/"b.nii"), "--out", str(tmp_path/"o")])
+    at = tmp_path/"o/drrs/manifest.json"
+    m = json.loads(at.read_text())
+    assert {(c["table"], c["centre"]) for c in m["cases"].values()} == {("keep", "volume")} and (m["air_threshold"], m["float16"]) == (-400, False)
+    assert torch.load(tmp_path/"o/volumes/b.pt", weights_only=True).dtype == torch.float32
+    before = {k: v for k, v in m.items() if k not in ("table", "centre", "air_threshold", "float16")}                         # as it was written before
+    at.write_text(json.dumps(before | dict(cases={n: c | dict(fingerprint=fingerprint([tmp_path/f"{n}.nii"], places=(0, 1))) for n, c in m["cases"].items()})))
+    main([str(tmp_path/"a.nii"), str(tmp_path/"b.nii"), "--out", str(tmp_path/"o"), "--table", "remove"])
+    assert "0 cases written, 2 kept" in capfd.readouterr().out
+    at.write_text(json.dumps(m | {"air_threshold": "-400"}))
+    assert "is not a manifest" in refused(capfd, tmp_path/"a.nii", "--out", tmp_path/"o")
+
+
+def test_a_case_is_never_half_new(tmp_path, monkeypatch):
+    "Stopped between the new views and the new volume, a case has no volume."
+    from diffx2ct import data
+    save, new = data.save_tensor, torch.ones(2, 8, 8)
+    data.save_case("a", torch.zeros(8, 8, 8), torch.zeros(2, 8, 8), tmp_path/"volumes", tmp_path/"drrs")
+    def stopped(tensor, path):
+        if path.name == "LAT.pt": raise KeyboardInterrupt
+        return save(tensor, path)
+    monkeypatch.setattr(data, "save_tensor", stopped)
+    with pytest.raises(KeyboardInterrupt): data.save_case("a", torch.ones(8, 8, 8), new, tmp_path/"volumes", tmp_path/"drrs")
+    assert torch.equal(data.load_tensor(tmp_path/"drrs/a/AP.pt", dims=2), new[0]) and data.cases_in(tmp_path/"volumes") == []
+    (tmp_path/"volumes/b.pt").mkdir()
+    with pytest.raises(data.UserError, match="cannot be replaced"): data.save_case("b", torch.ones(8, 8, 8), new, tmp_path/"volumes", tmp_path/"drrs")
 
 
 def test_table_is_removed_or_kept(tmp_path):
@@ -184,6 +228,9 @@ def test_x2ct_tree_and_packed_array(tmp_path):
     m = json.loads((tmp_path/"o/drrs/manifest.json").read_text())
     assert (m["size"], m["mm"], m["geometry"]["sad_mm"], sorted(m["cases"]), m["cases"]["LIDC-1"]["h5_offset"]) == (16, 20.0, 541.0, ["LIDC-1", "LIDC-2"], 1000)
     assert (hu_of(tmp_path/"o", "LIDC-2") - torch.from_numpy(cube).float()).abs().max() < 1.5
+    (tmp_path/"LIDC-3").mkdir(); (tmp_path/"x2ct/LIDC-1/ct_xray_data.h5").rename(tmp_path/"LIDC-3/ct_xray_data.h5")
+    run(tmp_path/"LIDC-3", "--out", tmp_path/"o", "--overwrite")                     # the offset is taken over, and so is the name
+    assert (hu_of(tmp_path/"o", "LIDC-1") - torch.from_numpy(cube).float()).abs().max() < 1.5
     np.savez(tmp_path/"pack.npz", volumes_hu_zyx=np.stack([cube[::-1]] * 2), ids=["P1", "P2"], spacing_mm=3.27)
     run(tmp_path/"pack.npz", "--out", tmp_path/"p")
     assert json.loads((tmp_path/"p/drrs/manifest.json").read_text())["mm"] == 3.27
@@ -215,7 +262,7 @@ def bad_scans(tmp):
     return dict(missing=(lambda: tmp/"bad.nii", "does not exist"), empty_folder=(folder, "holds no scan"), no_affine=(lambda: nifti(no_affine), "left and right"), four_d=(four, "4 dimensions"), short_nii=(lambda: nifti(cut), "truncated"),
                 short_gz=(lambda: nifti(cut, name="bad.nii.gz"), "truncated"), short_header=(lambda: nifti(lambda b: b[:200]), "bad.nii"), not_nifti=(lambda: text("bad.nii"), "bad.nii"), suffix=(lambda: text("bad.jpg"), "no kind that can be read"), two_series=(two, "1: 28 slices of 32x24"),
                 gap=(lambda: series(skip=[11]), "lacks a slice between"), not_ct=(lambda: series(modality="MR"), "modality is MR"), short_slice=(short_slice, "s899.dcm"), no_ct=(h5, "no dataset 'ct'"), short_h5=(lambda: h5(True), "truncated"),
-                zeros=(lambda: nifti(hu=patient() * 0), "every voxel"), air=(lambda: nifti(hu=patient() // 100 - np.int16(900)), "nothing but air"), offset=(lambda: nifti(hu=patient() + np.int16(1024)), "offset"), nan=(nan, "NaN"))
+                zeros=(lambda: nifti(hu=patient() * 0), "every voxel"), air=(lambda: nifti(hu=patient() // 100 - np.int16(900)), "nothing but air"), offset=(lambda: nifti(hu=patient() + np.int16(1024)), "offset"), padded=(lambda: nifti(hu=np.where(patient() > 1000, np.int16(-24), patient() + np.int16(1000))), "from -24 to"), nan=(nan, "NaN"))
 
 
 @pytest.mark.parametrize("kind", bad_scans(Path()))
@@ -233,6 +280,9 @@ def test_series_is_picked(tmp_path):
     write_dicom(img, tmp_path/"p"); write_dicom(img[:, :, :9], tmp_path/"p", uid="1.2.826.0.1.3680043.2.1125.2", prefix="t")
     run(tmp_path/"p", "--out", tmp_path/"o", "--size", 16, "--series", 2)
     assert json.loads((tmp_path/"o/drrs/manifest.json").read_text())["cases"]["p"]["scan_size"] == [9, 24, 32]
+    write_dicom(img, tmp_path/"q", uid="1.2.826.0.1.3680043.2.1125.3")
+    run(tmp_path/"p", tmp_path/"q", "--out", tmp_path/"o", "--series", 2)                     # q has no choice to make
+    assert json.loads((tmp_path/"o/drrs/manifest.json").read_text())["cases"]["q"]["scan_size"] == [28, 24, 32]
     assert "no series '7'" in run(tmp_path/"p", "--out", tmp_path/"o2", "--series", 7, code=2)
 
 
