@@ -625,9 +625,12 @@ def save_case(
     drr_dir: str | Path,  # `DATA.DRR_DIR`
     half: bool = True,  # store the volume in half precision
 ) -> None:
-    "Write one case; the volume last, so that a volume that is there has its views."
+    "Write one case; an old volume goes first and the new one comes last, so that a volume that is there has its views."
+    path = Path(pt_dir)/f"{case}.pt"
+    try: path.unlink(missing_ok=True)
+    except OSError as e: raise UserError(f"{path} cannot be replaced ({e.strerror}); check the folder and its rights") from None
     for name, view in zip(("AP", "LAT"), views): save_tensor(view.float(), Path(drr_dir)/case/f"{name}.pt")
-    save_tensor(volume.half() if half else volume, Path(pt_dir)/f"{case}.pt")
+    save_tensor(volume.half() if half else volume, path)
 
 def cases_in(
     pt_dir: str | Path,  # `DATA.PT_DATA_DIR`
@@ -644,9 +647,10 @@ def write_manifest(
     window: tuple[float, float],  # HU of 0 and 1
     cases: dict[str, dict],  # case -> what is known of its source
     view_domain: str = "line_integral",  # or "display"
+    **how,  # what was done to the scans, as `settings` of chapter 00b gives it
 ) -> Path:
     "Describe the cases of a folder."
-    manifest = dict(format=1, geometry=geometry, view_domain=view_domain, size=size, mm=mm, pixels=pixels, hu_window=list(window), axes="D head-feet, H front-back, W right-left", cases=cases)
+    manifest = dict(format=1, geometry=geometry, view_domain=view_domain, size=size, mm=mm, pixels=pixels, hu_window=list(window), axes="D head-feet, H front-back, W right-left", **how, cases=cases)
     return write_atomic(Path(drr_dir)/"manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1)))
 
 # %% ../nbs/00_data.ipynb #45ce6e23
@@ -667,6 +671,11 @@ class Manifest(BaseModel):
     mm: Positive
     pixels: Annotated[int, Field(ge=8, le=4096)]
     hu_window: tuple[Finite, Finite]
+    table: Literal["keep", "remove"] | None = None
+    centre: Literal["body", "volume"] | None = None
+    air_threshold: Finite = Field(-500, strict=True)
+    float16: bool = Field(True, strict=True)
+    h5_offset: Finite = Field(1024, strict=True)
     cases: dict[str, dict]
 
 def read_manifest(

@@ -8,7 +8,7 @@ __all__ = ['TISSUES', 'EDGES', 'KINDS', 'FLOOR', 'LEVELS', 'LEAST', 'SIGNS', 'TI
            'surprise', 'signs', 'limits', 'trust', 'settings', 'fit', 'fitted', 'examine', 'parser', 'main']
 
 # %% ../nbs/04b_doubt.ipynb #65614af6
-import argparse, json, math
+import argparse, json, math, sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -26,7 +26,7 @@ from .consistency import CLASH, disagreement
 from .data import CAUTION, Case, CTPairs, DiffusionConfig, UserError, command, density, to_hu
 from .diffusion import Denoiser
 from .drr import Projector, coverage, path_density
-from .evaluate import open_cases
+from .evaluate import open_cases, trained_on
 from .parallel import device_option
 from .reconstruct import careful, finish, noise_of, reconstruct, samples, settled
 from .train import AMP
@@ -201,7 +201,7 @@ def trust(
     known = usual or {}
     beyond = [k for k in known if k in found and found[k] > known[k]]
     if not known: head = "NOT JUDGED: what is usual for this model is not known; run diffx2ct_doubt once on its checkpoint."
-    elif beyond: head = f"DOUBTFUL: {len(beyond)} of {len(found)} signs are beyond what held-out patients show."
+    elif beyond: head = f"DOUBTFUL: {len(beyond)} of {len(found)} signs {'is' if len(beyond) == 1 else 'are'} beyond what held-out patients show."
     else: head = "Nothing unusual: all signs are as in held-out patients. The picture may still be wrong."
     lines = [f"- {SIGNS[k][0]} ({found[k]:{SIGNS[k][1]}}, usual up to {known[k]:{SIGNS[k][1]}})" for k in beyond]
     lines.append(f"- prior only: {found['unseen']:.1%} of the body lies in no beam, and there the picture is invented" if found["unseen"] else "- all of the body lies in a beam")
@@ -229,7 +229,7 @@ def fit(
     seen, rows = coverage(net.A.geometry, net.A.size, net.A.mm)[0], {}
     found: dict[int, list] = {n: [] for n in range(2, k + 1)}  # samples -> distances and kinds of each case
     pick = torch.randperm(seen.numel(), generator=torch.Generator().manual_seed(seed))[:PICKED]
-    for case in tqdm([cases[i] for i in range(len(cases))], desc="fitting", unit="case", leave=False, disable=None):
+    for case in tqdm((cases[i] for i in range(len(cases))), total=len(cases), desc="fitting", unit="case", leave=False, disable=None):
         if careful(net, case.views, c, case.name) is not c: continue
         many = samples(net, case.views, list(range(seed, seed + k)), c, **how).float()
         rows[case.name], many = signs(net, case.views, many, c, **how), many.cpu()
@@ -287,7 +287,7 @@ def parser() -> argparse.ArgumentParser:
   diffx2ct_doubt --checkpoint_dir checkpoints/best --data data/test   on all cases of a folder of diffx2ct_prepare
 
 run_visualize.sh and diffx2ct_reconstruct look for it beside the model. They say "not calibrated" where it is missing, of another model, or of other settings than they are asked for.
-The cases must not be among those the model was trained on, and should be like the patients it is meant for.""")
+Cases the model was trained on are left out, by name; the others should be like the patients it is meant for.""")
     p.add_argument("--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file")
     p.add_argument("--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)")
     p.add_argument("--k", type=int, default=8, help="samples of each case; factors are kept for 2 to K (default: %(default)s)")
@@ -302,6 +302,10 @@ def main(argv: list[str]) -> None:
     if a.k < 2 or a.seed < 0: raise UserError("--k counts from 2 and --seed from 0; give larger numbers")
     model = load_model(a.checkpoint_dir, str(device_option(a.device)))
     cases = open_cases(model, a.data)
+    if a.data and (learnt := trained_on(cases.cases, model)):
+        cases = cases.only([n for n in cases.cases if n not in learnt])
+        if not cases.cases: raise UserError(f"{a.data} holds only cases of patients this checkpoint was trained on; name a folder of others with --data, or leave it out")
+        print(f"diffx2ct: {len(learnt)} cases of patients this checkpoint was trained on are left out ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)})", file=sys.stderr)
     d = fit(model, cases, a.k, a.seed) | dict(data=a.data or "its own held-out cases")
     path = write_summed(model.path.parent/KEPT, lambda p: p.write_text(json.dumps(d, indent=1)))
     q = torch.tensor(d["factors"][a.k])

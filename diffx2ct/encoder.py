@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         self.place = nn.Parameter(torch.randn(2, out_dim, last, last) * 0.02)
 
     def forward(self,
-        views: Tensor,  # (B, 2, P, P), mean density along each ray (mm of water over the cube's edge), or display images
+        views: Tensor,  # (B, 2, P, P) what sets each view apart from the mean training view, enlarged (chapter 02a)
     ) -> tuple[list[Tensor], Tensor]:  # per level (B, 2, C_l, p_l, p_l); tokens (B, 2 p p, out_dim)
         "Feature maps per level and tokens."
         b = len(views)

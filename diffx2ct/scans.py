@@ -8,8 +8,8 @@ __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor
            'find_series', 'NoCT', 'pick_series', 'slice_gap', 'sort_slices', 'read_dicom', 'check_h5', 'read_h5',
            'open_npz', 'case_name', 'fingerprint', 'Scan', 'file_scans', 'folder_scans', 'whose', 'find_scans',
            'fill_slices', 'pieces', 'surface_share', 'body_mask', 'smooth', 'resample', 'extent', 'to_cube',
-           'resample_mask', 'inside', 'prepare_volume', 'settings', 'same', 'plain', 'todo', 'prepare', 'parser',
-           'main']
+           'resample_mask', 'inside', 'prepare_volume', 'settings', 'same', 'plain', 'keep_names', 'todo', 'prepare',
+           'parser', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
 import argparse, contextlib, functools, gzip, hashlib, math, os, re, shlex, struct, sys, zlib
@@ -75,7 +75,7 @@ def check_hu(
     low, high = float(a.min()), float(a.max())
     if low == high: raise UserError(f"{name} holds the value {low:g} in every voxel; this is no CT")
     if high < -500: raise UserError(f"{name} holds nothing denser than {high:g} HU, so nothing but air; check the file and its rescale slope")
-    if low >= 0: raise UserError(f"{name} has values from {low:g} to {high:g}, which are not Hounsfield units (air is -1000); subtract the offset, often 1024, and save it again")
+    if low > -500: raise UserError(f"{name} has values from {low:g} to {high:g}, which are not Hounsfield units (air is -1000); subtract the offset, often 1024, and save it again")
     return img
 
 # %% ../nbs/00b_scans.ipynb #c2e47d70
@@ -231,7 +231,7 @@ class NoCT(UserError):
 
 def pick_series(
     folder: Path,  # a DICOM folder
-    series: str | None = None,  # `--series`: a number from the list, or a series UID
+    series: str | None = None,  # `--series`: a number from the list, or a series UID; not asked where there is one series only
 ) -> list[dict]:  # headers of the slices, unsorted
     "The slices of the one CT series that is meant."
     found = {uid: [h for h in map(slice_header, files) if h] for uid, files in sorted(find_series(folder).items())}
@@ -239,12 +239,12 @@ def pick_series(
     if not cts:
         kinds = sorted({h["modality"] for hs in found.values() for h in hs})
         raise NoCT(f"{folder} holds no CT series of three slices or more (" + (f"its modality is {', '.join(kinds)})" if kinds and kinds != ["CT"] else "its files lack positions; multi-frame files are not read)"))
+    if len(cts) == 1: return next(iter(cts.values()))
     if series in cts: return cts[series]
     if series is not None and series.isdigit() and 1 <= int(series) <= len(cts): return list(cts.values())[int(series) - 1]
     listing = "; ".join(f"{i}: {len(hs)} slices of {hs[0]['size'][0]}x{hs[0]['size'][1]}, {hs[0]['spacing'][0]:.2f} mm a pixel, {slice_gap(hs):.2f} mm apart" for i, hs in enumerate(([h for h in hs if "position" in h] for hs in cts.values()), 1))
     if series is not None: raise UserError(f"{folder} has no series {series!r}; --series takes a UID or one of these numbers: {listing}")
-    if len(cts) > 1: raise UserError(f"{folder} holds {len(cts)} CT series; pick one with --series N, from {listing}")
-    return next(iter(cts.values()))
+    raise UserError(f"{folder} holds {len(cts)} CT series; pick one with --series N, from {listing}")
 
 # %% ../nbs/00b_scans.ipynb #cf821c1f
 def slice_gap(headers: list[dict]) -> float:
@@ -344,12 +344,13 @@ def case_name(
 def fingerprint(
     files: list[Path],  # the files of one scan
     part: str = "",  # which of several cases in one file
+    places: tuple[float, ...] = (0, 0.5, 1),  # where to read in the first; older folders have (0, 1)
 ) -> str:
-    "A short hash that tells whether a case comes from the same files; it is quick, since it reads only the ends of the first."
+    "A short hash that tells whether a case comes from the same files; it is quick, since it reads only the ends and the middle of the first."
     h = hashlib.sha256(part.encode())
     for f in files: h.update(os.fsencode(f"{f.name} {f.stat().st_size};"))
     with open(files[0], "rb") as first:
-        h.update(first.read(4096)); first.seek(max(0, files[0].stat().st_size - 4096)); h.update(first.read(4096))
+        for p in places: first.seek(int(p * max(0, files[0].stat().st_size - 4096))); h.update(first.read(4096))
     return h.hexdigest()[:16]
 
 # %% ../nbs/00b_scans.ipynb #c69b0bda
@@ -360,13 +361,12 @@ class Scan:
     source: str  # base name of the file or folder
     kind: str  # nifti, nrrd, mha, dicom, x2ct, npz
     files: list[Path]  # what it is made of
-    read: Callable[[], sitk.Image]  # gives it oriented, in HU
+    read: Callable[..., sitk.Image]  # gives it oriented, in HU; of an X2CT-GAN file it takes the offset
     cube: tuple[int, float] | None = None  # (voxels, mm) where it is a finished cube
     part: str = ""  # which case of its file
 
 def file_scans(
     path: Path,  # one file
-    h5_offset: float = 1024,  # stored value minus HU in an X2CT-GAN file
 ) -> list[Scan]:
     "The scans in one file."
     kind = suffix_of(path)
@@ -376,7 +376,7 @@ def file_scans(
         return [Scan(case_name(path.name[:-len(kind)]), path.name, {".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd"}.get(kind, "mha"), [path], lambda: read_file(path))]
     if kind in (".h5", ".hdf5"):
         n, name = check_h5(path), path.resolve().parent.name if path.name == "ct_xray_data.h5" else path.stem
-        return [Scan(case_name(name), f"{name}/{path.name}" if name != path.stem else path.name, "x2ct", [path], lambda: read_h5(path, h5_offset), (n, X2CT_MM / n))]
+        return [Scan(case_name(name), f"{name}/{path.name}" if name != path.stem else path.name, "x2ct", [path], functools.partial(read_h5, path), (n, X2CT_MM / n))]
     if kind == ".npz":
         volumes, ids, mm = open_npz(path)
         one = lambda i: lambda: check_hu(as_image(volumes[i][::-1].astype(np.float32), mm), f"{path} ({ids[i]})")
@@ -387,8 +387,7 @@ def file_scans(
 # %% ../nbs/00b_scans.ipynb #9e37cdf1
 def folder_scans(
     root: Path,  # a folder, searched to its depth
-    series: str | None = None,  # `--series`, for each DICOM folder
-    h5_offset: float = 1024,  # for X2CT-GAN files
+    series: str | None = None,  # `--series`, for each DICOM folder that holds several
 ) -> list[Scan]:
     "The scans in a folder: DICOM series, volume files, X2CT-GAN files."
     scans, skipped, seen = [], [], Counter[str]()
@@ -397,7 +396,7 @@ def folder_scans(
         for n in names: called(Path(where, n))
         at, names = Path(where), sorted(n for n in names if not n.startswith("."))
         for n in names:
-            if suffix_of(at/n) in SUFFIXES or n == "ct_xray_data.h5": scans += file_scans(at/n, h5_offset)
+            if suffix_of(at/n) in SUFFIXES or n == "ct_xray_data.h5": scans += file_scans(at/n)
         slices = [at/n for n in names if is_dicom(at/n)]
         if not slices: continue
         base = (at.relative_to(root).parts or (root.resolve().name,))[0]
@@ -425,13 +424,12 @@ def whose(
 def find_scans(
     paths: list[str | Path],  # files and folders
     series: str | None = None,  # `--series`
-    h5_offset: float = 1024,  # `--h5_offset`
 ) -> list[Scan]:
     "All scans that the paths name, each with a name of its own."
     scans = []
     for path in map(called, map(Path, paths)):
         if not path.exists(): raise UserError(f"{path} does not exist; give a scan file or a folder of scans")
-        scans += folder_scans(path, series, h5_offset) if path.is_dir() else file_scans(path, h5_offset)
+        scans += folder_scans(path, series) if path.is_dir() else file_scans(path)
     count = Counter(s.case.lower() for s in scans)
     for s in scans:
         if count[s.case.lower()] > 1 and s.kind != "npz": s.case = case_name(f"{s.files[0].resolve().parent.parent.name if s.kind in ('dicom', 'x2ct') else s.files[0].resolve().parent.name}_{s.case}")
@@ -442,7 +440,7 @@ def find_scans(
     for s in scans:
         if s.kind != "dicom" or not any(w in f"{s.case} {s.source}".lower() for w in whose(s.files[0])): continue
         base, number, which = s.case.partition("__")
-        if base not in aliases: print(f"note: a folder bears its patient's name, id or date; its case is called {aliases.setdefault(base, 'scan_' + fingerprint(s.files)[:10])}")
+        if base not in aliases: print(f"note: a folder bears its patient's name, id or date; its case is called {aliases.setdefault(base, 'scan_' + fingerprint(s.files, places=(0, 1))[:10])}")
         s.case, s.source = aliases[base] + number + which, aliases[base]
     return scans
 
@@ -600,11 +598,11 @@ def settings(
     a: argparse.Namespace,  # the command line; None where nothing was said
     scans: list[Scan],  # what will be prepared
     old: dict | None,  # manifest that is there already
-) -> dict:  # size, mm, pixels, geometry, window
+) -> dict:  # size, mm, pixels, geometry, window, and what is done to a scan
     "Settings of the folder: what was said, what is there, what the scans bring, the default."
     cube = scans[0].cube if len({s.cube for s in scans}) == 1 else None
     first = lambda *values: next(v for v in values if v is not None)
-    there = lambda key: old[key] if old else None
+    there = lambda key: old.get(key) if old else None
     size = first(a.size, there("size"), cube and cube[0], 64)
     if size % 8 or not 8 <= size <= 1024: raise UserError(f"--size {size} must be a multiple of 8 from 8 to 1024")
     mm = first(a.mm, there("mm"), round((cube[0] * cube[1] if cube else 320) / size, 6))
@@ -615,9 +613,14 @@ def settings(
     if not -math.inf < window[0] < window[1] < math.inf: raise UserError(f"--window {window[0]:g} {window[1]:g} is empty; the first value must be the lower one")
     if old and old["view_domain"] != "line_integral": raise UserError(f"{a.out} holds views in display units, made by another program; use another --out")
     chosen = asdict(geometry(first(a.geometry, there("geometry"), "parallel"), size * mm))
-    new = dict(size=size, mm=mm, pixels=pixels, hu_window=list(window), geometry=chosen)
+    new: dict[str, Any] = dict(size=size, mm=mm, pixels=pixels, hu_window=list(window), geometry=chosen, table=a.table or there("table"), centre=a.centre or there("centre"),
+                               air_threshold=first(a.air_threshold, there("air_threshold"), -500.0), float16=first(a.float16, there("float16"), True))
+    offset = [v for v in (a.h5_offset, there("h5_offset"), 1024.0 if any(s.kind == "x2ct" for s in scans) else None) if v is not None]
+    if offset: new["h5_offset"] = offset[0]
+    for key in ("air_threshold", "h5_offset"):
+        if not math.isfinite(new.get(key, 0)): raise UserError(f"--{key} {new[key]:g} must be a finite number")
     for key, value in new.items():
-        if old and not same(old[key], value): raise UserError(f"{a.out} was prepared with {key} {plain(old[key])}, not {plain(value)}; use another --out, or leave that option out")
+        if old and key in old and not same(old[key], value): raise UserError(f"{a.out} was prepared with {key} {plain(old[key])}, not {plain(value)}; use another --out, or leave that option out")
     return new
 
 # %% ../nbs/00b_scans.ipynb #2318f9d4
@@ -630,7 +633,23 @@ def same(a, b) -> bool:
 def plain(value) -> str:
     "A value as one would say it."
     if isinstance(value, dict): return " ".join(plain(v) for v in value.values() if v is not None)
-    return " ".join(map(plain, value)) if isinstance(value, list | tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    return " ".join(map(plain, value)) if isinstance(value, list | tuple) else f"{value:g}" if isinstance(value, float) else "left open" if value is None else str(value)
+
+# %% ../nbs/00b_scans.ipynb #82372e0c
+def keep_names(
+    scans: list[Scan],  # what was found
+    cases: dict[str, dict],  # the manifest's
+) -> None:
+    "Call a scan that is in the folder already as it is called there."
+    taken = {s.case.lower() for s in scans}
+    for s in scans:
+        mark = fingerprint(s.files, s.part)
+        names = [n for n, known in cases.items() if known.get("fingerprint") == mark and n == case_name(n)]
+        free = [n for n in names if n.lower() not in taken]
+        if s.case in names or not free: continue
+        print(f"note: {s.case} is in the folder already, as {free[0]}, and keeps that name")
+        s.case = free[0]
+        taken.add(s.case.lower())
 
 # %% ../nbs/00b_scans.ipynb #aaa39997
 def todo(
@@ -641,12 +660,13 @@ def todo(
 ) -> list[Scan]:
     "The scans that are not cases of the folder yet."
     if old is None and cases_in(out/"volumes"): raise UserError(f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out")
+    if old: keep_names(scans, old["cases"])
     rest = []
     for s in scans:
         known = old["cases"].get(s.case, {}) if old else {}
         whole = known != {} and all(p.exists() for p in (out/f"volumes/{s.case}.pt", out/f"drrs/{s.case}/AP.pt", out/f"drrs/{s.case}/LAT.pt"))
         if not whole or overwrite: rest.append(s)
-        elif known.get("fingerprint") != fingerprint(s.files, s.part): raise UserError(f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case")
+        elif known.get("fingerprint") not in (fingerprint(s.files, s.part), fingerprint(s.files, s.part, (0, 1))): raise UserError(f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case")
     return rest
 
 # %% ../nbs/00b_scans.ipynb #de465f48
@@ -654,23 +674,24 @@ def prepare(
     scans: list[Scan],  # as `find_scans` gives them
     out: Path,  # folder for volumes/ and drrs/
     s: dict,  # settings of the folder
-    a: argparse.Namespace,  # the command line: table, centre, air_threshold, float16, overwrite, pictures
+    a: argparse.Namespace,  # the command line: overwrite, pictures
 ) -> tuple[int, int]:  # cases written and cases kept
     "Read, clean, project and save."
     old = read_manifest(out/"drrs")
     cases, rest = dict(old["cases"]) if old else {}, todo(scans, out, old, a.overwrite)
     projector = Projector(geometry(s["geometry"], s["size"] * s["mm"]), s["size"], s["mm"], s["pixels"])
     for leftover in [*out.glob("volumes/.*.pt"), *out.glob("drrs/**/.*.pt"), *out.glob("drrs/.*.json")]: leftover.unlink(missing_ok=True)  # of a run that was killed
-    list_cases = lambda: write_manifest(out/"drrs", s["geometry"], s["size"], s["mm"], s["pixels"], tuple(s["hu_window"]), cases)
+    list_cases = lambda: write_manifest(out/"drrs", window=tuple(s["hu_window"]), cases=cases, **{k: v for k, v in s.items() if k != "hu_window"})
     for scan in tqdm(rest, unit="case", disable=None, leave=False):
-        how = dict(table=a.table or ("keep" if scan.cube else "remove"), centre=a.centre or ("volume" if scan.cube else "body"), threshold=a.air_threshold)
-        try: unit, views, info = prepare_volume(scan.read(), projector, tuple(s["hu_window"]), half=a.float16, **how)
+        offset = [s["h5_offset"]] if scan.kind == "x2ct" else []
+        how = dict(table=s["table"] or ("keep" if scan.cube else "remove"), centre=s["centre"] or ("volume" if scan.cube else "body"), threshold=s["air_threshold"])
+        try: unit, views, info = prepare_volume(scan.read(*offset), projector, tuple(s["hu_window"]), half=s["float16"], **how)
         except UserError as e:
             done = rest.index(scan)
             raise UserError(f"{e if scan.source in str(e) else f'{scan.source}: {e}'}" + (f" ({done} cases before it are done and stay)" if done else "")) from None
         if old is None and not cases: list_cases()
-        save_case(scan.case, unit, views, out/"volumes", out/"drrs", a.float16)
-        cases[scan.case] = dict(source=scan.source, kind=scan.kind, fingerprint=fingerprint(scan.files, scan.part), **info) | ({"h5_offset": a.h5_offset} if scan.kind == "x2ct" else {})
+        save_case(scan.case, unit, views, out/"volumes", out/"drrs", s["float16"])
+        cases[scan.case] = dict(source=scan.source, kind=scan.kind, fingerprint=fingerprint(scan.files, scan.part), **info) | ({"h5_offset": s["h5_offset"]} if offset else {})
         list_cases()
         if info.get("body_inside", 1) < 0.9: tqdm.write(f"note: {1 - info['body_inside']:.0%} of the body of {scan.case} lies outside the cube of {s['size'] * s['mm']:g} mm; a larger --mm holds more", file=sys.stdout)
         if a.pictures: show_mpr({scan.case: to_hu(unit.float(), s["hu_window"])}, views=views, path=out/f"pictures/{scan.case}.png")
@@ -696,10 +717,10 @@ X2CT-GAN cases. Orientation comes from the file's header. Cases are named after 
     p.add_argument("--window", type=float, nargs=2, metavar=("MIN", "MAX"), help="HU stored as 0 and 1 (-1024 1500)")
     p.add_argument("--table", choices=("keep", "remove"), help="what is not patient: set to air or left (remove; keep for finished cubes)")
     p.add_argument("--centre", choices=("body", "volume"), help="what the cube is centred on (body; volume for finished cubes)")
-    p.add_argument("--air_threshold", type=float, default=-500, metavar="HU", help="denser is body (%(default)s)")
+    p.add_argument("--air_threshold", type=float, metavar="HU", help="denser is body (-500)")
     p.add_argument("--series", metavar="UID_OR_NUMBER", help="which CT series of a DICOM folder that holds several")
-    p.add_argument("--h5_offset", type=float, default=1024, metavar="V", help="stored value minus HU in X2CT-GAN files: 1024 or 1000 (%(default)s)")
-    p.add_argument("--float16", action=argparse.BooleanOptionalAction, default=True, help="store volumes in half precision (yes)")
+    p.add_argument("--h5_offset", type=float, metavar="V", help="stored value minus HU in X2CT-GAN files: 1024 or 1000 (1024)")
+    p.add_argument("--float16", action=argparse.BooleanOptionalAction, help="store volumes in half precision (yes)")
     p.add_argument("--overwrite", action="store_true", help="make cases anew that are there already")
     p.add_argument("--pictures", action="store_true", help="also save DIR/pictures/<case>.png to check orientation by eye")
     return p
@@ -709,7 +730,7 @@ X2CT-GAN cases. Orientation comes from the file's header. Cases are named after 
 def main(argv: list[str]):
     "Prepare scans: the command `diffx2ct_prepare`."
     a = parser().parse_args(argv)
-    out, scans = Path(a.out), find_scans(a.scans, a.series, a.h5_offset)
+    out, scans = Path(a.out), find_scans(a.scans, a.series)
     if out.exists() and not out.is_dir(): raise UserError(f"--out {out} is a file; name a folder")
     with hold(out):
         s = settings(a, scans, read_manifest(out/"drrs"))

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import CAUTION, WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, one_line, read_manifest, to_hu, unpacked, write_atomic
+from .data import CAUTION, WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, one_line, read_manifest, to_hu, unpacked, writable, write_atomic
 from .diffusion import Denoiser
 from .doubt import examine
 from .drr import Projector, centres, hat_matrix, to_display
@@ -31,7 +31,7 @@ from .parallel import device_option
 from .reconstruct import METHODS, careful, finish, methods_of, reconstruct, samples
 from .scans import as_image, called, hushed, is_dicom, orient, suffix_of, whole_nifti
 from .train import AMP
-from .visualize import NOTES, save_nifti
+from .visualize import NOTES, dtype_of, save_nifti
 
 # %% ../nbs/05a_two_images.ipynb #19d3d7b3
 @dataclass
@@ -41,8 +41,13 @@ class View:
     grey: Tensor  # (h, w) mm of water where `stored`, else grey values of an unknown tone curve, the larger the brighter
     mm: tuple[float, float] | None = None  # height and width of a pixel on the detector; None: the file does not say
     enlarged: float | None = None  # size on the detector of 1 mm in the patient's middle; None: the file does not say
+    calibrated: bool = False  # `mm` was measured in the patient's middle, not on the detector
     stored: bool = False  # line integrals on the model's detector, as `diffx2ct_prepare` stores them
     done: list[str] = field(default_factory=list)  # to the grey values
+
+    def measured(self, edge: float) -> None:  # mm, of a pixel on the detector
+        "Take the edge of a pixel from somebody who knows it, instead of the file."
+        self.mm, self.calibrated = (edge, edge), False
 
 def one_channel(
     a: np.ndarray,  # (h, w) or (h, w, channels)
@@ -129,7 +134,7 @@ def read_xray(
     edges, sdd, middle = numbers("0018|1164") or numbers("0028|0030"), numbers("0018|1110"), numbers("0018|1111")
     if len(edges) > 1 and min(edges) > 0: view.mm = tuple(edges[:2])
     if found := numbers("0018|1114") or sdd and middle and middle[0] > 0 and [sdd[0] / middle[0]]: view.enlarged = found[0]
-    if not numbers("0018|1164") and tag("0028|0a02"): view.enlarged = 1.0  # pixels were calibrated in the patient
+    view.calibrated = not numbers("0018|1164") and bool(tag("0028|0a02"))
     return view
 
 # %% ../nbs/05a_two_images.ipynb #8cf760be
@@ -161,7 +166,8 @@ def on_panel(
     "Resample an image to the detector of the model."
     g, pixel = A.geometry, A.geometry.panel_mm / A.pixels
     M = 1 / g.zoom(torch.zeros(())).item()
-    edges = [e * M / (view.enlarged or M) for e in view.mm] if view.mm else [g.panel_mm / view.grey.shape[0]] * 2
+    enlarged = 1.0 if view.calibrated else view.enlarged or M
+    edges = [e * M / enlarged for e in view.mm] if view.mm else [g.panel_mm / view.grey.shape[0]] * 2
     R, C = (hat_matrix(centres(A.pixels, pixel), n, e, pixel) for n, e in zip(view.grey.shape, edges))
     weight = R.sum(1)[:, None] * C.sum(1)
     seen = weight > 0.4
@@ -273,7 +279,7 @@ def how_consistent(
     display = next((v.name for v in views if not v.stored), "the model's own training images")
     if wish == "on" or wish == "soft" and not net.line_integrals: raise UserError(f"--consistency {wish} needs line integrals, but {display} {'is a display image' if net.line_integrals else 'and all that this model reads are display images'}, whose tone curve can only be guessed; use {'soft or off' if net.line_integrals else 'off'}")
     kind = "off" if not net.line_integrals else wish or ("off" if c.CONSISTENCY == "off" else "soft")
-    return c.model_copy(update=dict(CONSISTENCY=kind)), f"display images, so consistency is {kind}: the volume is {'not made to agree with them' if kind == 'off' else 'made to agree with them half-way'}"
+    return c.model_copy(update=dict(CONSISTENCY=kind)), f"display images, so consistency is {kind}: the volume is {'not made to agree with them' if kind == 'off' else 'moved towards them, not made to agree'}"
 
 # %% ../nbs/05a_two_images.ipynb #1741db9a
 def same_geometry(
@@ -351,7 +357,7 @@ the model's mean patient. Only .pt files, as diffx2ct_prepare stores them, are t
 
 Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel (where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json, whether there is reason to doubt it as a whole.
 The third of these writes a series for a workstation, case_series_coverage.nii.gz, case_series_path_density.nii.gz and case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large, the views did not say what is there.
-The last is half of the 95 % interval in HU; after diffx2ct_doubt has been run on the checkpoint it is calibrated, and the trust report has limits. Both say so.""")
+The last is half of the 95 % interval in HU. For stored .pt views it is calibrated once diffx2ct_doubt has been run on the checkpoint; for pictures (consistency soft) it is not. The trust report has limits in both cases.""")
     p.add_argument("ap", metavar="AP", help="frontal view")
     p.add_argument("lat", metavar="LAT", help="lateral view")
     p.add_argument("--checkpoint_dir", required=True, metavar="DIR", help="folder that diffx2ct_train wrote, or one model file")
@@ -382,9 +388,7 @@ def check_options(
     refuse(a.out and Path(a.out).is_dir(), f"--out {a.out} is a folder; name a file")
     refuse(a.dicom and Path(a.dicom).exists() and (not Path(a.dicom).is_dir() or any(Path(a.dicom).iterdir())), f"--dicom {a.dicom} is there already; name a new folder")
     for path in (a.out, a.dicom):
-        try:
-            if path: tempfile.TemporaryFile(dir=next(p for p in Path(path).resolve().parents if p.exists())).close()
-        except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
+        if path: writable(path)
 
 # %% ../nbs/05a_two_images.ipynb #5a52b1c0
 @partial(command, again="begins again")
@@ -394,7 +398,7 @@ def main(argv: list[str]):
     check_options(a)
     device = device_option(a.device)
     views = read_view(a.ap, "AP"), read_view(a.lat, "LAT")
-    for view, mm in zip(views, a.pixel_mm or ()): view.mm = (mm, mm)
+    for view, mm in zip(views, a.pixel_mm or ()): view.measured(mm)
     if a.pixel_mm and all(v.stored for v in views): raise UserError(f"--pixel_mm is for pictures, but {a.ap} and {a.lat} are stored views, which lie on the model's detector already; leave it out")
     same_scale(views)
     model = load_model(a.checkpoint_dir, str(device))
@@ -436,6 +440,6 @@ def write(
         written.append(save_nifti(hu(mean), net.A.mm, f"{stem}_mean{kind}", note=note(f"mean, {seeds}")))
         written.append(save_nifti(maps["spread"], net.A.mm, f"{stem}_spread{kind}", note=note(f"spread, {seeds}")))
         written.append(save_nifti(maps["spread_95"], net.A.mm, f"{stem}_spread_95{kind}", note=NOTES["spread_95"].format(report["calibration"])))
-    for name in ("coverage", "path_density"): written.append(save_nifti(maps[name], net.A.mm, f"{stem}_{name}{kind}", note=NOTES[name]))
+    for name in ("coverage", "path_density"): written.append(save_nifti(maps[name], net.A.mm, f"{stem}_{name}{kind}", dtype=dtype_of(name), note=NOTES[name]))
     written.append(write_atomic(f"{stem}_trust.json", lambda p: p.write_text(json.dumps(report, indent=1))))
     print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; {CAUTION}")

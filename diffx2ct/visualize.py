@@ -7,8 +7,8 @@ __all__ = ['INKS', 'LEVELS', 'COLOURS', 'BEAMS', 'MARGIN', 'ORDER', 'MOUSE', 'ST
            'SLIDER', 'place', 'limits_of', 'kind_of', 'palette', 'Layer', 'layer', 'enlarge', 'frame', 'box', 'voxel',
            'png', 'draw_slice', 'save_nifti', 'load_nifti', 'read_volume', 'ordered', 'read_volumes', 'layers_of',
            'control', 'Viewer', 'value_at', 'scale_bar', 'view', 'cloud', 'picture', 'table', 'histogram',
-           'draw_volumes', 'draw_views', 'draw_doubt', 'page', 'report_figure', 'save_report', 'case_volumes', 'parser',
-           'held_out', 'answers', 'numbered', 'made_by', 'run_case', 'main', 'log_case']
+           'draw_volumes', 'draw_views', 'draw_doubt', 'page', 'report_figure', 'dtype_of', 'save_report',
+           'case_volumes', 'parser', 'held_out', 'answers', 'numbered', 'made_by', 'run_case', 'main', 'log_case']
 
 # %% ../nbs/05_visualize.ipynb #0d81fd33
 import argparse
@@ -38,15 +38,16 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from .checkpoint import Model, load_model
-from .data import CAUTION, PLANES, WINDOWS, Case, Config, DiffusionConfig, UserError, command, density, load_tensor, planes, show_mpr, to_hu, write_atomic
+from .data import CAUTION, PLANES, WINDOWS, Case, DiffusionConfig, UserError, command, density, load_tensor, planes, show_mpr, to_hu, write_atomic
 from .doubt import examine
+from .evaluate import open_cases
 from .drr import to_display
 from .metrics import PROTOCOLS
 from .metrics import metrics as compare
 from .parallel import device_option
 from .reconstruct import METHODS, careful, reconstruct, samples
 from .scans import as_image, as_tensor, check_file, extent, hushed, orient, resample
-from .train import AMP, open_data, start_wandb
+from .train import AMP, start_wandb
 
 # %% ../nbs/05_visualize.ipynb #4cc801f1
 INKS = {"axial": "#ff6b6b", "coronal": "#5fd38d", "sagittal": "#62a8ff"}  # colour of each plane's title and of its line in the others
@@ -784,6 +785,10 @@ def report_figure(
 # %% ../nbs/05_visualize.ipynb #4a830e85
 NOTES = {"coverage": "beams through each voxel, 0 to 2; where 0, prior only", "path_density": "rays through each voxel", "mean": "mean of the samples", "spread": "deviation of the samples", "spread_95": "{}; half of the 95 % interval about the mean"}  # in the headers of maps
 
+def dtype_of(name: str) -> type:  # a volume's name -> how it is stored
+    "Rays come in parts, all else is rounded to whole numbers."
+    return np.float32 if name == "path_density" else np.int16
+
 def save_report(
     folder: str | Path,  # made if need be; one per case
     volumes: dict,  # {"generated": (D, H, W) HU} and, where known, "truth", the maps of `examine`, "sample_1" and so on
@@ -800,7 +805,7 @@ def save_report(
     truth, generated = volumes.get("truth"), volumes["generated"]
     fig = report_figure(truth, {"generated": generated}, views, metrics, reprojected=reprojected, coverage=volumes.get("coverage"), half_width=volumes.get("spread_95"), report=trust.get("report", ""), mm=mm, **how)
     if truth is not None: volumes["difference"] = generated - truth
-    for name, values in volumes.items(): save_nifti(values, mm, folder / f"{name}.nii.gz", centre, note=NOTES.get(name, CAUTION).format(trust.get("calibration", "not calibrated")))
+    for name, values in volumes.items(): save_nifti(values, mm, folder / f"{name}.nii.gz", centre, dtype_of(name), NOTES.get(name, CAUTION).format(trust.get("calibration", "not calibrated")))
     ours = {"truth", "difference", *NOTES, *(p.name.split(".")[0] for p in folder.glob("sample_*.nii.gz"))}
     for name in ours - volumes.keys(): (folder / f"{name}.nii.gz").unlink(missing_ok=True)  # of an earlier run, which had more
     rows = {n: volumes[n] for n in ("truth", "generated", "difference") if n in volumes}
@@ -852,12 +857,12 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/05_visualize.ipynb #9e375e4d
 def held_out(
-    c: Config,  # settings the model was trained with
+    model: Model,
     names: list[str] | None = None,  # cases wanted; default: the first `count`
     count: int = 1,
 ) -> list[Case]:
     "Validation cases by name, or the first ones."
-    valid = open_data(c).valid
+    valid = open_cases(model)
     for name in names or []:
         if name not in valid.cases: raise UserError(f"--case {name} is not among the {len(valid)} held-out cases ({', '.join(valid.cases[:4])} ...); choose one of these")
     return [valid[valid.cases.index(name)] for name in names or valid.cases[:count]]
@@ -891,7 +896,7 @@ def made_by(
     count: int,  # samples
 ) -> dict:  # {name: (D, H, W) HU}
     "The volumes of a case as a model reconstructs it."
-    case = case if isinstance(case, Case) else held_out(model.config, [case] if case else None)[0]
+    case = case if isinstance(case, Case) else held_out(model, [case] if case else None)[0]
     shown, many, c = answers(model, case, count=count)
     volumes, _, _ = case_volumes(case, shown, examine(model, case.views, many, c)[0], deepcopy(model.denoiser.A).cpu(), model.denoiser.window)
     return volumes | numbered(many[:count], model.denoiser.window)
@@ -932,7 +937,7 @@ def main(argv: list[str]):
     net, d = model.denoiser, model.config.DATA
     for view in views:
         if view.shape != (net.A.pixels,) * 2: raise UserError(f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size")
-    cases = [Case(a.name, None, torch.stack(views))] if views else held_out(model.config, a.case, a.cases)  # type: ignore[arg-type]  # of the two views nobody knows the truth
+    cases = [Case(a.name, None, torch.stack(views))] if views else held_out(model, a.case, a.cases)  # type: ignore[arg-type]  # of the two views nobody knows the truth
     top, figures, step = Path(a.out or model.path.parent / "visualizations"), {}, model.meta.get("step", 0)
     run = start_wandb(model.config, str(model.meta.get("study")), f"trial_{model.meta.get('trial')}", "visualize")
     for case in cases:
@@ -940,7 +945,7 @@ def main(argv: list[str]):
         figures[case.name] = run_case(model, case, a, out, limits or limits_of((d.VIS_WINDOW_MIN, d.VIS_WINDOW_MAX)))
         if run: log_case(run, case.name, out, figures[case.name], step)
     if run: run.finish()
-    print(f'look closer in a notebook:  from diffx2ct.visualize import view; view("{out}")')
+    print(f'look closer in a notebook:  from diffx2ct.visualize import view; view("{out.resolve()}")')
 
 def log_case(run, name: str, folder: Path, figures: dict, step: int):
     "Pictures and figures of a case to W&B."
