@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -298,13 +298,13 @@ def loss_terms(
     x: Tensor, truth: Tensor,  # (B, 1, d, h, w) unit volumes
     scale: Tensor,  # () or (B,) s, the typical distance of a base, times `reach` of the times
     weights: dict[str, float],  # from `phase_weights`; what is absent is not computed
-    A: Projector | None = None,  # for PROJECTION, of whole cubes
+    A: Projector,  # for PROJECTION, of whole cubes
     counts: Tensor | float = 1.0,  # (B, 1, d, h, w) how much a voxel counts in L2 and L1
 ) -> dict[str, Tensor]:  # (B,) each, in units of s
     "The losses that count, one figure a case."
     diff = (x - truth) / scale.view(-1, 1, 1, 1, 1)
     terms = {"L2": lambda: (counts * diff.square()).flatten(1).mean(1), "L1": lambda: (counts * diff.abs()).flatten(1).mean(1), "SSIM": lambda: ssim_loss(x, truth), "FOURIER": lambda: fourier_loss(x, truth) / scale,
-             "PROJECTION": lambda: cast(Projector, A)(x - truth).abs().flatten(1).mean(1) / (A.size * A.mm * scale) }
+             "PROJECTION": lambda: A(x - truth).abs().flatten(1).mean(1) / (A.size * A.mm * scale)}
     return {k: terms[k]() for k in weights}
 
 # %% ../nbs/02a_diffusion.ipynb #32d62542

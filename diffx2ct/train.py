@@ -279,7 +279,7 @@ class Loss(nn.Module):
         x, full = net.to_volume(state.float(), base), truth.shape[-1] == net.A.size
         if full: x = net.settle(x, views, c.DIFFUSION.CONSISTENCY, 2 if net.A.geometry.kind == "parallel" else 4)
         counts = 1.0 if planted is None else 1 + (c.TRAINING.AUGMENT.NODULE_WEIGHT - 1) * planted.to(device)
-        return {k: v.mean() for k, v in loss_terms(x, truth, strength(net.scales) * net.diffusion.reach(t), weights, net.A if full else None, counts).items()}
+        return {k: v.mean() for k, v in loss_terms(x, truth, strength(net.scales) * net.diffusion.reach(t), weights, net.A, counts).items()}
 
 # %% ../nbs/04_train_optuna.ipynb #6d986285
 def train_step(
