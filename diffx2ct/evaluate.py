@@ -76,7 +76,7 @@ def open_cases(
     "The cases to be scored, checked against the model."
     d = model.config.DATA
     if folder is None:
-        if d.PT_DATA_DIR and not Path(d.PT_DATA_DIR).is_dir(): raise UserError(f"the checkpoint's own data {d.PT_DATA_DIR} is not here; name a folder of prepared cases with --data")
+        if d.PT_DATA_DIR and not Path(d.PT_DATA_DIR).is_dir(): raise UserError(f"the checkpoint's own cases are not here (DATA.PT_DATA_DIR {d.PT_DATA_DIR} is not a folder); put them back, or name a folder of others with --data")
         own = open_data(model.config, model.meta.get("cases")).valid
         volumes, drrs, known = own.pt, own.drr, own.cases
     else:

@@ -6,7 +6,8 @@ python benchmarks/quality/run.py --list             what there is and what is mi
 python benchmarks/quality/run.py --minutes 0.2 --out /tmp/q   a rehearsal
 
 Each row trains in a process of its own on one thread, from one seed, for a budget of CPU time that becomes a number of steps by timing a few of them
-first, and is scored with its last weights, never with the best of several, on patients it has not seen. A killed run goes on where it was.
+first, by turns with steps of ours, and is scored with its last weights, never with the best of several, on patients it has not seen. A killed run goes on
+where it was.
 Rows are data: what differs from config.yml's defaults is written here and in the results."""
 import argparse, json, os, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,15 +84,40 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
     return ready
 
 
-def step_seconds(T, c, data) -> float:
-    "CPU seconds of a training step: the median of ten of a throwaway network, and a little for the averaging of weights."
-    step = training_step(T.build(c, data.geometry, data.mm, data.line_integrals), c)
-    crops, micro, times = T.Crops(data.train, [x for s in range(12) for x in T.draw(c, len(data.train), s)], c, data.line_integrals, data.mm), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, []
-    for s in range(12):
+ROUNDS = 12  # of which the last ten count
+
+def pacer(T, c, data):
+    "A function that makes a training step of a throwaway network and says how many CPU seconds it took."
+    step, micro = training_step(T.build(c, data.geometry, data.mm, data.line_integrals), c), c.TRAINING.GRADIENT_ACCUMULATION_STEPS
+    crops = T.Crops(data.train, [x for s in range(ROUNDS) for x in T.draw(c, len(data.train), s)], c, data.line_integrals, data.mm)
+    def pace(s: int) -> float:
         start = time.process_time()
         step([crops[s * micro + i] for i in range(micro)])
-        times.append(time.process_time() - start)
-    return statistics.median(times[2:]) * 1.03
+        return time.process_time() - start
+    return pace
+
+
+def costs(T, plans: list) -> list[list[float]]:
+    "CPU seconds that each stage of each plan would take with its settings' own epochs. Steps are timed by turns, so that what else the machine does falls on all alike; a little is added for the averaging of weights."
+    pacers = [[pacer(T, c, d) for _, c, d in plan] for plan in plans]
+    times = [[[f(s) for f in row] for row in pacers] for s in range(ROUNDS)]
+    return [[c.EPOCHS * T.steps_per_epoch(c, len(d.train)) * 1.03 * statistics.median(t[p][i] for t in times[2:]) for i, (_, c, d) in enumerate(plan)] for p, plan in enumerate(plans)]
+
+
+def shorten(T, c, ours, data, seconds: float, pace: Path) -> dict:
+    "Epochs of every stage for a budget of CPU seconds, each the same share of its settings' own; the last one fills what rounding leaves."
+    from diffx2ct.data import write_atomic
+    plan = T.stages(c, data)
+    whole, *rest = costs(T, [plan, T.stages(ours, data)] if c != ours else [plan])
+    now = sum(rest[0] if rest else whole)
+    if not pace.exists(): write_atomic(pace, lambda p: p.write_text(json.dumps(now)))  # the first row's word for all rows: a core may be twice as fast while its neighbour rests
+    budget = seconds * now / json.loads(pace.read_text())
+    early = [max(name == "coarse", round(s.EPOCHS * budget / sum(whole))) for name, s, _ in plan[:-1]]
+    of = lambda kind: [n for n, (name, _, _) in zip(early, plan) if name == kind]
+    left = budget - sum(n / s.EPOCHS * full for n, (_, s, _), full in zip(early, plan, whole))
+    per = T.steps_per_epoch(c, len(data.train))
+    steps = left / whole[-1] * c.EPOCHS * per
+    return dict(epochs=max(1, round(steps / per)), coarse=of("coarse"), phantoms=sum(of("phantoms")), steps=max(1, round(steps)) if steps < per else None)
 
 
 def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path, work: Path) -> None:
@@ -105,21 +131,19 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     os.environ["WANDB_MODE"] = "disabled"
     d, folder = DATA[row["data"]], work / slug(row["name"])
     differs = (METHODS if row["table"] == "main" else ABLATIONS).get(row["method"], {})
-    sets = d["sets"] | paths | differs | {"SEED": row["seed"], "DEVICES": "cpu"}
-    config = lambda **more: load_config(HERE.parents[1] / "config.yml", d.get("profile"), [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix(chr(10)).removesuffix('...').strip()}" for k, v in (sets | more).items()] + over)
-    c = config()
+    plain = d["sets"] | paths | {"SEED": row["seed"], "DEVICES": "cpu"}
+    sets = plain | differs
+    config = lambda sets: load_config(HERE.parents[1] / "config.yml", d.get("profile"), [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix(chr(10)).removesuffix('...').strip()}" for k, v in sets.items()] + over)
+    c = config(sets)
     data = T.open_data(c)
     plan = folder / "plan.json"
     if not plan.exists():
-        full = sum(s.EPOCHS * T.steps_per_epoch(s, len(d.train)) * step_seconds(T, s, d) for _, s, d in T.stages(c, data))  # what the settings' own epochs would take
-        share = minutes * 60 / full
         folder.mkdir(parents=True, exist_ok=True)
-        steps = round(share * c.EPOCHS * T.steps_per_epoch(c, len(data.train)))
-        plan.write_text(json.dumps(dict(epochs=max(1, round(c.EPOCHS * share)), coarse=[max(1, round(e * share)) for e in c.TRAINING.COARSE_EPOCHS], phantoms=round(c.TRAINING.PHANTOM_EPOCHS * share), steps=max(1, steps) if share * c.EPOCHS < 1 else None)))
+        plan.write_text(json.dumps(shorten(T, c, config(plain), data, minutes * 60, work / f"pace_{row['data']}.json")))
     plan = json.loads(plan.read_text())
     epochs = plan["epochs"]
     if plan.get("steps"): T.steps_per_epoch = lambda c, n: plan["steps"]  # not even one pass over the cases: its beginning
-    c = config(**{"EPOCHS": epochs, "TRAINING.COARSE_EPOCHS": plan["coarse"], "TRAINING.PHANTOM_EPOCHS": plan["phantoms"], "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
+    c = config(sets | {"EPOCHS": epochs, "TRAINING.COARSE_EPOCHS": plan["coarse"], "TRAINING.PHANTOM_EPOCHS": plan["phantoms"], "TRAINING.LOSS_PHASE_EPOCHS": [epochs, 0], "TRAINING.VALIDATION_FREQ": max(1, epochs // 8), "TRAINING.CHECKPOINT_FREQ": max(1, epochs // 40)})
     apart, validate = [0.0], T.validate
     def timed(*a):
         start = time.process_time()
