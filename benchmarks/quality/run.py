@@ -105,16 +105,16 @@ def costs(T, plans: list) -> list[list[float]]:
 
 
 def shorten(T, c, ours, data, seconds: float, pace: Path) -> dict:
-    "Epochs of every stage for a budget of CPU seconds, each the same share of its settings' own; the last one fills what rounding leaves."
+    "Epochs of every stage for a budget of CPU seconds: early stages are as long as those of ours, whose stages all get the same share of their settings' own, and the last one fills what is left."
     from diffx2ct.data import write_atomic
     plan = T.stages(c, data)
     whole, *rest = costs(T, [plan, T.stages(ours, data)] if c != ours else [plan])
     now = sum(rest[0] if rest else whole)
     if not pace.exists(): write_atomic(pace, lambda p: p.write_text(json.dumps(now)))  # the first row's word for all rows: a core may be twice as fast while its neighbour rests
-    budget = seconds * now / json.loads(pace.read_text())
-    early = [max(name == "coarse", round(s.EPOCHS * budget / sum(whole))) for name, s, _ in plan[:-1]]
+    share = seconds / json.loads(pace.read_text())
+    early = [max(name == "coarse", round(s.EPOCHS * share)) for name, s, _ in plan[:-1]]
     of = lambda kind: [n for n, (name, _, _) in zip(early, plan) if name == kind]
-    left = budget - sum(n / s.EPOCHS * full for n, (_, s, _), full in zip(early, plan, whole))
+    left = share * now - sum(n / s.EPOCHS * full for n, (_, s, _), full in zip(early, plan, whole))
     per = T.steps_per_epoch(c, len(data.train))
     steps = left / whole[-1] * c.EPOCHS * per
     return dict(epochs=max(1, round(steps / per)), coarse=of("coarse"), phantoms=sum(of("phantoms")), steps=max(1, round(steps)) if steps < per else None)
