@@ -88,7 +88,6 @@ def writable(
     try: tempfile.TemporaryFile(dir=next(p for p in Path(path).resolve().parents if p.exists())).close()
     except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
 
-
 # %% ../nbs/00_data.ipynb #b68d7b78
 @contextmanager
 def hold(

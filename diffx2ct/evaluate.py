@@ -238,8 +238,9 @@ def check_options(a: argparse.Namespace) -> torch.device:
     for name, value, least in (("k", a.k, 1), ("steps", a.steps, 1), ("seed", a.seed, 0)):
         if value is not None and not least <= value < 2 ** 32: raise UserError(f"--{name} {value} must be a number from {least} to {2 ** 32 - 1}")
     for name, path in (("json", a.json), ("plot", a.plot)):
-        if path and Path(path).is_dir(): raise UserError(f"--{name} {path} is a folder; name a file")
-        if path: writable(path)
+        if not path: continue
+        if Path(path).is_dir(): raise UserError(f"--{name} {path} is a folder; name a file")
+        writable(path)
     if a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--plot {a.plot} must end in .png, .pdf or .svg")
     return device_option(a.device)
 

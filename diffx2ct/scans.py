@@ -364,6 +364,8 @@ class Scan:
     read: Callable[..., sitk.Image]  # gives it oriented, in HU; of an X2CT-GAN file it takes the offset
     cube: tuple[int, float] | None = None  # (voxels, mm) where it is a finished cube
     part: str = ""  # which case of its file
+    @functools.cached_property
+    def mark(self) -> str: return fingerprint(self.files, self.part)
 
 def file_scans(
     path: Path,  # one file
@@ -601,7 +603,7 @@ def settings(
 ) -> dict:  # size, mm, pixels, geometry, window, and what is done to a scan
     "Settings of the folder: what was said, what is there, what the scans bring, the default."
     cube = scans[0].cube if len({s.cube for s in scans}) == 1 else None
-    first = lambda *values: next(v for v in values if v is not None)
+    first: Callable[..., Any] = lambda *values: next((v for v in values if v is not None), None)
     there = lambda key: old.get(key) if old else None
     size = first(a.size, there("size"), cube and cube[0], 64)
     if size % 8 or not 8 <= size <= 1024: raise UserError(f"--size {size} must be a multiple of 8 from 8 to 1024")
@@ -613,10 +615,10 @@ def settings(
     if not -math.inf < window[0] < window[1] < math.inf: raise UserError(f"--window {window[0]:g} {window[1]:g} is empty; the first value must be the lower one")
     if old and old["view_domain"] != "line_integral": raise UserError(f"{a.out} holds views in display units, made by another program; use another --out")
     chosen = asdict(geometry(first(a.geometry, there("geometry"), "parallel"), size * mm))
-    new: dict[str, Any] = dict(size=size, mm=mm, pixels=pixels, hu_window=list(window), geometry=chosen, table=a.table or there("table"), centre=a.centre or there("centre"),
+    new: dict[str, Any] = dict(size=size, mm=mm, pixels=pixels, hu_window=list(window), geometry=chosen, table=first(a.table, there("table")), centre=first(a.centre, there("centre")),
                                air_threshold=first(a.air_threshold, there("air_threshold"), -500.0), float16=first(a.float16, there("float16"), True))
-    offset = [v for v in (a.h5_offset, there("h5_offset"), 1024.0 if any(s.kind == "x2ct" for s in scans) else None) if v is not None]
-    if offset: new["h5_offset"] = offset[0]
+    offset = first(a.h5_offset, there("h5_offset"), 1024.0 if any(s.kind == "x2ct" for s in scans) else None)
+    if offset is not None: new["h5_offset"] = offset
     for key in ("air_threshold", "h5_offset"):
         if not math.isfinite(new.get(key, 0)): raise UserError(f"--{key} {new[key]:g} must be a finite number")
     for key, value in new.items():
@@ -643,8 +645,7 @@ def keep_names(
     "Call a scan that is in the folder already as it is called there."
     taken = {s.case.lower() for s in scans}
     for s in scans:
-        mark = fingerprint(s.files, s.part)
-        names = [n for n, known in cases.items() if known.get("fingerprint") == mark and n == case_name(n)]
+        names = [n for n, known in cases.items() if known.get("fingerprint") == s.mark and n == case_name(n)]
         free = [n for n in names if n.lower() not in taken]
         if s.case in names or not free: continue
         print(f"note: {s.case} is in the folder already, as {free[0]}, and keeps that name")
@@ -666,7 +667,7 @@ def todo(
         known = old["cases"].get(s.case, {}) if old else {}
         whole = known != {} and all(p.exists() for p in (out/f"volumes/{s.case}.pt", out/f"drrs/{s.case}/AP.pt", out/f"drrs/{s.case}/LAT.pt"))
         if not whole or overwrite: rest.append(s)
-        elif known.get("fingerprint") not in (fingerprint(s.files, s.part), fingerprint(s.files, s.part, (0, 1))): raise UserError(f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case")
+        elif known.get("fingerprint") not in (s.mark, fingerprint(s.files, s.part, (0, 1))): raise UserError(f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case")
     return rest
 
 # %% ../nbs/00b_scans.ipynb #de465f48
@@ -691,7 +692,7 @@ def prepare(
             raise UserError(f"{e if scan.source in str(e) else f'{scan.source}: {e}'}" + (f" ({done} cases before it are done and stay)" if done else "")) from None
         if old is None and not cases: list_cases()
         save_case(scan.case, unit, views, out/"volumes", out/"drrs", s["float16"])
-        cases[scan.case] = dict(source=scan.source, kind=scan.kind, fingerprint=fingerprint(scan.files, scan.part), **info) | ({"h5_offset": s["h5_offset"]} if offset else {})
+        cases[scan.case] = dict(source=scan.source, kind=scan.kind, fingerprint=scan.mark, **info) | ({"h5_offset": s["h5_offset"]} if offset else {})
         list_cases()
         if info.get("body_inside", 1) < 0.9: tqdm.write(f"note: {1 - info['body_inside']:.0%} of the body of {scan.case} lies outside the cube of {s['size'] * s['mm']:g} mm; a larger --mm holds more", file=sys.stdout)
         if a.pictures: show_mpr({scan.case: to_hu(unit.float(), s["hu_window"])}, views=views, path=out/f"pictures/{scan.case}.png")

@@ -445,7 +445,6 @@ def refuse_others(folder: Path, step: int, c: Config, data: Data) -> None:
     for k in was | now:
         if was.get(k) != now.get(k): raise UserError(f"{folder} was trained with {k}={was.get(k)}, not {now.get(k)}; restore it, use another --study_name, or move {folder} away to begin again")
 
-
 # %% ../nbs/04_train_optuna.ipynb #f9492228
 @dataclass
 class Running:
@@ -959,7 +958,7 @@ def search(
 def save_plots(study: optuna.Study, root: Path) -> list[Path]:
     "Optimisation history and parameter importances, where there are trials enough to draw them."
     from optuna.visualization import matplotlib as draw_with
-    done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     plots = {"history": draw_with.plot_optimization_history} | ({"importances": draw_with.plot_param_importances} if len(done) > 1 and len({t.value for t in done}) > 1 and study.best_params else {})
     saved = []
     with turn(root):
@@ -1096,7 +1095,7 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
 # %% ../nbs/04_train_optuna.ipynb #4c9f8bc7
 def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
     "The completed trial with the highest value."
-    done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     return max(done, key=lambda t: cast(float, t.value)) if done else None
 
 def search_and_tell(study: optuna.Study, c: Config, data: Data, root: Path) -> Path | None:

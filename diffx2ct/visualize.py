@@ -40,8 +40,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .checkpoint import Model, load_model
 from .data import CAUTION, PLANES, WINDOWS, Case, DiffusionConfig, UserError, command, density, load_tensor, planes, show_mpr, to_hu, write_atomic
 from .doubt import examine
-from .evaluate import open_cases
 from .drr import to_display
+from .evaluate import open_cases
 from .metrics import PROTOCOLS
 from .metrics import metrics as compare
 from .parallel import device_option
