@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'CAUTION', 'PLANES', 'UserError', 'one_line',
-           'command', 'write_atomic', 'writable', 'hold', 'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig',
-           'EncoderConfig', 'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range',
-           'hidden', 'OptunaConfig', 'Config', 'check_config', 'sentence', 'set_key', 'merge', 'Loader', 'read_yaml',
-           'load_config', 'comments', 'flat_schema', 'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density',
-           'planes', 'show_mpr', 'draw_plane', 'save_tensor', 'write_pt', 'unpacked', 'read_pt', 'load_tensor',
-           'save_case', 'cases_in', 'write_manifest', 'Beams', 'Manifest', 'read_manifest', 'patient_of', 'split_cases',
-           'crop_origin', 'crop', 'Case', 'CTPairs']
+           'command', 'write_beside', 'write_atomic', 'writable', 'hold', 'Section', 'GeometryConfig', 'DataConfig',
+           'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig',
+           'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig', 'Config', 'check_config', 'sentence', 'set_key',
+           'merge', 'Loader', 'read_yaml', 'load_config', 'comments', 'flat_schema', 'words', 'shown', 'explain',
+           'to_unit', 'to_hu', 'density', 'planes', 'show_mpr', 'draw_plane', 'save_tensor', 'write_pt', 'unpacked',
+           'read_pt', 'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'Beams', 'Manifest', 'read_manifest',
+           'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
 import copy, difflib, fcntl, functools, json, os, random, re, sys, tempfile, warnings, zipfile
@@ -55,12 +55,11 @@ def command(
     return wrapped
 
 # %% ../nbs/00_data.ipynb #50c93361
-def write_atomic(
-    path: str | Path,  # where the file shall be
+def write_beside(
+    path: Path,  # where the file shall be
     write: Callable[[Path], Any],  # writes the file at the path it is given
-) -> Path:
-    "Write `path` through a temporary file beside it: it is either the old file or the whole new one."
-    path = Path(path)
+) -> Path:  # the temporary file, whole and on the disk
+    "Write the file that shall replace `path`."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix="".join(path.suffixes[-2:]))
@@ -72,12 +71,24 @@ def write_atomic(
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         umask = os.umask(0); os.umask(umask)
         tmp.chmod(0o666 & ~umask)
-        os.replace(tmp, path)
-    except Exception as e:
-        why = next((x for x in (e, e.__context__) if isinstance(x, OSError)), None)  # torch.save hides a full disk in a RuntimeError
+    except BaseException as e:
+        tmp.unlink(missing_ok=True)
+        why = next((x for x in (e, e.__context__) if isinstance(e, Exception) and isinstance(x, OSError)), None)  # torch.save hides a full disk in a RuntimeError
         if why is None: raise
         raise UserError(f"{path} could not be saved ({why.strerror}); what was there before is unchanged") from None
-    finally: tmp.unlink(missing_ok=True)
+    return tmp
+
+def write_atomic(
+    path: str | Path,  # where the file shall be
+    write: Callable[[Path], Any],  # writes the file at the path it is given
+) -> Path:
+    "Write `path` through a temporary file beside it: it is either the old file or the whole new one."
+    path = Path(path)
+    tmp = write_beside(path, write)
+    try: os.replace(tmp, path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be replaced ({e.strerror}); check the folder and its rights") from None
     return path
 
 # %% ../nbs/00_data.ipynb #d5d1293f
@@ -624,12 +635,17 @@ def save_case(
     drr_dir: str | Path,  # `DATA.DRR_DIR`
     half: bool = True,  # store the volume in half precision
 ) -> None:
-    "Write one case; an old volume goes first and the new one comes last, so that a volume that is there has its views."
+    "Write one case. Once all of it is on the disk, an old volume goes first and the new one comes last: a volume that is there has its views."
     path = Path(pt_dir)/f"{case}.pt"
-    try: path.unlink(missing_ok=True)
+    files = {Path(drr_dir)/case/f"{name}.pt": view.float() for name, view in zip(("AP", "LAT"), views)} | {path: volume.half() if half else volume}
+    beside: dict[Path, Path] = {}
+    try:
+        for p, tensor in files.items(): beside[p] = write_beside(p, functools.partial(write_pt, tensor.contiguous().clone()))
+        path.unlink(missing_ok=True)
+        for p, tmp in beside.items(): os.replace(tmp, p)
     except OSError as e: raise UserError(f"{path} cannot be replaced ({e.strerror}); check the folder and its rights") from None
-    for name, view in zip(("AP", "LAT"), views): save_tensor(view.float(), Path(drr_dir)/case/f"{name}.pt")
-    save_tensor(volume.half() if half else volume, path)
+    finally:
+        for tmp in beside.values(): tmp.unlink(missing_ok=True)
 
 def cases_in(
     pt_dir: str | Path,  # `DATA.PT_DATA_DIR`

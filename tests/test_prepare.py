@@ -192,18 +192,32 @@ def test_settings_are_taken_over(tmp_path, capfd):
 
 
 def test_a_case_is_never_half_new(tmp_path, monkeypatch):
-    "Stopped between the new views and the new volume, a case has no volume."
+    "A new version that cannot be written leaves the old one; stopped between the new views and the new volume, a case has no volume."
     from diffx2ct import data
-    save, new = data.save_tensor, torch.ones(2, 8, 8)
-    data.save_case("a", torch.zeros(8, 8, 8), torch.zeros(2, 8, 8), tmp_path/"volumes", tmp_path/"drrs")
-    def stopped(tensor, path):
-        if path.name == "LAT.pt": raise KeyboardInterrupt
-        return save(tensor, path)
-    monkeypatch.setattr(data, "save_tensor", stopped)
-    with pytest.raises(KeyboardInterrupt): data.save_case("a", torch.ones(8, 8, 8), new, tmp_path/"volumes", tmp_path/"drrs")
-    assert torch.equal(data.load_tensor(tmp_path/"drrs/a/AP.pt", dims=2), new[0]) and data.cases_in(tmp_path/"volumes") == []
+    old, new = (torch.zeros(8, 8, 8), torch.zeros(2, 8, 8)), (torch.ones(8, 8, 8), torch.ones(2, 8, 8))
+    save = lambda case, pair: data.save_case(case, *pair, tmp_path/"volumes", tmp_path/"drrs")
+    there = lambda: [float(data.load_tensor(p, dims=d).mean()) for p, d in ((tmp_path/"volumes/a.pt", 3), (tmp_path/"drrs/a/AP.pt", 2), (tmp_path/"drrs/a/LAT.pt", 2))]
+    files = lambda: sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
+    save("a", old)
+    with monkeypatch.context() as m:
+        def full(thing, path):
+            path.write_bytes(b"half")
+            if thing.ndim == 3: raise OSError(28, "No space left on device")
+        m.setattr(data, "write_pt", full)
+        with pytest.raises(data.UserError, match="a.pt could not be saved .No space left on device.; what was there before is unchanged"): save("a", new)
+    assert there() == [0, 0, 0] and files() == ["AP.pt", "LAT.pt", "a.pt"]
+    with monkeypatch.context() as m:
+        replace = data.os.replace
+        def stopped(source, target):
+            if target.name == "LAT.pt": raise KeyboardInterrupt
+            replace(source, target)
+        m.setattr(data.os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt): save("a", new)
+    assert data.cases_in(tmp_path/"volumes") == [] and files() == ["AP.pt", "LAT.pt"]
+    save("a", new)
+    assert there() == [1, 1, 1]
     (tmp_path/"volumes/b.pt").mkdir()
-    with pytest.raises(data.UserError, match="cannot be replaced"): data.save_case("b", torch.ones(8, 8, 8), new, tmp_path/"volumes", tmp_path/"drrs")
+    with pytest.raises(data.UserError, match="cannot be replaced"): save("b", new)
 
 
 def test_table_is_removed_or_kept(tmp_path):
