@@ -16,6 +16,7 @@ import html
 import io
 import json
 import math
+import sys
 import textwrap
 from base64 import b64encode
 from collections.abc import Mapping
@@ -602,7 +603,7 @@ def cloud(
 ):                        # a k3d plot, seen from the front, the head up
     "One volume rendered in 3D, by k3d."
     try: import k3d
-    except ImportError: raise UserError("3D rendering needs k3d, which is not installed; run: pip install 'diffx2ct[volume]'") from None
+    except ImportError: raise UserError(f"3D rendering needs k3d, which is not installed; run: {sys.executable} -m pip install 'k3d>=2.17'") from None
     volumes, mm = read_volumes(source, mm)
     values = next(iter(volumes.values()))
     left, back, head = ([-n * mm / 2, n * mm / 2] for n in values.shape[::-1])
