@@ -19,14 +19,18 @@ from common import machine, training_step
 
 STS = [f"STS_{i:03d}" for i in range(33, 41)]  # held out, never trained on
 
+PHANTOMS = {"DATA.PHANTOMS": 272, "DATA.VALIDATION_CASES": [f"phantom{i:04d}" for i in range(256, 272)]}
+AT_32 = {"TRAINING.COARSE_EPOCHS": [], "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32, "BATCH_SIZE": 4,
+         "MODEL.UNET.NUM_CHANNELS": [48, 96, 128], "MODEL.UNET.PLANAR_LEVELS": 2, "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True]}
+
 # data sets: budget in CPU minutes, settings, and how they are made
 DATA = {
-    "phantoms":      dict(minutes=30, sets={"DATA.PHANTOMS": 272, "DATA.VALIDATION_CASES": [f"phantom{i:04d}" for i in range(256, 272)]}),
-    "phantoms_cone": dict(minutes=30, sets={"DATA.PHANTOMS": 272, "DATA.VALIDATION_CASES": [f"phantom{i:04d}" for i in range(256, 272)], "DATA.GEOMETRY": "x2ct"}),
+    "phantoms":      dict(minutes=30, sets=PHANTOMS),
+    "phantoms_cone": dict(minutes=30, sets=PHANTOMS | {"DATA.GEOMETRY": "x2ct"}),
     "sarcoma":       dict(minutes=60, prepare=("sts_ct_64.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
     "sarcoma_cone":  dict(minutes=60, prepare=("sts_ct_64.npz", "x2ct_scaled"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
-    "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), profile="few", sets={"DATA.VALIDATION_CASES": STS, "TRAINING.COARSE_EPOCHS": [], "DATA.TARGET_VOLUME_SIZE": 32, "DATA.TARGET_DRR_SIZE": 32, "TRAINING.PATCH_SIZE": 32,
-                          "MODEL.UNET.NUM_CHANNELS": [48, 96, 128], "MODEL.UNET.PLANAR_LEVELS": 2, "MODEL.UNET.ATTENTION_LEVELS": [False, False, True], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, True], "BATCH_SIZE": 4}),
+    "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS} | AT_32, profile="few"),
+    "phantoms32":    dict(minutes=5, sets=PHANTOMS | AT_32),
 }
 # methods: settings that differ from ours
 METHODS = {
@@ -57,6 +61,7 @@ def rows() -> list[dict]:
     "All rows of both tables, in the order in which they are worth having."
     out = [dict(table="main", data=d, method=m, seed=0) for m in METHODS for d in ("sarcoma", "sarcoma_cone", "phantoms", "phantoms_cone")]
     out += [dict(table="ablation", data="sarcoma32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS]
+    out += [dict(table="ablation", data="phantoms32", method=m, seed=s) for s in range(SEEDS) for m in ABLATIONS if m != "without phantoms first"]
     for r in out: r["name"] = " · ".join([r["data"], r["method"], f"seed {r['seed']}"])
     return out
 
@@ -187,15 +192,16 @@ def summary(out: Path) -> str:
             for m in ("expected", "expected (off)", "sample", "sample (off)", "mean_of_k"):
                 if s := r["scores"].get(m): said.append(f"| {r['method'].replace('_', ' ')} | {len(r['cases'])} | {r['cpu_seconds'] / 60:.1f} | {r['steps']} | {m.replace('_', ' ').replace('(off)', 'before consistency')} | {show(s['psnr'], '.2f')} | {s['psnr'][0] - r['scores']['consistent_mean']['psnr'][0]:+.2f} | {s['ssim'][0]:.3f} | {s['mae_hu'][0]:.0f} |")
         said.append("")
-    part = [r for r in got if r["table"] == "ablation"]
-    if part:
+    for name in DATA:
+        part = [r for r in got if r["table"] == "ablation" and r["data"] == name]
+        if not part: continue
         of = lambda m: {r["seed"]: r["scores"]["expected"]["psnr"][0] for r in part if r["method"] == m}
         ours = of("ours")
-        said += [f"### ablation on sarcoma32, {part[0]['minutes']:g} CPU minutes a row", "", "| row | seeds | expected + consistency, dB | what the part earns, over the seeds both have |", "|---|---|---|---|"]
+        said += [f"### ablation on {name}, {part[0]['minutes']:g} CPU minutes a row", "", "| row | seeds | steps | expected + consistency, dB | what the part earns, mean over the seeds both have | seed by seed |", "|---|---|---|---|---|---|"]
         for m in ABLATIONS:
             if v := of(m):
-                earned = [ours[s] - v[s] for s in v if s in ours]
-                said.append(f"| {m} | {len(v)} | {statistics.mean(v.values()):.2f}" + (f" (sd {statistics.stdev(v.values()):.2f})" if len(v) > 1 else "") + (f" | {statistics.mean(earned):+.2f} |" if earned and m != "ours" else " | |"))
+                steps, earned = sorted({r["steps"] for r in part if r["method"] == m}), [ours[s] - v[s] for s in sorted(v) if s in ours and m != "ours"]
+                said.append(f"| {m} | {len(v)} | {steps[0]}{f' to {steps[-1]}' if len(steps) > 1 else ''} | {statistics.mean(v.values()):.2f}" + (f" (sd {statistics.stdev(v.values()):.2f})" if len(v) > 1 else "") + (f" | {statistics.mean(earned):+.2f} | {', '.join(f'{e:+.2f}' for e in earned)} |" if earned else " | | |"))
         said.append("")
     return "\n".join(said)
 
