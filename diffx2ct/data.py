@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'WINDOWS', 'CAUTION', 'PLANES', 'UserError', 'one_line',
-           'command', 'write_beside', 'write_atomic', 'writable', 'hold', 'Section', 'GeometryConfig', 'DataConfig',
-           'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig',
+           'command', 'write_beside', 'write_together', 'write_atomic', 'writable', 'hold', 'Section', 'GeometryConfig',
+           'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig',
            'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig', 'Config', 'check_config', 'sentence', 'set_key',
            'merge', 'Loader', 'read_yaml', 'load_config', 'comments', 'flat_schema', 'words', 'shown', 'explain',
            'to_unit', 'to_hu', 'density', 'planes', 'show_mpr', 'draw_plane', 'save_tensor', 'write_pt', 'unpacked',
@@ -78,18 +78,27 @@ def write_beside(
         raise UserError(f"{path} could not be saved ({why.strerror}); what was there before is unchanged") from None
     return tmp
 
+def write_together(
+    files: dict[Path, Callable[[Path], Any]],  # where each shall be, and what writes it at the path it is given
+) -> None:
+    "Write files that take their places once all are whole; of several, the old last one goes first and the new one comes last, so that it vouches for the others."
+    beside: dict[Path, Path] = {}
+    *others, last = files
+    try:
+        for path, write in files.items(): beside[path] = write_beside(path, write)
+        if others: last.unlink(missing_ok=True)
+        for path, tmp in beside.items(): os.replace(tmp, path)
+    except OSError as e: raise UserError(f"{last} cannot be replaced ({e.strerror}); check the folder and its rights") from None
+    finally:
+        for tmp in beside.values(): tmp.unlink(missing_ok=True)
+
 def write_atomic(
     path: str | Path,  # where the file shall be
     write: Callable[[Path], Any],  # writes the file at the path it is given
 ) -> Path:
     "Write `path` through a temporary file beside it: it is either the old file or the whole new one."
-    path = Path(path)
-    tmp = write_beside(path, write)
-    try: os.replace(tmp, path)
-    except OSError as e:
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be replaced ({e.strerror}); check the folder and its rights") from None
-    return path
+    write_together({Path(path): write})
+    return Path(path)
 
 # %% ../nbs/00_data.ipynb #d5d1293f
 def writable(
@@ -635,17 +644,9 @@ def save_case(
     drr_dir: str | Path,  # `DATA.DRR_DIR`
     half: bool = True,  # store the volume in half precision
 ) -> None:
-    "Write one case. Once all of it is on the disk, an old volume goes first and the new one comes last: a volume that is there has its views."
-    path = Path(pt_dir)/f"{case}.pt"
-    files = {Path(drr_dir)/case/f"{name}.pt": view.float() for name, view in zip(("AP", "LAT"), views)} | {path: volume.half() if half else volume}
-    beside: dict[Path, Path] = {}
-    try:
-        for p, tensor in files.items(): beside[p] = write_beside(p, functools.partial(write_pt, tensor.contiguous().clone()))
-        path.unlink(missing_ok=True)
-        for p, tmp in beside.items(): os.replace(tmp, p)
-    except OSError as e: raise UserError(f"{path} cannot be replaced ({e.strerror}); check the folder and its rights") from None
-    finally:
-        for tmp in beside.values(): tmp.unlink(missing_ok=True)
+    "Write one case; a volume that is there has its views."
+    tensors = {Path(drr_dir)/case/f"{name}.pt": view.float() for name, view in zip(("AP", "LAT"), views)} | {Path(pt_dir)/f"{case}.pt": volume.half() if half else volume}
+    write_together({path: functools.partial(write_pt, tensor.contiguous().clone()) for path, tensor in tensors.items()})
 
 def cases_in(
     pt_dir: str | Path,  # `DATA.PT_DATA_DIR`
