@@ -48,9 +48,8 @@ def check_drift():
 
 
 def check_notebooks():
-    "Every notebook in a process of its own; those with slow cells a second time with them."
-    jobs = [(p, ()) for p in notebooks]
-    if not quick: jobs += [(p, ("--flags", "slow")) for p in notebooks if "#| slow" in p.read_text()]
+    "Every notebook in a process of its own, with its slow cells unless it must be quick."
+    jobs = [(p, ("--flags", "slow") if not quick and "#| slow" in p.read_text() else ()) for p in notebooks]
     def one(job): return job, nbdev("nbdev_test", "--path", str(job[0]), "--n_workers", "0", *job[1])
     with ThreadPoolExecutor(WORKERS) as pool:
         for (path, flags), result in pool.map(one, jobs): report(" ".join([str(path), *flags]), *result)
