@@ -60,8 +60,7 @@ class Diffusion:
         return (x_t - s * F_) / a.clamp(min=0.02)
 
     def reach(self, t: Tensor) -> Tensor:  # (B,)
-        "What an error of the answer is in the clean state, by which a loss divides it; for x0, whose errors are counted there, 1."
-        if self.prediction == "x0": return torch.ones_like(t)
+        "What an error of the answer is in the clean state, by which a loss divides it."
         one = torch.ones_like(t)[:, None, None, None, None]
         return self.clean(one, 0 * one, t).flatten().abs().clamp(min=0.02)
 
