@@ -226,7 +226,7 @@ class TrainingConfig(Section):
     PHANTOM_EPOCHS: Annotated[int, Field(ge=0)] = 0
     LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [12, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()
-    FULL_NOISE_RATIO: Ratio = 0.9
+    FULL_NOISE_RATIO: Ratio = 0.75
     FLIP_AXES: list[Literal["D", "H", "W"]] = []
     AUGMENT: AugmentConfig = AugmentConfig()
     LEARNING_RATE: Positive = 1e-3

@@ -46,7 +46,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
         first, *others = ways.values()
         for way in others:
             for i in range(0, len(draws), 10): torch.testing.assert_close(way(i), first(i), rtol=0, atol=3e-4)  # half a unit in the last place of a half
-        trains = config("demo", {"DATA.TARGET_VOLUME_SIZE": patch, "DATA.TARGET_DRR_SIZE": patch, "TRAINING.PATCH_SIZE": patch, "BATCH_SIZE": 1, "DEVICES": "cpu"})
+        trains = config("demo", {"DATA.TARGET_VOLUME_SIZE": patch, "DATA.TARGET_DRR_SIZE": patch, "TRAINING.PATCH_SIZE": patch, "TRAINING.AUGMENT.SHARE": 1.0, "BATCH_SIZE": 1, "DEVICES": "cpu"})
         net, turn = network(trains), {name: itertools.cycle(range(len(draws))) for name in ways}
         step = partial(training_step(net, trains), [T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], trains, True, net.A.mm)[0]])
         def read(name):
