@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, sown, toned
 from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model, sweep, tidy
-from .data import (CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, hold, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
+from .data import (SHIPPED, CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, hold, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
 from .metrics import metrics, psnr
@@ -997,7 +997,7 @@ def parser() -> argparse.ArgumentParser:
 Data comes from diffx2ct_prepare. Trials are in checkpoints/<study_name>/trial_<n>/, the study in <study_name>.db.
 Ctrl-C saves after the step; the same command goes on from there. Every key is explained in config.yml, and by --explain KEY.""")
     p.add_argument("--study_name", default="diffx2ct", help="name of the study and of its .db file (default: %(default)s)")
-    p.add_argument("--config", metavar="FILE", help="settings (default: config.yml where there is one, else built-in defaults)")
+    p.add_argument("--config", metavar="FILE", help="settings (default: config.yml where there is one, else the one in the package)")
     p.add_argument("--profile", help="block of PROFILES in the settings, such as demo, lidc128, lidc256")
     p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change one setting, dotted: --set TRAINING.LEARNING_RATE=0.001; may be repeated")
     p.add_argument("--explain", metavar="KEY", help="say what a setting or a section does, its range, default and present value, and end")
@@ -1014,7 +1014,7 @@ def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_train` and `./run_training.sh`."
     a = parser().parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    config = a.config or ("config.yml" if Path("config.yml").exists() else None)
+    config = a.config or ("config.yml" if Path("config.yml").exists() else SHIPPED)
     c = load_config(config, a.profile, [*a.sets, *([f"OPTUNA.N_TRIALS={a.n_trials}"] if a.n_trials is not None else [])])
     if a.explain is not None: return print(explain(a.explain, c))
     check_study(a.study_name, c); wandb_mode(c)

@@ -106,6 +106,8 @@ def test_an_installed_package_knows_its_settings(installed, tmp_path):
     assert result.stdout.startswith(str(installed.parent))  # and not this checkout
     result = run_cmd([installed / "diffx2ct_train", "--explain", "TRAINING.LEARNING_RATE"], cwd=tmp_path, PYTHONPATH=None)
     assert result.returncode == 0 and "AdamW" in result.stdout and "default  0.001" in result.stdout, result.stderr
+    result = run_cmd([installed / "diffx2ct_train", "--profile", "few", "--explain", "EPOCHS"], cwd=tmp_path, PYTHONPATH=None)
+    assert result.returncode == 0 and "now      200" in result.stdout, result.stderr  # profiles too, where no config.yml lies
     result = run_cmd([installed / "diffx2ct_train", "--explain", "LERNING_RATE"], cwd=tmp_path, PYTHONPATH=None)
     assert result.returncode == 2 and result.stderr == "diffx2ct: --explain LERNING_RATE: there is no such key; the nearest is TRAINING.LEARNING_RATE\n"
     assert list(tmp_path.iterdir()) == []
