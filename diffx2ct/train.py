@@ -145,6 +145,7 @@ class Draw:
     cases: tuple[int, ...]
     origin: tuple[int, int, int]  # of the crop, shared by the batch
     seed: int  # of augmentation, times and noise
+    still: bool = False  # too early for AUGMENT.SHARE (chapter 00f)
 
 def steps_per_epoch(c: Config, cases: int) -> int:
     "Optimizer steps in one pass over the cases."
@@ -160,10 +161,10 @@ def draw(
     epoch, within = divmod(step, per)
     size = c.BATCH_SIZE * t.GRADIENT_ACCUMULATION_STEPS
     order = np.resize(np.random.default_rng((c.SEED, 1, epoch)).permutation(cases), per * size)[within * size:(within + 1) * size]
-    plans = []
+    plans, still = [], sum(t.COARSE_EPOCHS) + epoch < t.AUGMENT.AFTER  # earlier stages have seen the cases too
     for i, batch in enumerate(order.reshape(-1, c.BATCH_SIZE)):
         seed = int(np.random.default_rng((c.SEED, 2, step, i)).integers(2 ** 62))
-        plans.append(Draw(tuple(int(b) for b in batch), crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)), seed))
+        plans.append(Draw(tuple(int(b) for b in batch), crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)), seed, still))
     return plans
 
 # %% ../nbs/04_train_optuna.ipynb #26a2f013
@@ -178,8 +179,10 @@ class Crops(Dataset):
     ):
         self.pairs, self.draws, self.patch, self.t, self.mine = pairs, draws, c.TRAINING.PATCH_SIZE, c.TRAINING, share(c.BATCH_SIZE)
         self.mm, self.window = mm, (c.DATA.HU_MIN, c.DATA.HU_MAX)
+        self.still = self.t.AUGMENT.model_copy(update={"SHARE": 0.0})
         self.renders = line_integrals and renders(self.t.AUGMENT, self.t.FLIP_AXES)  # display images cannot be rendered
-    def another(self, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]: return sown(augment(x, rng, self.t.AUGMENT, self.t.FLIP_AXES), rng, self.t.AUGMENT.NODULES, self.mm, self.window)
+    def another(self, x: Tensor, rng: np.random.Generator, still: bool) -> tuple[Tensor, Tensor]:
+        return sown(augment(x, rng, self.still if still else self.t.AUGMENT, self.t.FLIP_AXES), rng, self.t.AUGMENT.NODULES, self.mm, self.window)
     def __len__(self): return len(self.draws)
     def __getitem__(self, i: int) -> Item:
         "The draw, whole volumes where views must be rendered, crops, stored views, and where nodules were planted in the crops."
@@ -189,7 +192,7 @@ class Crops(Dataset):
             for place, k in zip(truth, parts): place.copy_(k.volume)  # read, converted and put into the batch in one pass
             return d, None, truth, torch.stack([k.views for k in parts]), None
         cases = [(n, self.pairs[d.cases[n]]) for n in self.mine]
-        volumes, planted = map(torch.stack, zip(*[self.another(k.volume, np.random.default_rng((d.seed, n))) for n, k in cases]))
+        volumes, planted = map(torch.stack, zip(*[self.another(k.volume, np.random.default_rng((d.seed, n)), d.still) for n, k in cases]))
         cut = lambda x: crop(x, d.origin, self.patch).contiguous()
         return d, volumes, cut(volumes), torch.stack([k.views for _, k in cases]), cut(planted) if self.t.AUGMENT.NODULES else None
 

@@ -50,7 +50,7 @@ ABLATIONS = {
     "without bottleneck context": {"MODEL.UNET.ATTENTION_LEVELS": [False, False, False], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, False]},
     "without planar convolutions": {"MODEL.UNET.PLANAR_LEVELS": 0},
     "without augmentation (mirror images only)": {"TRAINING.AUGMENT.SHARE": 0},
-    "with augmentation (half of the cases)": {"TRAINING.AUGMENT.SHARE": 0.5},
+    "with augmentation (half of the cases)": {"TRAINING.AUGMENT.AFTER": 0},
     "without phantoms first": {"TRAINING.PHANTOM_EPOCHS": 0},
     "without diffusion (plain regression)": {"TRAINING.FULL_NOISE_RATIO": 1.0},
 }
