@@ -206,7 +206,7 @@ class LossWeights(Section):
 class AugmentConfig(Section):
     "How far a training case is changed each time it is seen (chapter 00f)."
     SHARE: Ratio = 0.5
-    AFTER: Annotated[int, Field(ge=0)] = 40
+    PASSES: Annotated[int, Field(ge=0)] = 40
     ROTATE: Annotated[float, Field(ge=0, le=180)] = 10
     SCALE: Annotated[float, Field(ge=0, lt=1)] = 0.1
     SHIFT: Ratio = 0.05

@@ -145,7 +145,6 @@ class Draw:
     cases: tuple[int, ...]
     origin: tuple[int, int, int]  # of the crop, shared by the batch
     seed: int  # of augmentation, times and noise
-    still: bool = False  # too early for AUGMENT.SHARE (chapter 00f)
 
 def steps_per_epoch(c: Config, cases: int) -> int:
     "Optimizer steps in one pass over the cases."
@@ -161,10 +160,10 @@ def draw(
     epoch, within = divmod(step, per)
     size = c.BATCH_SIZE * t.GRADIENT_ACCUMULATION_STEPS
     order = np.resize(np.random.default_rng((c.SEED, 1, epoch)).permutation(cases), per * size)[within * size:(within + 1) * size]
-    plans, still = [], sum(t.COARSE_EPOCHS) + epoch < t.AUGMENT.AFTER  # earlier stages have seen the cases too
+    plans = []
     for i, batch in enumerate(order.reshape(-1, c.BATCH_SIZE)):
         seed = int(np.random.default_rng((c.SEED, 2, step, i)).integers(2 ** 62))
-        plans.append(Draw(tuple(int(b) for b in batch), crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)), seed, still))
+        plans.append(Draw(tuple(int(b) for b in batch), crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)), seed))
     return plans
 
 # %% ../nbs/04_train_optuna.ipynb #26a2f013
@@ -176,13 +175,13 @@ class Crops(Dataset):
         pairs: CTPairs, draws: list[Draw], c: Config,
         line_integrals: bool,
         mm: float,  # voxel edge
+        still: bool = False,  # leave every case as it was scanned, whatever SHARE says
     ):
         self.pairs, self.draws, self.patch, self.t, self.mine = pairs, draws, c.TRAINING.PATCH_SIZE, c.TRAINING, share(c.BATCH_SIZE)
         self.mm, self.window = mm, (c.DATA.HU_MIN, c.DATA.HU_MAX)
-        self.still = self.t.AUGMENT.model_copy(update={"SHARE": 0.0})
-        self.renders = line_integrals and renders(self.t.AUGMENT, self.t.FLIP_AXES)  # display images cannot be rendered
-    def another(self, x: Tensor, rng: np.random.Generator, still: bool) -> tuple[Tensor, Tensor]:
-        return sown(augment(x, rng, self.still if still else self.t.AUGMENT, self.t.FLIP_AXES), rng, self.t.AUGMENT.NODULES, self.mm, self.window)
+        self.a = self.t.AUGMENT.model_copy(update={"SHARE": 0.0} if still else {})
+        self.renders = line_integrals and renders(self.a, self.t.FLIP_AXES)  # display images cannot be rendered
+    def another(self, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]: return sown(augment(x, rng, self.a, self.t.FLIP_AXES), rng, self.a.NODULES, self.mm, self.window)
     def __len__(self): return len(self.draws)
     def __getitem__(self, i: int) -> Item:
         "The draw, whole volumes where views must be rendered, crops, stored views, and where nodules were planted in the crops."
@@ -192,9 +191,9 @@ class Crops(Dataset):
             for place, k in zip(truth, parts): place.copy_(k.volume)  # read, converted and put into the batch in one pass
             return d, None, truth, torch.stack([k.views for k in parts]), None
         cases = [(n, self.pairs[d.cases[n]]) for n in self.mine]
-        volumes, planted = map(torch.stack, zip(*[self.another(k.volume, np.random.default_rng((d.seed, n)), d.still) for n, k in cases]))
+        volumes, planted = map(torch.stack, zip(*[self.another(k.volume, np.random.default_rng((d.seed, n))) for n, k in cases]))
         cut = lambda x: crop(x, d.origin, self.patch).contiguous()
-        return d, volumes, cut(volumes), torch.stack([k.views for _, k in cases]), cut(planted) if self.t.AUGMENT.NODULES else None
+        return d, volumes, cut(volumes), torch.stack([k.views for _, k in cases]), cut(planted) if self.a.NODULES else None
 
 # %% ../nbs/04_train_optuna.ipynb #bcc97c9a
 def clip_threshold(
@@ -543,6 +542,7 @@ def train_stage(
     report: Callable[[float, int], None] = lambda value, epoch: None,  # called after each validation
     report_to: Reporter | None = None,  # hears of each step
     title: str = "training",
+    still: bool = False,  # as of `Crops`
 ) -> float:  # best validation PSNR, dB
     "Train from the settings, or from where the folder's checkpoint stands, to the last epoch."
     r, t, per, watched = begin(c, data, folder, earlier), c.TRAINING, steps_per_epoch(c, len(data.train)), first(lambda: report_to is not None)
@@ -552,7 +552,7 @@ def train_stage(
     if 0 < start < steps: print(f"{title}: going on from step {start} of {steps}")
     for epoch, value in h["values"][-1:]: first(lambda: report(value, epoch))  # killed between the checkpoint and the report
     draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
-    items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals, data.mm), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
+    items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals, data.mm, still), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
     bar = tqdm(range(start, steps), desc=title, initial=start, total=steps, unit="step", disable=rank() > 0)
     with Stop() as stop, ExitStack() as at_end:
         at_end.callback(getattr(items, "_shutdown_workers", lambda: None))  # left to the garbage collector it can take ten seconds
@@ -594,11 +594,12 @@ def train_run(
 ) -> float:  # best validation PSNR of the last stage, dB
     "Train every stage, or go on with the one that is not at its end."
     plan, before, earlier = stages(c, data), 0, None
+    still = sum(c.TRAINING.COARSE_EPOCHS) + c.EPOCHS < c.TRAINING.AUGMENT.PASSES          # too few to know a case by heart (chapter 00f)
     for i, (_, s, d) in enumerate(plan[:-1]):
         names = [name for name, *_ in reversed(plan[i:-1])]
-        train_stage(s, d, folder.joinpath(*names), meta, earlier, report_to=report_to and behind(report_to, before, "/".join(names)), title=", ".join([title, *names]))
+        train_stage(s, d, folder.joinpath(*names), meta, earlier, report_to=report_to and behind(report_to, before, "/".join(names)), title=", ".join([title, *names]), still=still)
         before, earlier = before + s.EPOCHS * steps_per_epoch(s, len(d.train)), folder.joinpath(*names)
-    return train_stage(c, data, folder, meta, earlier, report, report_to and behind(report_to, before), title)
+    return train_stage(c, data, folder, meta, earlier, report, report_to and behind(report_to, before), title, still)
 
 
 # %% ../nbs/04_train_optuna.ipynb #1f07703f

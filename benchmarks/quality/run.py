@@ -29,7 +29,7 @@ DATA = {
     "phantoms_cone": dict(minutes=30, sets=PHANTOMS | {"DATA.GEOMETRY": "x2ct"}),
     "sarcoma":       dict(minutes=60, prepare=("sts_ct_64.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
     "sarcoma_cone":  dict(minutes=60, prepare=("sts_ct_64.npz", "x2ct_scaled"), sets={"DATA.VALIDATION_CASES": STS}, profile="few"),
-    "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS} | AT_32, profile="few"),
+    "sarcoma32":     dict(minutes=5, prepare=("sts_ct_32.npz", "parallel"), sets={"DATA.VALIDATION_CASES": STS, "TRAINING.AUGMENT.PASSES": 0} | AT_32, profile="few"),  # augmentation is one of the parts
     "phantoms32":    dict(minutes=5, sets=PHANTOMS | AT_32),
 }
 # methods: settings that differ from ours
@@ -50,7 +50,7 @@ ABLATIONS = {
     "without bottleneck context": {"MODEL.UNET.ATTENTION_LEVELS": [False, False, False], "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, False, False]},
     "without planar convolutions": {"MODEL.UNET.PLANAR_LEVELS": 0},
     "without augmentation (mirror images only)": {"TRAINING.AUGMENT.SHARE": 0},
-    "with augmentation (half of the cases)": {"TRAINING.AUGMENT.AFTER": 0},
+    "with augmentation (half of the cases)": {"TRAINING.AUGMENT.PASSES": 0},
     "without phantoms first": {"TRAINING.PHANTOM_EPOCHS": 0},
     "without diffusion (plain regression)": {"TRAINING.FULL_NOISE_RATIO": 1.0},
 }
