@@ -419,6 +419,8 @@ def read_yaml(
     return got or {}
 
 # %% ../nbs/00_data.ipynb #01a734dc
+SHIPPED = Path(str(resources.files("diffx2ct")/"config.yml"))  # the settings file that is part of the package
+
 def load_config(
     path: str | Path | None = None,  # YAML file; `None` gives the defaults
     profile: str | None = None,  # name under PROFILES in that file; default: its PROFILE key
@@ -442,8 +444,6 @@ def load_config(
     return check_config(c)
 
 # %% ../nbs/00_data.ipynb #5b80f2e9
-SHIPPED = Path(str(resources.files("diffx2ct")/"config.yml"))  # the settings file that is part of the package
-
 def comments() -> dict[str, str]:  # dotted key -> what the file says of it, in its order
     "The comments of `SHIPPED`."
     said: dict[str, str] = {}

@@ -8,9 +8,9 @@ __all__ = ['Item', 'AMP', 'Reporter', 'FREE', 'SILENT', 'PATIENCE', 'Data', 'pha
            'plot_norms', 'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'Loss', 'train_step', 'validate', 'folder_id',
            'wandb_mode', 'start_wandb', 'to_wandb', 'peaks', 'measure', 'prepare_run', 'averaging', 'train_devices',
            'flat', 'kept', 'divided', 'refuse_others', 'Running', 'begin', 'make_step', 'header', 'judge', 'save',
-           'train_stage', 'behind', 'train_run', 'Stop', 'deaf', 'pictures', 'case_table', 'check_study', 'journal',
-           'open_study', 'suggest', 'current', 'taken', 'start_values', 'Sampler', 'try_lock', 'turn', 'link',
-           'from_queue', 'alive', 'give_up', 'next_trial', 'passing', 'lead', 'follow', 'NoRoom', 'fitting',
+           'train_stage', 'behind', 'as_scanned', 'train_run', 'Stop', 'deaf', 'pictures', 'case_table', 'check_study',
+           'journal', 'open_study', 'suggest', 'current', 'taken', 'start_values', 'Sampler', 'try_lock', 'turn',
+           'link', 'from_queue', 'alive', 'give_up', 'next_trial', 'passing', 'lead', 'follow', 'NoRoom', 'fitting',
            'run_trial', 'search', 'save_plots', 'show_result', 'parser', 'main', 'start_ranks', 'check_share', 'act',
            'train_alone', 'best_trial', 'search_and_tell']
 
@@ -585,6 +585,10 @@ def behind(
     "A reporter that hears a stage's steps after those of the stages before."
     return lambda values, step: report_to({f"{stage}/{k}" if stage else k: v for k, v in values.items()}, None if step is None else before + step)
 
+def as_scanned(c: Config) -> bool:
+    "Whether a run makes too few passes over the cases to know one by heart, so that none is changed (chapter 00f)."
+    return sum(c.TRAINING.COARSE_EPOCHS) + c.EPOCHS < c.TRAINING.AUGMENT.PASSES
+
 def train_run(
     c: Config, data: Data,
     folder: Path, meta: dict,  # as of `train_stage`
@@ -593,8 +597,7 @@ def train_run(
     title: str = "training",
 ) -> float:  # best validation PSNR of the last stage, dB
     "Train every stage, or go on with the one that is not at its end."
-    plan, before, earlier = stages(c, data), 0, None
-    still = sum(c.TRAINING.COARSE_EPOCHS) + c.EPOCHS < c.TRAINING.AUGMENT.PASSES          # too few to know a case by heart (chapter 00f)
+    plan, before, earlier, still = stages(c, data), 0, None, as_scanned(c)
     for i, (_, s, d) in enumerate(plan[:-1]):
         names = [name for name, *_ in reversed(plan[i:-1])]
         train_stage(s, d, folder.joinpath(*names), meta, earlier, report_to=report_to and behind(report_to, before, "/".join(names)), title=", ".join([title, *names]), still=still)

@@ -92,10 +92,10 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
 
 ROUNDS = 12  # of which the last ten count
 
-def pacer(T, c, data):
+def pacer(T, c, data, still: bool):
     "A function that makes a training step of a throwaway network and says how many CPU seconds it took."
     step, micro = training_step(T.build(c, data.geometry, data.mm, data.line_integrals), c), c.TRAINING.GRADIENT_ACCUMULATION_STEPS
-    crops = T.Crops(data.train, [x for s in range(ROUNDS) for x in T.draw(c, len(data.train), s)], c, data.line_integrals, data.mm)
+    crops = T.Crops(data.train, [x for s in range(ROUNDS) for x in T.draw(c, len(data.train), s)], c, data.line_integrals, data.mm, still)
     def pace(s: int) -> float:
         start = time.process_time()
         step([crops[s * micro + i] for i in range(micro)])
@@ -105,7 +105,7 @@ def pacer(T, c, data):
 
 def costs(T, plans: list) -> list[list[float]]:
     "CPU seconds that each stage of each plan would take with its settings' own epochs. Steps are timed by turns, so that what else the machine does falls on all alike; a little is added for the averaging of weights."
-    pacers = [[pacer(T, c, d) for _, c, d in plan] for plan in plans]
+    pacers = [[pacer(T, c, d, T.as_scanned(plan[-1][1])) for _, c, d in plan] for plan in plans]
     times = [[[f(s) for f in row] for row in pacers] for s in range(ROUNDS)]
     return [[c.EPOCHS * T.steps_per_epoch(c, len(d.train)) * 1.03 * statistics.median(t[p][i] for t in times[2:]) for i, (_, c, d) in enumerate(plan)] for p, plan in enumerate(plans)]
 
@@ -173,7 +173,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         got = evaluate(model, held, methods, seed=0, consistency=consistency)
         scores |= {m + (" (off)" if consistency == "off" and "mean" not in m else ""): {k: v for k, v in f.items() if v[0] is not None} for m, f in got["means"].items()}
         for n, v in got["cases"].items(): cases.setdefault(n, {m: round(s["psnr"], 3) for m, s in v["scores"].items()})  # of the first pass
-    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], phantom_epochs=plan["phantoms"], coarse_seconds=round(sum(spent[:-1])), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs, curve=[[e, round(v, 3)] for e, v in history["values"]],
+    result = row | dict(minutes=minutes, cpu_seconds=round(seconds), steps=model.meta["step"], epochs=epochs, coarse_epochs=plan["coarse"], phantom_epochs=plan["phantoms"], coarse_seconds=round(sum(spent[:-1])), parameters=sum(p.numel() for p in model.denoiser.parameters()), differs=differs | dict(s.split("=", 1) for s in over), curve=[[e, round(v, 3)] for e, v in history["values"]],
                         scores=scores, cases=cases, machine=machine() | dict(bf16=T.bf16_pays()), evaluation_seconds=round(time.time() - start))
     write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
 
