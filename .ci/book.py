@@ -1,5 +1,8 @@
 "The book as a site in _docs/, from the committed notebooks: built by Sphinx with .ci/conf.py, then read as a browser would; exits 1 where a page is wrong."
-import shutil, sys, tempfile
+
+import shutil
+import sys
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -9,6 +12,7 @@ root = Path(__file__).resolve().parents[1]
 
 class Page(HTMLParser):
     "What one page names: its anchors, where its links lead, what it loads, whether it fits a phone, which formulae stayed LaTeX."
+
     def __init__(self, path: Path):
         super().__init__()
         self.ids, self.links, self.loads, self.viewport, self.tags, self.latex = {""}, set(), set(), False, [], []
@@ -19,14 +23,18 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
         self.viewport |= tag == "meta" and a.get("name") == "viewport" and "width=device-width" in a["content"]
-        if a.get("href"): (self.links if tag == "a" else self.loads).add(a["href"])
-        if a.get("src"): self.loads.add(a["src"])
+        if a.get("href"):
+            (self.links if tag == "a" else self.loads).add(a["href"])
+        if a.get("src"):
+            self.loads.add(a["src"])
 
     def handle_endtag(self, tag):
-        while tag in self.tags and self.tags.pop() != tag: pass
+        while tag in self.tags and self.tags.pop() != tag:
+            pass
 
     def handle_data(self, data):
-        if "math" in self.tags and "\\" in data: self.latex.append(data)
+        if "math" in self.tags and "\\" in data:
+            self.latex.append(data)
 
 
 def complaints(folder: Path) -> list[str]:
@@ -35,22 +43,41 @@ def complaints(folder: Path) -> list[str]:
     for path, page in pages.items():
         for link in sorted(page.links | page.loads):
             url = urlsplit(link)
-            if url.scheme == "data": continue
+            if url.scheme == "data":
+                continue
             if url.scheme or url.netloc:
-                if link in page.loads: said.append(f"{path.name} loads {link}; a page must need no network")
+                if link in page.loads:
+                    said.append(f"{path.name} loads {link}; a page must need no network")
                 continue
             there = (path.parent / unquote(url.path)).resolve() if url.path else path
-            if not there.is_file(): said.append(f"{path.name} names {link}, which is not there")
-            elif there in pages and unquote(url.fragment) not in pages[there].ids: said.append(f"{path.name} names {link}, but there is no such anchor")
+            if not there.is_file():
+                said.append(f"{path.name} names {link}, which is not there")
+            elif there in pages and unquote(url.fragment) not in pages[there].ids:
+                said.append(f"{path.name} names {link}, but there is no such anchor")
         said += [f"{path.name}: the formula {text!r} was not understood" for text in page.latex]
-        if not page.viewport: said.append(f"{path.name} has no viewport for phones")
+        if not page.viewport:
+            said.append(f"{path.name} has no viewport for phones")
     return said if pages else [f"{folder} holds no page"]
 
 
 def build(scratch: Path) -> Path:
     "Make the site in a folder of an empty folder; whatever Sphinx warns of ends it."
     from sphinx.cmd.build import main as sphinx
-    if sphinx(["-q", "-W", "--keep-going", "-c", str(root / ".ci"), "-d", str(scratch / "trees"), str(root / "nbs"), str(scratch / "html")]): sys.exit(1)
+
+    if sphinx(
+        [
+            "-q",
+            "-W",
+            "--keep-going",
+            "-c",
+            str(root / ".ci"),
+            "-d",
+            str(scratch / "trees"),
+            str(root / "nbs"),
+            str(scratch / "html"),
+        ]
+    ):
+        sys.exit(1)
     return scratch / "html"
 
 
@@ -64,4 +91,5 @@ def main():
     sys.exit(bool(wrong))
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 "The book as a site, by Sphinx: `python .ci/book.py`. Outputs are the committed ones; formulae become MathML here, so a page needs no network."
+
 import sys
 from html import escape
 from pathlib import Path
@@ -23,14 +24,17 @@ html_show_sourcelink, html_copy_source = False, False
 def chapters(app, docname: str, source: list[str]):
     "What README leaves out is left out here too; the first page gets the list of chapters for the sidebar."
     nb = prepare(nbformat.reads(source[0], 4))
-    if docname == root_doc: nb.cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:glob:\n\n0*\n```"))
+    if docname == root_doc:
+        nb.cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:glob:\n\n0*\n```"))
     source[0] = nbformat.writes(nb)
 
 
 def formula(self, node):
     "One formula as MathML, its source as the title."
     tag, display = ("div", "block") if node.tagname == "math_block" else ("span", "inline")
-    self.body.append(f'<{tag} class="math" title="{escape(node.astext())}">{convert(node.astext(), display=display)}</{tag}>')
+    self.body.append(
+        f'<{tag} class="math" title="{escape(node.astext())}">{convert(node.astext(), display=display)}</{tag}>'
+    )
     raise SkipNode
 
 

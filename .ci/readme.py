@@ -1,5 +1,7 @@
 "README.md from nbs/index.ipynb. `--check` writes nothing and exits 1 where they differ."
-import re, sys
+
+import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -16,10 +18,12 @@ def prepare(nb):
     cells = []
     for cell in nb.cells:
         found = dict(DIRECTIVE.findall(cell.source)) if cell.cell_type == "code" else {}
-        if "hide" in found: continue
+        if "hide" in found:
+            continue
         if cell.cell_type == "code":
             cell.source = DIRECTIVE.sub("", cell.source).strip()
-            if found.get("echo") == "false": cell.metadata["tags"] = ["no-input"]
+            if found.get("echo") == "false":
+                cell.metadata["tags"] = ["no-input"]
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         cells.append(cell)
     nb.cells = cells
@@ -30,16 +34,27 @@ def readme() -> dict[Path, bytes]:
     "Every file that belongs to the README, with its content."
     nb = prepare(nbformat.read(root / "nbs/index.ipynb", 4))
     c = Config()
-    c.NbConvertBase.display_data_priority = ["text/markdown", "image/png", "image/jpeg", "image/svg+xml", "text/latex", "text/plain"]
+    c.NbConvertBase.display_data_priority = [
+        "text/markdown",
+        "image/png",
+        "image/jpeg",
+        "image/svg+xml",
+        "text/latex",
+        "text/plain",
+    ]
     c.TagRemovePreprocessor.enabled = True
     c.TagRemovePreprocessor.remove_input_tags = {"no-input"}
-    text, resources = MarkdownExporter(config=c).from_notebook_node(nb, {"unique_key": "index", "output_files_dir": IMAGES})
+    text, resources = MarkdownExporter(config=c).from_notebook_node(
+        nb, {"unique_key": "index", "output_files_dir": IMAGES}
+    )
     text = re.sub(r"(\]\(|src=[\"'])(images/|[\w.-]+\.ipynb)", r"\1nbs/\2", text)  # links that hold inside nbs/
     text = text.replace("](../", "](")  # and links that leave it
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     head = "<!-- Made from nbs/index.ipynb by .ci/readme.py; edit the notebook. -->\n\n"
-    return {root / "README.md": (head + text).encode()} | {root / name: data for name, data in resources.get("outputs", {}).items()}
+    return {root / "README.md": (head + text).encode()} | {
+        root / name: data for name, data in resources.get("outputs", {}).items()
+    }
 
 
 def main():
@@ -47,12 +62,15 @@ def main():
     old = [p for p in (root / IMAGES).glob("index_*") if p not in files]
     wrong = [p for p, data in files.items() if not p.exists() or p.read_bytes() != data] + old
     if "--check" in sys.argv[1:]:
-        for p in wrong: print(f"{p.relative_to(root)} does not agree with nbs/index.ipynb; run python .ci/readme.py")
+        for p in wrong:
+            print(f"{p.relative_to(root)} does not agree with nbs/index.ipynb; run python .ci/readme.py")
         sys.exit(bool(wrong))
-    for p in old: p.unlink()
+    for p in old:
+        p.unlink()
     for p, data in files.items():
         p.parent.mkdir(parents=True, exist_ok=True)
         p.write_bytes(data)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
