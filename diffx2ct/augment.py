@@ -31,6 +31,7 @@ def rotation(
         m = m @ turn
     return m
 
+
 def warp_grid(
     size: int,  # voxels along the cube's edge
     rng: np.random.Generator,
@@ -42,12 +43,17 @@ def warp_grid(
     affine = np.c_[rotation(angles) * sizes, a.SHIFT * rng.uniform(-1, 1, 3)]
     grid = F.affine_grid(torch.tensor(affine, dtype=torch.float32)[None], [1, 1, size, size, size], align_corners=False)
     bend = torch.tensor(a.ELASTIC * rng.standard_normal((1, 3, 5, 5, 5)), dtype=torch.float32)
-    return grid + F.interpolate(bend, (size,) * 3, mode="trilinear", align_corners=True).permute(0, 2, 3, 4, 1) if a.ELASTIC else grid
+    return (
+        grid + F.interpolate(bend, (size,) * 3, mode="trilinear", align_corners=True).permute(0, 2, 3, 4, 1)
+        if a.ELASTIC
+        else grid
+    )
 
 # %% ../nbs/00f_augment.ipynb #6f772ef9
 def warps(a: AugmentConfig) -> bool:
     "Whether shapes are changed."
     return bool(a.ROTATE or a.SCALE or a.SHIFT or a.ELASTIC)
+
 
 def augment(
     x: Tensor,  # (1, D, H, W) unit volume
@@ -57,10 +63,14 @@ def augment(
 ) -> Tensor:  # (1, D, H, W) in [0, 1]
     "Mirror, warp and scale the values of a volume."
     mirrored = ["DHW".index(axis) + 1 for axis in flips if rng.random() < 0.5]
-    if mirrored: x = x.flip(mirrored)
-    if rng.random() >= a.SHARE: return x
-    if warps(a): x = F.grid_sample(x[None], warp_grid(x.shape[-1], rng, a), padding_mode="reflection", align_corners=False)[0]
+    if mirrored:
+        x = x.flip(mirrored)
+    if rng.random() >= a.SHARE:
+        return x
+    if warps(a):
+        x = F.grid_sample(x[None], warp_grid(x.shape[-1], rng, a), padding_mode="reflection", align_corners=False)[0]
     return (x * math.exp(a.INTENSITY * rng.uniform(-1, 1))).clamp(0, 1) if a.INTENSITY else x
+
 
 def renders(a: AugmentConfig, flips: Sequence[str]) -> bool:
     "Whether views must be rendered anew: the stored ones no longer fit."
@@ -84,10 +94,13 @@ def blob(
     r, radius = g.norm(dim=0), torch.tensor(diameter / 2)
     if spikes:
         n = F.normalize(torch.randn(spikes, 3, generator=torch.Generator().manual_seed(seed)), dim=1)
-        radius = radius * (1 + 0.6 * torch.exp(((torch.einsum("ki,idhw->kdhw", n, g) / r.clamp(min=1e-6)).amax(0) - 1) / 0.03))
+        radius = radius * (
+            1 + 0.6 * torch.exp(((torch.einsum("ki,idhw->kdhw", n, g) / r.clamp(min=1e-6)).amax(0) - 1) / 0.03)
+        )
     out = torch.zeros(size, size, size)
     out[tuple(slice(l, h) for l, h in zip(lo, hi))] = F.avg_pool3d((r <= radius).float()[None, None], parts)[0, 0]
     return out
+
 
 def plant(
     x: Tensor,  # (1, D, H, W) unit volume
@@ -101,6 +114,7 @@ def plant(
 # %% ../nbs/00f_augment.ipynb #737a784d
 LUNG = (-950.0, -600.0)  # HU of a voxel that may be the middle of a nodule
 
+
 def sown(
     x: Tensor,  # (1, D, H, W) unit volume
     rng: np.random.Generator,
@@ -112,13 +126,18 @@ def sown(
     hu, shares = to_hu(x[0], window), torch.zeros_like(x)
     places = ((hu > LUNG[0]) & (hu < LUNG[1])).nonzero()
     for _ in range(rng.poisson(often) * bool(len(places)) if often else 0):
-        at, diameter, seed = places[rng.integers(len(places))].tolist(), math.exp(rng.uniform(math.log(8), math.log(40))), int(rng.integers(2 ** 31))
+        at, diameter, seed = (
+            places[rng.integers(len(places))].tolist(),
+            math.exp(rng.uniform(math.log(8), math.log(40))),
+            int(rng.integers(2**31)),
+        )
         share = blob(x.shape[-1], mm, at, diameter, spikes=12 * (rng.random() < 1 / 3), seed=seed)
         x, shares = plant(x, share, rng.uniform(-100, 200), window), torch.maximum(shares, share)
     return x, shares
 
 # %% ../nbs/00f_augment.ipynb #a7df0ad2
 MU = 0.02  # 1/mm, attenuation of water at about 60 keV
+
 
 def shaken(
     A: Projector,
@@ -127,7 +146,10 @@ def shaken(
 ) -> Projector:
     "The projector of a machine that stands a little elsewhere."
     g, (sad, sdd, panel) = A.geometry, np.exp(amount * rng.uniform(-1, 1, 3))
-    return Projector(replace(g, sad_mm=g.sad_mm * sad, sdd_mm=g.sdd_mm * sdd, panel_mm=g.panel_mm * panel), A.size, A.mm, A.pixels).to(A.R.device)
+    return Projector(
+        replace(g, sad_mm=g.sad_mm * sad, sdd_mm=g.sdd_mm * sdd, panel_mm=g.panel_mm * panel), A.size, A.mm, A.pixels
+    ).to(A.R.device)
+
 
 def grainy(
     y: Tensor,  # (B, 2, P, P) mm of water
@@ -137,6 +159,7 @@ def grainy(
     "Line integrals as a detector would count them."
     counts = torch.poisson((photons * torch.exp(-MU * y)).cpu(), generator=rng).clamp(min=0.5).to(y.device)
     return -(counts / photons).log() / MU
+
 
 def toned(
     image: Tensor,  # (B, 2, P, P) display images in [0, 1]

@@ -9,13 +9,16 @@ __all__ = ['SUMS', 'FORMAT', 'MODELS', 'STATES', 'Weights', 'UPGRADES', 'sums_of
            'load_training']
 
 # %% ../nbs/03b_checkpoint.ipynb #4ec87a1e
-import hashlib, json, sys
+import hashlib
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,27 +28,34 @@ from .data import Beams, Config, Positive, UserError, read_pt, sentence, write_a
 from .diffusion import BANDS, ENLARGED, Denoiser, build
 from .drr import Geometry
 from .ranks import first, rank, whole
-from pydantic import BaseModel, ValidationError
 
 # %% ../nbs/03b_checkpoint.ipynb #2ce7839b
 SUMS = "checksums.sha256"
 
+
 def sums_of(folder: Path) -> dict[str, set[str]]:  # file name -> digests; two while a file is replaced
     "What a folder's checksums say; nothing where it has none."
     sums: dict[str, set[str]] = {}
-    if (folder/SUMS).exists():
-        for line in (folder/SUMS).read_bytes().decode(errors="replace").split("\n")[:-1]:
+    if (folder / SUMS).exists():
+        for line in (folder / SUMS).read_bytes().decode(errors="replace").split("\n")[:-1]:
             d, between, name = line[:64], line[64:66], line[66:]
-            if between == "  ": sums.setdefault(name, set()).add(d)
+            if between == "  ":
+                sums.setdefault(name, set()).add(d)
     return sums
+
 
 def digest(path: Path) -> str:
     "SHA-256 of a file."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def note(folder: Path, sums: dict[str, set[str]]) -> None:
     "Write the checksums of a folder."
-    write_atomic(folder/SUMS, lambda p: p.write_text("".join(f"{d}  {n}\n" for n, ds in sorted(sums.items()) for d in sorted(ds))))
+    write_atomic(
+        folder / SUMS,
+        lambda p: p.write_text("".join(f"{d}  {n}\n" for n, ds in sorted(sums.items()) for d in sorted(ds))),
+    )
 
 # %% ../nbs/03b_checkpoint.ipynb #4a18d3c5
 def write_summed(
@@ -54,22 +64,32 @@ def write_summed(
 ) -> Path:
     "Write a file whole or not at all, with its checksum."
     folder, name = path.parent, path.name
-    sums = sums_of(folder) or {p.name: {digest(p)} for p in folder.glob("[!.]*") if p.suffix in (".safetensors", ".pt", ".json")}  # copied without their checksums
+    sums = sums_of(folder) or {
+        p.name: {digest(p)} for p in folder.glob("[!.]*") if p.suffix in (".safetensors", ".pt", ".json")
+    }  # copied without their checksums
+
     def write_and_note(p):
         write(p)
         sums.setdefault(name, set()).add(digest(p))
         note(folder, sums)
+
     write_atomic(path, write_and_note)
     note(folder, {n: {digest(path)} if n == name else ds for n, ds in sums.items()})
     return path
 
+
 def harm(path: Path) -> str | None:
     "What is wrong with a file of a checkpoint folder; None where nothing is, or where nothing is known of it."
     sums = sums_of(path.parent)
-    return f"{path} is damaged: it does not agree with {SUMS} beside it" if sums and digest(path) not in sums.get(path.name, ()) else None
+    return (
+        f"{path} is damaged: it does not agree with {SUMS} beside it"
+        if sums and digest(path) not in sums.get(path.name, ())
+        else None
+    )
 
 # %% ../nbs/03b_checkpoint.ipynb #95936201
 FORMAT = 4
+
 
 def describe(
     denoiser: Denoiser,
@@ -77,7 +97,16 @@ def describe(
     **more,  # step, epoch, metrics, study, trial ...
 ) -> dict:
     "What a model file says about itself."
-    return dict(format=FORMAT, version=diffx2ct.__version__, config=c.model_dump(), geometry=asdict(denoiser.A.geometry), mm=denoiser.A.mm, line_integrals=denoiser.line_integrals, **more)
+    return dict(
+        format=FORMAT,
+        version=diffx2ct.__version__,
+        config=c.model_dump(),
+        geometry=asdict(denoiser.A.geometry),
+        mm=denoiser.A.mm,
+        line_integrals=denoiser.line_integrals,
+        **more,
+    )
+
 
 def save_model(
     path: str | Path,  # `.safetensors`
@@ -86,33 +115,45 @@ def save_model(
     raw: Denoiser | None = None,  # the one being trained; left out of `best.safetensors`
 ) -> Path:
     "Write averaged (and raw) weights with their description in the header."
-    tensors = {f"ema.{k}": v for k, v in ema.state_dict().items()} | ({f"raw.{k}": v for k, v in raw.named_parameters() if v.requires_grad} if raw else {})
+    tensors = {f"ema.{k}": v for k, v in ema.state_dict().items()} | (
+        {f"raw.{k}": v for k, v in raw.named_parameters() if v.requires_grad} if raw else {}
+    )
     tensors = {k: whole(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+
     def write(p):
-        try: save_file(tensors, p, {"diffx2ct": json.dumps(meta)})
-        except SafetensorError as e: raise OSError(0, str(e).rpartition("error: ")[2]) from None  # such as a full disk
+        try:
+            save_file(tensors, p, {"diffx2ct": json.dumps(meta)})
+        except SafetensorError as e:
+            raise OSError(0, str(e).rpartition("error: ")[2]) from None  # such as a full disk
+
     return first(lambda: write_summed(Path(path), write))
 
 # %% ../nbs/03b_checkpoint.ipynb #fc0c1934
 def save_checkpoint(
     folder: str | Path,
     step: int,
-    denoiser: Denoiser, ema: Denoiser,
+    denoiser: Denoiser,
+    ema: Denoiser,
     state: dict,  # optimizer and histories: tensors, numbers, text, lists and dicts of them
     meta: dict,  # from `describe`
     keep: int = 2,  # pairs
 ) -> None:
     "Write a new pair of files, then remove the oldest."
     folder = Path(folder)
-    first(lambda: write_summed(folder/f"training_{step:06d}.pt", lambda p: write_pt({"step": step, **state}, p)))
-    save_model(folder/f"model_{step:06d}.safetensors", ema, meta, denoiser)
-    if rank() == 0: tidy(folder, keep)
+    first(lambda: write_summed(folder / f"training_{step:06d}.pt", lambda p: write_pt({"step": step, **state}, p)))
+    save_model(folder / f"model_{step:06d}.safetensors", ema, meta, denoiser)
+    if rank() == 0:
+        tidy(folder, keep)
+
 
 def sweep(folder: Path) -> None:
     "Remove what processes that were killed while writing have left half-written."
-    for dead in folder.glob(".tmp-*"): dead.unlink(missing_ok=True)
+    for dead in folder.glob(".tmp-*"):
+        dead.unlink(missing_ok=True)
+
 
 MODELS, STATES = "model_*.safetensors", "training_*.pt"
+
 
 def by_step(
     folder: Path,
@@ -120,6 +161,7 @@ def by_step(
 ) -> dict[int, Path]:
     "Files of a checkpoint folder by their step, the oldest first."
     return dict(sorted((int(step), p) for p in folder.glob(names) if (step := p.stem.rpartition("_")[2]).isdecimal()))
+
 
 def tidy(
     folder: Path,
@@ -130,60 +172,85 @@ def tidy(
     models, states = by_step(folder, MODELS), by_step(folder, STATES)
     for step in states.keys() - [s for s in states if s in models][-keep:]:
         for old in (models.get(step), states[step]):
-            if old: old.unlink()
-    note(folder, {n: ds for n, ds in sums_of(folder).items() if (folder/n).exists()})
+            if old:
+                old.unlink()
+    note(folder, {n: ds for n, ds in sums_of(folder).items() if (folder / n).exists()})
 
 # %% ../nbs/03b_checkpoint.ipynb #f80b11cf
 @dataclass
 class Model:
     "A denoiser ready for use, and what its file says of it."
+
     denoiser: Denoiser
     config: Config
     meta: dict
     path: Path
 
+
 Weights = dict[str, Tensor]
+
 
 def banded(weights: Weights, meta: dict) -> Weights:
     "Weights of format 2 as format 3 has them."
-    return dict((k + "s", v.expand(BANDS).clone()) if k.rpartition(".")[2] == "scale" else (k, v) for k, v in weights.items())
+    return dict(
+        (k + "s", v.expand(BANDS).clone()) if k.rpartition(".")[2] == "scale" else (k, v) for k, v in weights.items()
+    )
+
 
 def unenlarged(weights: Weights, meta: dict) -> Weights:
     "Weights of format 3 as format 4 has them."
     out, pixels = dict(weights), meta["config"]["DATA"]["TARGET_DRR_SIZE"]
     for k in (k for k in weights if k.endswith("encoder.stem.weight")):
         out[k] = torch.cat([weights[k][:, :1] / ENLARGED, weights[k][:, 1:]], 1)
-        out[k.replace("encoder.stem.weight", "usual")] = torch.zeros(()).expand(2, *(pixels // 2 ** k.count("coarse."),) * 2)
+        out[k.replace("encoder.stem.weight", "usual")] = torch.zeros(()).expand(
+            2, *(pixels // 2 ** k.count("coarse."),) * 2
+        )
     return out
+
 
 UPGRADES = {2: banded, 3: unenlarged}  # format -> what makes weights of the next one of them
 
 # %% ../nbs/03b_checkpoint.ipynb #9968ccbf
 class Cases(BaseModel):
     "Names of the cases a model was trained on and judged by."
+
     train: list[str]
     valid: list[str]
 
+
 class Header(BaseModel):
     "What is needed of a description to use its network; more may stand in it."
+
     config: Config
     geometry: Beams
     mm: Positive
     line_integrals: bool
     cases: Cases | None = None  # unknown in older files
 
+
 def read_header(
     path: Path,  # `.safetensors`
 ) -> dict:
     "The description in a model file."
     try:
-        with safe_open(path, "pt") as f: meta = json.loads((f.metadata() or {})["diffx2ct"])
-        if not isinstance(meta, dict): raise ValueError
-    except KeyError: raise UserError(f"{path} is a safetensors file of another program; name a folder that run_training.sh has written") from None
-    except (SafetensorError, OSError, ValueError, RecursionError): raise UserError(f"{path} is damaged or not a safetensors file; use another checkpoint") from None
-    if meta.get("format") not in (FORMAT, *UPGRADES): raise UserError(f"{path} has checkpoint format {meta.get('format')}, this program reads {min(UPGRADES)} to {FORMAT}; use diffx2ct {meta.get('version')}, which made it")
-    try: Header.model_validate(meta)
-    except ValidationError as e: raise UserError(sentence(e, str(path))) from None
+        with safe_open(path, "pt") as f:
+            meta = json.loads((f.metadata() or {})["diffx2ct"])
+        if not isinstance(meta, dict):
+            raise ValueError
+    except KeyError:
+        raise UserError(
+            f"{path} is a safetensors file of another program; name a folder that run_training.sh has written"
+        ) from None
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        raise UserError(f"{path} is damaged or not a safetensors file; use another checkpoint") from None
+    if meta.get("format") not in (FORMAT, *UPGRADES):
+        raise UserError(
+            f"{path} has checkpoint format {meta.get('format')}, this program reads {min(UPGRADES)} to {FORMAT}; use diffx2ct {meta.get('version')}, which made it"
+        )
+    try:
+        Header.model_validate(meta)
+    except ValidationError as e:
+        raise UserError(sentence(e, str(path))) from None
     return meta
 
 # %% ../nbs/03b_checkpoint.ipynb #ad6d626f
@@ -193,23 +260,32 @@ def newest(
     "The model with the most steps."
     return next(reversed(by_step(folder, MODELS).values()), None)
 
+
 def model_file(
     folder: str | Path,  # checkpoint folder, or one model file
 ) -> Path:
     "The model a folder stands for: its best, else its newest; a damaged one is named and passed over."
     folder = Path(folder)
     if folder.is_file():
-        if why := harm(folder): raise UserError(f"{why}; use another checkpoint")
+        if why := harm(folder):
+            raise UserError(f"{why}; use another checkpoint")
         return folder
-    if not folder.is_dir(): raise UserError(f"checkpoint folder {folder} does not exist; run_training.sh writes checkpoints/trial_<number>")
-    found = [p for p in (folder/"best.safetensors", *reversed(by_step(folder, MODELS).values())) if p.is_file()]
+    if not folder.is_dir():
+        raise UserError(f"checkpoint folder {folder} does not exist; run_training.sh writes checkpoints/trial_<number>")
+    found = [p for p in (folder / "best.safetensors", *reversed(by_step(folder, MODELS).values())) if p.is_file()]
     harmed: list[str] = []
     for path in found:
-        if why := harm(path): harmed.append(why); continue
-        for why in harmed: print(f"diffx2ct: {why}; using {path.name}", file=sys.stderr)
+        if why := harm(path):
+            harmed.append(why)
+            continue
+        for why in harmed:
+            print(f"diffx2ct: {why}; using {path.name}", file=sys.stderr)
         return path
-    if harmed: raise UserError(f"{harmed[0]}, and there is no other whole model; use another checkpoint")
-    raise UserError(f"checkpoint folder {folder} holds no model (best.safetensors or model_<step>.safetensors); train first with run_training.sh")
+    if harmed:
+        raise UserError(f"{harmed[0]}, and there is no other whole model; use another checkpoint")
+    raise UserError(
+        f"checkpoint folder {folder} holds no model (best.safetensors or model_<step>.safetensors); train first with run_training.sh"
+    )
 
 # %% ../nbs/03b_checkpoint.ipynb #03a335f3
 def read_weights(
@@ -219,10 +295,14 @@ def read_weights(
     "Tensors of one kind, without their prefix."
     meta = read_header(path)
     try:
-        with safe_open(path, "pt") as f: weights = {k.removeprefix(f"{which}."): f.get_tensor(k) for k in f.keys() if k.startswith(f"{which}.")}
-    except (SafetensorError, OSError): raise UserError(f"{path} is damaged; use another checkpoint") from None
-    for old in range(meta["format"], FORMAT): weights = UPGRADES[old](weights, meta)
+        with safe_open(path, "pt") as f:
+            weights = {k.removeprefix(f"{which}."): f.get_tensor(k) for k in f.keys() if k.startswith(f"{which}.")}
+    except (SafetensorError, OSError):
+        raise UserError(f"{path} is damaged; use another checkpoint") from None
+    for old in range(meta["format"], FORMAT):
+        weights = UPGRADES[old](weights, meta)
     return weights
+
 
 def fits(
     denoiser: Denoiser,
@@ -235,7 +315,10 @@ def fits(
     wrong = next((k for k, v in weights.items() if k not in have or have[k].shape != v.shape), None)
     lost = next((k for k in have if strict and k not in weights), None)
     if key := wrong or lost:
-        raise UserError(f"{path} is from a model of another size ({key} is {tuple(weights[key].shape) if wrong else 'missing'} there, {tuple(have[key].shape) if key in have else 'absent'} here); restore the settings it was trained with, or use another study name")
+        raise UserError(
+            f"{path} is from a model of another size ({key} is {tuple(weights[key].shape) if wrong else 'missing'} there, {tuple(have[key].shape) if key in have else 'absent'} here); restore the settings it was trained with, or use another study name"
+        )
+
 
 def fill(denoiser: Denoiser, weights: dict[str, Tensor], path: Path, strict: bool = True) -> Denoiser:
     "Load weights that fit."
@@ -252,32 +335,48 @@ def load_model(
     path = model_file(folder)
     meta = read_header(path)
     h = Header.model_validate(meta)
-    make, weights = lambda: build(h.config, Geometry(**h.geometry.model_dump()), h.mm, h.line_integrals), read_weights(path, "ema")
+    make, weights = (
+        lambda: build(h.config, Geometry(**h.geometry.model_dump()), h.mm, h.line_integrals),
+        read_weights(path, "ema"),
+    )
     try:
-        with torch.device("meta"): fits(make(), weights, path)  # costs no memory, however large the description says it is
-    except (RuntimeError, TypeError, ValueError, OverflowError): raise UserError(f"{path} describes a network that cannot be built; it is damaged, use another checkpoint") from None
+        with torch.device("meta"):
+            fits(make(), weights, path)  # costs no memory, however large the description says it is
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"{path} describes a network that cannot be built; it is damaged, use another checkpoint"
+        ) from None
     return Model(fill(make(), weights, path).to(device).eval(), h.config, meta, path)
+
 
 def load_training(
     folder: str | Path,
-    denoiser: Denoiser, ema: Denoiser,  # filled in place
+    denoiser: Denoiser,
+    ema: Denoiser,  # filled in place
 ) -> dict | None:  # the training state; None where there is no complete pair
     "Go on from the newest complete pair of files that is whole."
     harmed: list[str] = []
     models = by_step(Path(folder), MODELS)
     for step, path in reversed(by_step(Path(folder), STATES).items()):
-        if not (model := models.get(step)): continue
+        if not (model := models.get(step)):
+            continue
         if why := harm(path) or harm(model):
             harmed.append(why)
             continue
-        for why in harmed if rank() == 0 else (): print(f"diffx2ct: {why}; going on from {path.name}", file=sys.stderr)
+        for why in harmed if rank() == 0 else ():
+            print(f"diffx2ct: {why}; going on from {path.name}", file=sys.stderr)
         try:
             state = read_pt(path)
-            if not isinstance(state, dict) or "step" not in state: raise ValueError
-        except Exception: raise UserError(f"{path} cannot be read; remove it and its model file to start this trial again") from None
+            if not isinstance(state, dict) or "step" not in state:
+                raise ValueError
+        except Exception:
+            raise UserError(f"{path} cannot be read; remove it and its model file to start this trial again") from None
         fill(ema, read_weights(model, "ema"), model)
         fill(denoiser, read_weights(model, "raw"), model, strict=False)
         denoiser.load_state_dict({k: v for k, v in ema.named_buffers() if k in denoiser.state_dict()}, strict=False)
         return state
-    if harmed: raise UserError(f"{harmed[0]}, and there is no whole checkpoint before it; move {folder} away to start this trial again")
+    if harmed:
+        raise UserError(
+            f"{harmed[0]}, and there is no whole checkpoint before it; move {folder} away to start this trial again"
+        )
     return None

@@ -34,14 +34,15 @@ def solve_views(
 ) -> Tensor:  # (B, 2, P, P) z with (A A^T + lambda I) z = r, as far as there is one
     "Conjugate residuals on the normal equations of the views; the norm of what is left never grows."
     dot = lambda a, b: (a * b).flatten(1).sum(1)[:, None, None, None]
-    eigenvalue = A.size * A.mm ** 2
+    eigenvalue = A.size * A.mm**2
     floor = torch.maximum(torch.as_tensor(stop, device=r.device).reshape(-1, 1, 1, 1) ** 2, 1e-12 * dot(r, r))
-    z = p = q = torch.zeros_like(r)                                              # q is G p
+    z = p = q = torch.zeros_like(r)  # q is G p
     e = torch.full_like(dot(r, r), torch.inf)
     for _ in range(steps):
         g = A(A.adjoint(r)) + damping * eigenvalue * r
-        active = (dot(r, r) > floor) & (dot(g, g) > 1e-8 * eigenvalue ** 2 * dot(r, r))
-        if not active.any(): break
+        active = (dot(r, r) > floor) & (dot(g, g) > 1e-8 * eigenvalue**2 * dot(r, r))
+        if not active.any():
+            break
         last, e = e, dot(r, g)
         beta = torch.where(active, e / last.clamp(min=1e-20), 0.0)
         p, q = r + beta * p, g + beta * q
@@ -99,13 +100,15 @@ def disagreement(
 CLASH = 0.02  # disagreement above which two views count as not of one patient
 UNEVEN = {"parallel": 0.02, "cone": 0.15}  # the same for the difference of their weights
 
+
 def litres(
     y: Tensor,  # (B, 2, P, P) views, mm of water
     A: Projector,
 ) -> Tensor:  # (B, 2) litres of water
     "What the body weighs in each view."
     pixel = A.geometry.panel_mm / A.pixels * A.geometry.zoom(torch.zeros(())).item()
-    return y.sum((-2, -1)) * pixel ** 2 / 1e6
+    return y.sum((-2, -1)) * pixel**2 / 1e6
+
 
 def doubt(
     y: Tensor,  # (1, 2, P, P) views, mm of water
@@ -115,7 +118,13 @@ def doubt(
     "Whether two views can be of one patient, in words with both numbers."
     (ap, lat), cube = litres(y, A)[0].tolist(), (A.size * A.mm) ** 3 / 1e6
     sums = f"the AP view adds up to {ap:.3g} litres of water and the LAT view to {lat:.3g}"
-    if not 1e-3 * cube < min(ap, lat) <= max(ap, lat) < (1 + window[1] / 1000) * cube: return f"{sums}, which cannot be in a cube of {cube:.3g} litres: they are not in mm of water"
-    if abs(ap - lat) > UNEVEN[A.geometry.kind] * max(ap, lat): return f"{sums}, a difference of {abs(ap - lat) / max(ap, lat):.1%} (limit {UNEVEN[A.geometry.kind]:.0%}): perhaps they are of two patients"
+    if not 1e-3 * cube < min(ap, lat) <= max(ap, lat) < (1 + window[1] / 1000) * cube:
+        return f"{sums}, which cannot be in a cube of {cube:.3g} litres: they are not in mm of water"
+    if abs(ap - lat) > UNEVEN[A.geometry.kind] * max(ap, lat):
+        return f"{sums}, a difference of {abs(ap - lat) / max(ap, lat):.1%} (limit {UNEVEN[A.geometry.kind]:.0%}): perhaps they are of two patients"
     left = disagreement(y, A, window).item()
-    return f"{sums}, but no volume explains {left:.1%} of them (limit {CLASH:.0%}): perhaps they are of two patients" if left > CLASH else None
+    return (
+        f"{sums}, but no volume explains {left:.1%} of them (limit {CLASH:.0%}): perhaps they are of two patients"
+        if left > CLASH
+        else None
+    )

@@ -13,7 +13,18 @@ __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'SHIPPED',
            'read_manifest', 'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
-import copy, difflib, fcntl, functools, json, os, random, re, sys, tempfile, warnings, zipfile
+import copy
+import difflib
+import fcntl
+import functools
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,26 +43,33 @@ from torch import Tensor
 class UserError(Exception):
     "Something the user can repair: one sentence that names the file, key or value and says what to do."
 
+
 def one_line(text: Any) -> str:
     "Text for the terminal: a file's name may hold anything, also what a terminal obeys."
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(text))
+
 
 def command(
     main: Callable,  # the body of a console command, called with the list of arguments (default: `sys.argv[1:]`)
     again: str = "goes on from here",  # what the same command does after Ctrl-C
 ) -> Callable:
     "Wrap a console command: `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."
+
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
-        if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-        if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")  # names that are not text
-        try: return main(sys.argv[1:] if argv is None else argv)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names that are not text
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
         except UserError as e:
             print(f"diffx2ct: {one_line(e)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"diffx2ct: stopped; the same command {again}", file=sys.stderr)
             sys.exit(130)
+
     return wrapped
 
 # %% ../nbs/00_data.ipynb #50c93361
@@ -63,20 +81,27 @@ def write_beside(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix="".join(path.suffixes[-2:]))
-    except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
     os.close(handle)
     tmp = Path(name)
     try:
         write(tmp)
-        with open(tmp, "rb") as f: os.fsync(f.fileno())
-        umask = os.umask(0); os.umask(umask)
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
         tmp.chmod(0o666 & ~umask)
     except BaseException as e:
         tmp.unlink(missing_ok=True)
-        why = next((x for x in (e, e.__context__) if isinstance(e, Exception) and isinstance(x, OSError)), None)  # torch.save hides a full disk in a RuntimeError
-        if why is None: raise
+        why = next(
+            (x for x in (e, e.__context__) if isinstance(e, Exception) and isinstance(x, OSError)), None
+        )  # torch.save hides a full disk in a RuntimeError
+        if why is None:
+            raise
         raise UserError(f"{path} could not be saved ({why.strerror}); what was there before is unchanged") from None
     return tmp
+
 
 def write_together(
     files: dict[Path, Callable[[Path], Any]],  # where each shall be, and what writes it at the path it is given
@@ -85,12 +110,18 @@ def write_together(
     beside: dict[Path, Path] = {}
     *others, last = files
     try:
-        for path, write in files.items(): beside[path] = write_beside(path, write)
-        if others: last.unlink(missing_ok=True)
-        for path, tmp in beside.items(): os.replace(tmp, path)
-    except OSError as e: raise UserError(f"{last} cannot be replaced ({e.strerror}); check the folder and its rights") from None
+        for path, write in files.items():
+            beside[path] = write_beside(path, write)
+        if others:
+            last.unlink(missing_ok=True)
+        for path, tmp in beside.items():
+            os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"{last} cannot be replaced ({e.strerror}); check the folder and its rights") from None
     finally:
-        for tmp in beside.values(): tmp.unlink(missing_ok=True)
+        for tmp in beside.values():
+            tmp.unlink(missing_ok=True)
+
 
 def write_atomic(
     path: str | Path,  # where the file shall be
@@ -105,8 +136,10 @@ def writable(
     path: str | Path,  # of a file or folder that shall be made
 ) -> None:
     "Refuse a place where nothing can be written."
-    try: tempfile.TemporaryFile(dir=next(p for p in Path(path).resolve().parents if p.exists())).close()
-    except OSError as e: raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
+    try:
+        tempfile.TemporaryFile(dir=next(p for p in Path(path).resolve().parents if p.exists())).close()
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}); check the folder and its rights") from None
 
 # %% ../nbs/00_data.ipynb #b68d7b78
 @contextmanager
@@ -119,19 +152,25 @@ def hold(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held = os.open(folder, os.O_RDONLY)
-        except OSError as e: raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
+        except OSError as e:
+            raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
         with ExitStack() as at_end:
             at_end.callback(os.close, held)
-            try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"diffx2ct: another process works in {folder}; waiting for it", file=sys.stderr)
                 fcntl.flock(held, fcntl.LOCK_EX)
-            except OSError: pass  # a network disk without locks
-            if not folder.exists() or not os.path.samestat(os.stat(folder), os.fstat(held)): continue  # the other one has taken it away
-            try: yield
+            except OSError:
+                pass  # a network disk without locks
+            if not folder.exists() or not os.path.samestat(os.stat(folder), os.fstat(held)):
+                continue  # the other one has taken it away
+            try:
+                yield
             finally:
                 with suppress(OSError):
-                    for p in made: p.rmdir()  # which an empty one allows
+                    for p in made:
+                        p.rmdir()  # which an empty one allows
             return
 
 # %% ../nbs/00_data.ipynb #e60cfe7a
@@ -140,21 +179,29 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-OnOff = BeforeValidator(lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v)  # YAML reads a bare on or off as a truth value
+OnOff = BeforeValidator(
+    lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v
+)  # YAML reads a bare on or off as a truth value
+
 
 class Section(BaseModel):
     "A part of the settings: unknown keys are refused, assigned values are checked."
+
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
 
 class GeometryConfig(Section):
     "An acquisition geometry in millimetres (chapter 00a)."
+
     KIND: Literal["parallel", "cone"] = "cone"
     SAD_MM: Positive = 541
     SDD_MM: Positive = 949
     PANEL_MM: Positive = 500
 
+
 class DataConfig(Section):
     "Where cases lie and what their numbers mean."
+
     PT_DATA_DIR: str | None = None
     DRR_DIR: str | None = None
     PHANTOMS: Annotated[int, Field(ge=2)] = 40
@@ -173,6 +220,7 @@ class DataConfig(Section):
 # %% ../nbs/00_data.ipynb #0dc99e2a
 class UNetConfig(Section):
     "The 3D denoiser (chapter 02)."
+
     NUM_CHANNELS: Annotated[list[Count], Field(min_length=1, max_length=8)] = [32, 64, 96, 128]
     ATTENTION_LEVELS: list[bool] = [False, False, False, True]
     CROSS_ATTENTION_LEVELS: list[bool] = [False, False, False, True]
@@ -181,22 +229,31 @@ class UNetConfig(Section):
     PLANAR_LEVELS: Annotated[int, Field(ge=0)] = 2
     CHECKPOINTING: bool = False
 
+
 class EncoderConfig(Section):
     "The 2D conditioning encoder (chapter 01)."
+
     NUM_CHANNELS: Count = 32
     OUTPUT_DIM: Count = 64
-    LIFT: Annotated[Literal["modulate", "add", "none"], BeforeValidator(lambda v: {True: "modulate", False: "none"}[v] if isinstance(v, bool) else v)] = "modulate"
+    LIFT: Annotated[
+        Literal["modulate", "add", "none"],
+        BeforeValidator(lambda v: {True: "modulate", False: "none"}[v] if isinstance(v, bool) else v),
+    ] = "modulate"
+
 
 class ModelConfig(Section):
     "Network sizes; SCALE multiplies all channel numbers."
+
     SCALE: Annotated[float, Field(gt=0, le=100)] = 1.0
     BASE: Literal["consistent_mean", "mean", "none"] = "consistent_mean"
     EMA_DECAY: Annotated[float, Field(ge=0, lt=1)] = 0.99
     UNET: UNetConfig = UNetConfig()
     CONDITIONING_ENCODER: EncoderConfig = EncoderConfig()
 
+
 class LossWeights(Section):
     "Loss ratios of the last phase; normalised to sum to one."
+
     L1: Weight = 1.0
     SSIM: Weight = 0.1
     FOURIER: Weight = 0.1
@@ -205,6 +262,7 @@ class LossWeights(Section):
 # %% ../nbs/00_data.ipynb #fc9616a7
 class AugmentConfig(Section):
     "How far a training case is changed each time it is seen (chapter 00f)."
+
     SHARE: Ratio = 0.5
     PASSES: Annotated[int, Field(ge=0)] = 40
     ROTATE: Annotated[float, Field(ge=0, le=180)] = 10
@@ -218,8 +276,10 @@ class AugmentConfig(Section):
     PHOTONS: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     GAMMA: Annotated[float, Field(ge=0, lt=2)] = 0.0
 
+
 class TrainingConfig(Section):
     "How a trial trains (chapter 04)."
+
     ENCODER: Literal["resnet", "convnext", "efficientnet"] = "resnet"
     START_FROM: str | None = None
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
@@ -247,6 +307,7 @@ class TrainingConfig(Section):
 # %% ../nbs/00_data.ipynb #7ee0b5b1
 class DiffusionConfig(Section):
     "Noise schedule, parameterisation, sampling (chapter 02a)."
+
     SCHEDULE: Literal["cosine", "linear", "flow"] = "flow"
     PREDICTION: Literal["x0", "v", "eps"] = "x0"
     SAMPLER: Literal["ddpm", "ddim", "euler", "heun", "dpm++"] = "ddim"
@@ -258,6 +319,7 @@ class DiffusionConfig(Section):
 # %% ../nbs/00_data.ipynb #6f3e2252
 class Range(Section):
     "One searched key: a range or a list of choices."
+
     low: Finite | None = None
     high: Finite | None = None
     log: bool = False
@@ -267,16 +329,22 @@ class Range(Section):
     @model_validator(mode="after")
     def check(self):
         if self.choices is not None:
-            if not self.choices or self.low is not None or self.high is not None: raise ValueError("choices needs at least one value, and no low or high beside it")
-        elif self.low is None or self.high is None: raise ValueError("needs low and high, or choices")
-        elif self.low > self.high: raise ValueError(f"low {self.low:g} is above high {self.high:g}")
-        elif self.log and self.low <= 0: raise ValueError(f"a log range needs low above 0, not {self.low:g}")
-        elif self.log and self.step: raise ValueError("log and step exclude each other")
+            if not self.choices or self.low is not None or self.high is not None:
+                raise ValueError("choices needs at least one value, and no low or high beside it")
+        elif self.low is None or self.high is None:
+            raise ValueError("needs low and high, or choices")
+        elif self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}")
+        elif self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low above 0, not {self.low:g}")
+        elif self.log and self.step:
+            raise ValueError("log and step exclude each other")
         return self
 
     def ends(self) -> list:
         "The choices, or the ends of the range and what lies a step above the lower one."
-        if self.choices is not None: return self.choices
+        if self.choices is not None:
+            return self.choices
         assert self.low is not None and self.high is not None  # as `check` has seen to
         return [self.low, min(self.high, self.low + (self.step or 1)), self.high]
 
@@ -285,23 +353,31 @@ def hidden(url: str | None) -> str | None:
     "A database URL as it may be written down: without user, password and options."
     return url and re.sub(r"(?<=://).*@|(?<=\?).*", "***", url)
 
+
 class OptunaConfig(Section):
     "The search (chapter 04)."
+
     N_TRIALS: Count = 4
-    STORAGE: Annotated[str | None, Field(repr=False), PlainSerializer(hidden)] = None  # dumped, shown or printed it says where, not who
+    STORAGE: Annotated[str | None, Field(repr=False), PlainSerializer(hidden)] = (
+        None  # dumped, shown or printed it says where, not who
+    )
     PRUNER: Literal["median", "hyperband", "none"] = "median"
     STARTUP_TRIALS: Annotated[int, Field(ge=0)] = 2
     GRACE: Positive = 600.0
     RETRAIN_FACTOR: Positive = 3.0
     PARAMS: dict[str, Range] = {
-        "TRAINING.LEARNING_RATE": Range(low=3e-4, high=2e-3, log=True), "TRAINING.CLIP_PERCENTILE": Range(low=50, high=99),
-        "TRAINING.LOSS_WEIGHTS.SSIM": Range(low=0.0, high=0.5), "TRAINING.LOSS_WEIGHTS.FOURIER": Range(low=0.0, high=0.5)}
+        "TRAINING.LEARNING_RATE": Range(low=3e-4, high=2e-3, log=True),
+        "TRAINING.CLIP_PERCENTILE": Range(low=50, high=99),
+        "TRAINING.LOSS_WEIGHTS.SSIM": Range(low=0.0, high=0.5),
+        "TRAINING.LOSS_WEIGHTS.FOURIER": Range(low=0.0, high=0.5),
+    }
 
 # %% ../nbs/00_data.ipynb #3312d88b
 class Config(Section):
     "All settings, as in `config.yml`."
+
     PROJECT_NAME: Annotated[str, Field(min_length=1)] = "diffx2ct"
-    SEED: Annotated[int, Field(ge=0, lt=2 ** 31)] = 0
+    SEED: Annotated[int, Field(ge=0, lt=2**31)] = 0
     DEVICES: str | list[str] = "auto"
     PLAN: Literal["balanced", "seed3"] = "balanced"
     PARALLEL: Literal["ddp", "fsdp"] = "ddp"
@@ -323,32 +399,78 @@ def check_config(
 ) -> Config:
     "Raise `UserError` where keys contradict each other."
     d, t, u = c.DATA, c.TRAINING, c.MODEL.UNET
+
     def refuse(bad, sentence):
-        if bad: raise UserError(sentence)
+        if bad:
+            raise UserError(sentence)
+
     refuse(d.HU_MIN >= d.HU_MAX, f"DATA.HU_MIN ({d.HU_MIN:g}) must lie below DATA.HU_MAX ({d.HU_MAX:g})")
-    refuse(d.VIS_WINDOW_MIN >= d.VIS_WINDOW_MAX, f"DATA.VIS_WINDOW_MIN ({d.VIS_WINDOW_MIN:g}) must lie below DATA.VIS_WINDOW_MAX ({d.VIS_WINDOW_MAX:g})")
-    refuse((d.PT_DATA_DIR is None) != (d.DRR_DIR is None), "DATA.PT_DATA_DIR and DATA.DRR_DIR belong together; set both, or neither for the embedded phantoms")
-    refuse(t.PATCH_SIZE > d.TARGET_VOLUME_SIZE, f"TRAINING.PATCH_SIZE ({t.PATCH_SIZE}) is larger than DATA.TARGET_VOLUME_SIZE ({d.TARGET_VOLUME_SIZE}); lower it")
-    refuse(not any(t.LOSS_WEIGHTS.model_dump().values()), "TRAINING.LOSS_WEIGHTS are all zero; give at least one of them a positive value")
+    refuse(
+        d.VIS_WINDOW_MIN >= d.VIS_WINDOW_MAX,
+        f"DATA.VIS_WINDOW_MIN ({d.VIS_WINDOW_MIN:g}) must lie below DATA.VIS_WINDOW_MAX ({d.VIS_WINDOW_MAX:g})",
+    )
+    refuse(
+        (d.PT_DATA_DIR is None) != (d.DRR_DIR is None),
+        "DATA.PT_DATA_DIR and DATA.DRR_DIR belong together; set both, or neither for the embedded phantoms",
+    )
+    refuse(
+        t.PATCH_SIZE > d.TARGET_VOLUME_SIZE,
+        f"TRAINING.PATCH_SIZE ({t.PATCH_SIZE}) is larger than DATA.TARGET_VOLUME_SIZE ({d.TARGET_VOLUME_SIZE}); lower it",
+    )
+    refuse(
+        not any(t.LOSS_WEIGHTS.model_dump().values()),
+        "TRAINING.LOSS_WEIGHTS are all zero; give at least one of them a positive value",
+    )
     for key in ("ATTENTION_LEVELS", "CROSS_ATTENTION_LEVELS"):
-        refuse(len(getattr(u, key)) != len(u.NUM_CHANNELS), f"MODEL.UNET.{key} has {len(getattr(u, key))} entries but MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; they must be equal")
+        refuse(
+            len(getattr(u, key)) != len(u.NUM_CHANNELS),
+            f"MODEL.UNET.{key} has {len(getattr(u, key))} entries but MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; they must be equal",
+        )
     stride = 2 ** (len(u.NUM_CHANNELS) - 1 + u.HALF_RESOLUTION)
     for key, size in (("TRAINING.PATCH_SIZE", t.PATCH_SIZE), ("DATA.TARGET_VOLUME_SIZE", d.TARGET_VOLUME_SIZE)):
-        refuse(size % stride, f"{key} ({size}) must be a multiple of {stride} for the {len(u.NUM_CHANNELS)} levels of MODEL.UNET.NUM_CHANNELS")
-    refuse(t.COARSE_EPOCHS and c.MODEL.BASE == "none", "TRAINING.COARSE_EPOCHS makes a better base, but MODEL.BASE is none; set it to consistent_mean, or COARSE_EPOCHS to []")
-    refuse(len(t.COARSE_EPOCHS) >= len(u.NUM_CHANNELS), f"TRAINING.COARSE_EPOCHS names {len(t.COARSE_EPOCHS)} coarser stages, but each needs a level of its own and MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; name fewer")
+        refuse(
+            size % stride,
+            f"{key} ({size}) must be a multiple of {stride} for the {len(u.NUM_CHANNELS)} levels of MODEL.UNET.NUM_CHANNELS",
+        )
+    refuse(
+        t.COARSE_EPOCHS and c.MODEL.BASE == "none",
+        "TRAINING.COARSE_EPOCHS makes a better base, but MODEL.BASE is none; set it to consistent_mean, or COARSE_EPOCHS to []",
+    )
+    refuse(
+        len(t.COARSE_EPOCHS) >= len(u.NUM_CHANNELS),
+        f"TRAINING.COARSE_EPOCHS names {len(t.COARSE_EPOCHS)} coarser stages, but each needs a level of its own and MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; name fewer",
+    )
     fine = 2 ** len(t.COARSE_EPOCHS)
     for key, size, unit in (("TARGET_VOLUME_SIZE", d.TARGET_VOLUME_SIZE, 8), ("TARGET_DRR_SIZE", d.TARGET_DRR_SIZE, 1)):
-        refuse(size % (unit * fine) or size < 8 * fine, f"DATA.{key} ({size}) must be a multiple of {unit * fine}, and {8 * fine} at least, for the {len(t.COARSE_EPOCHS)} coarser stages of TRAINING.COARSE_EPOCHS; change it, or set COARSE_EPOCHS to []")
-    refuse(t.LOSS_WEIGHTS.PROJECTION and t.PATCH_SIZE < d.TARGET_VOLUME_SIZE, f"TRAINING.LOSS_WEIGHTS.PROJECTION needs whole volumes, but TRAINING.PATCH_SIZE ({t.PATCH_SIZE}) is smaller than DATA.TARGET_VOLUME_SIZE ({d.TARGET_VOLUME_SIZE}); set it to 0, or make the sizes equal")
-    refuse(t.PHANTOM_EPOCHS and c.DATA.PT_DATA_DIR is None, "TRAINING.PHANTOM_EPOCHS trains on phantoms before your own cases, but DATA.PT_DATA_DIR is null, which is phantoms alone; name a folder, or set PHANTOM_EPOCHS to 0")
-    refuse(t.PHANTOM_EPOCHS and t.START_FROM, "TRAINING.START_FROM and TRAINING.PHANTOM_EPOCHS both say where the weights begin; set one of them to null or 0")
+        refuse(
+            size % (unit * fine) or size < 8 * fine,
+            f"DATA.{key} ({size}) must be a multiple of {unit * fine}, and {8 * fine} at least, for the {len(t.COARSE_EPOCHS)} coarser stages of TRAINING.COARSE_EPOCHS; change it, or set COARSE_EPOCHS to []",
+        )
+    refuse(
+        t.LOSS_WEIGHTS.PROJECTION and t.PATCH_SIZE < d.TARGET_VOLUME_SIZE,
+        f"TRAINING.LOSS_WEIGHTS.PROJECTION needs whole volumes, but TRAINING.PATCH_SIZE ({t.PATCH_SIZE}) is smaller than DATA.TARGET_VOLUME_SIZE ({d.TARGET_VOLUME_SIZE}); set it to 0, or make the sizes equal",
+    )
+    refuse(
+        t.PHANTOM_EPOCHS and c.DATA.PT_DATA_DIR is None,
+        "TRAINING.PHANTOM_EPOCHS trains on phantoms before your own cases, but DATA.PT_DATA_DIR is null, which is phantoms alone; name a folder, or set PHANTOM_EPOCHS to 0",
+    )
+    refuse(
+        t.PHANTOM_EPOCHS and t.START_FROM,
+        "TRAINING.START_FROM and TRAINING.PHANTOM_EPOCHS both say where the weights begin; set one of them to null or 0",
+    )
     plain = c.model_copy(update=dict(OPTUNA=c.OPTUNA.model_copy(update=dict(PARAMS={}))))
     for key, r in c.OPTUNA.PARAMS.items():
-        refuse(key.startswith(("OPTUNA.", "DATA.", "VALIDATION_SPLIT")), f"OPTUNA.PARAMS.{key}: the search and its data are the same for all trials, so this cannot be searched; remove it")
+        refuse(
+            key.startswith(("OPTUNA.", "DATA.", "VALIDATION_SPLIT")),
+            f"OPTUNA.PARAMS.{key}: the search and its data are the same for all trials, so this cannot be searched; remove it",
+        )
         for value in r.ends():
-            try: check_config(set_key(plain.model_copy(deep=True), key, value, f"OPTUNA.PARAMS.{key}"))
-            except UserError as e: raise e if str(e).startswith("OPTUNA.PARAMS") else UserError(f"OPTUNA.PARAMS.{key} = {value}: {e}") from None
+            try:
+                check_config(set_key(plain.model_copy(deep=True), key, value, f"OPTUNA.PARAMS.{key}"))
+            except UserError as e:
+                raise (
+                    e if str(e).startswith("OPTUNA.PARAMS") else UserError(f"OPTUNA.PARAMS.{key} = {value}: {e}")
+                ) from None
     return c
 
 # %% ../nbs/00_data.ipynb #f78a7823
@@ -358,12 +480,22 @@ def sentence(
     prefix: str = "",  # dotted path in front of the key
 ) -> str:
     "The first complaint of a validation as one sentence with key and value."
-    first = next((x for x in e.errors() if x["type"] not in ("literal_error", "model_type", "model_attributes_type") or len(e.errors()) == 1), e.errors()[0])
+    first = next(
+        (
+            x
+            for x in e.errors()
+            if x["type"] not in ("literal_error", "model_type", "model_attributes_type") or len(e.errors()) == 1
+        ),
+        e.errors()[0],
+    )
     key = ".".join(s for s in [prefix, *map(str, first["loc"])] if s)
     key = re.sub(r"\.(GeometryConfig|literal\[.*?\]|str|list\[.*?\])$", "", key)
-    if first["type"] == "extra_forbidden": return f"{source}: {key} is not a known key; see config.yml for the keys there are"
-    if first["type"] == "value_error": return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}"
+    if first["type"] == "extra_forbidden":
+        return f"{source}: {key} is not a known key; see config.yml for the keys there are"
+    if first["type"] == "value_error":
+        return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}"
     return f"{source}: {key} is {repr(first['input'])[:200]}; {first['msg'][0].lower() + first['msg'][1:]}"
+
 
 def set_key(
     c: Config,  # settings, changed in place
@@ -375,12 +507,21 @@ def set_key(
     *parents, last = key.split(".")
     section: Any = c
     for name in parents:
-        section = getattr(section, name, None) if isinstance(section, Section) and name in type(section).model_fields else None
-    if isinstance(section, str): raise UserError(f"{source}: {'.'.join(parents)} is {section}, which has no {last}; set {'.'.join(parents)} as a whole, as config.yml shows")
+        section = (
+            getattr(section, name, None)
+            if isinstance(section, Section) and name in type(section).model_fields
+            else None
+        )
+    if isinstance(section, str):
+        raise UserError(
+            f"{source}: {'.'.join(parents)} is {section}, which has no {last}; set {'.'.join(parents)} as a whole, as config.yml shows"
+        )
     if not isinstance(section, Section) or last not in type(section).model_fields:
         raise UserError(f"{source}: {key} is not a known key; see config.yml for the keys there are")
-    try: setattr(section, last, value)
-    except ValidationError as e: raise UserError(sentence(e, source, ".".join(parents))) from None
+    try:
+        setattr(section, last, value)
+    except ValidationError as e:
+        raise UserError(sentence(e, source, ".".join(parents))) from None
     return c
 
 # %% ../nbs/00_data.ipynb #36193f76
@@ -389,17 +530,33 @@ def merge(
     over: dict,  # nested mapping whose leaves win
 ) -> dict:
     "Lay one nested mapping over another; the search space is replaced, not mixed."
-    return base | {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) and k != "PARAMS" else v for k, v in over.items()}
+    return base | {
+        k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) and k != "PARAMS" else v
+        for k, v in over.items()
+    }
+
 
 class Loader(yaml.SafeLoader):
     "YAML without aliases, by which a few lines can stand for gigabytes."
+
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent): raise yaml.MarkedYAMLError(problem="aliases (*name) are not read, so write the value out", problem_mark=self.peek_event().start_mark)
-        try: return super().compose_node(parent, index)
-        except RecursionError: raise yaml.MarkedYAMLError(problem="it is nested too deep") from None
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read, so write the value out",
+                problem_mark=self.peek_event().start_mark,
+            )
+        try:
+            return super().compose_node(parent, index)
+        except RecursionError:
+            raise yaml.MarkedYAMLError(problem="it is nested too deep") from None
+
     def construct_object(self, node, deep=False):
-        try: return super().construct_object(node, deep)
-        except (ValueError, OverflowError, RecursionError) as e: raise yaml.MarkedYAMLError(problem=f"{str(node.value)[:40]} is no value ({e})", problem_mark=node.start_mark) from None
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, RecursionError) as e:
+            raise yaml.MarkedYAMLError(
+                problem=f"{str(node.value)[:40]} is no value ({e})", problem_mark=node.start_mark
+            ) from None
 
 # %% ../nbs/00_data.ipynb #6bdc28e9
 def read_yaml(
@@ -407,19 +564,32 @@ def read_yaml(
 ) -> dict:
     "The mapping in a YAML file; `UserError` with line and column where it is not YAML."
     try:
-        with open(path, encoding="utf-8") as f: text = f.read((1 << 20) + 1)
-        if len(text) > 1 << 20: raise UserError(f"{path} has more than a megabyte, which no settings file has; name another with --config")
+        with open(path, encoding="utf-8") as f:
+            text = f.read((1 << 20) + 1)
+        if len(text) > 1 << 20:
+            raise UserError(f"{path} has more than a megabyte, which no settings file has; name another with --config")
         got = yaml.load(text, Loader)
-    except FileNotFoundError: raise UserError(f"{path} does not exist; name a settings file with --config, or copy the project's config.yml") from None
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path} cannot be read as text ({e})") from None
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; name a settings file with --config, or copy the project's config.yml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read as text ({e})") from None
     except yaml.YAMLError as e:
-        mark, problem = getattr(e, "problem_mark", None), " ".join(str(getattr(e, "problem", e)).replace("'\\t'", "a tab").split())
-        raise UserError(f"{path} is not valid YAML{f' at line {mark.line + 1}, column {mark.column + 1}' if mark else ''}: {problem}; indent with spaces") from None
-    if not isinstance(got, dict | None): raise UserError(f"{path} must hold KEY: value lines, not a {type(got).__name__}")
+        mark, problem = (
+            getattr(e, "problem_mark", None),
+            " ".join(str(getattr(e, "problem", e)).replace("'\\t'", "a tab").split()),
+        )
+        raise UserError(
+            f"{path} is not valid YAML{f' at line {mark.line + 1}, column {mark.column + 1}' if mark else ''}: {problem}; indent with spaces"
+        ) from None
+    if not isinstance(got, dict | None):
+        raise UserError(f"{path} must hold KEY: value lines, not a {type(got).__name__}")
     return got or {}
 
 # %% ../nbs/00_data.ipynb #01a734dc
-SHIPPED = Path(str(resources.files("diffx2ct")/"config.yml"))  # the settings file that is part of the package
+SHIPPED = Path(str(resources.files("diffx2ct") / "config.yml"))  # the settings file that is part of the package
+
 
 def load_config(
     path: str | Path | None = None,  # YAML file; `None` gives the defaults
@@ -430,17 +600,24 @@ def load_config(
     raw, source = (read_yaml(path), str(path)) if path is not None else ({}, "settings")
     profiles, chosen = raw.pop("PROFILES", {}) or {}, raw.pop("PROFILE", None)
     name = str(profile or chosen or "demo")
-    if not isinstance(profiles, dict) or any(not isinstance(p, dict | None) for p in profiles.values()): raise UserError(f"{source}: PROFILES must hold a block of settings for each name")
-    profiles = {str(k): p for k, p in profiles.items()}       # YAML takes 128 for a number
+    if not isinstance(profiles, dict) or any(not isinstance(p, dict | None) for p in profiles.values()):
+        raise UserError(f"{source}: PROFILES must hold a block of settings for each name")
+    profiles = {str(k): p for k, p in profiles.items()}  # YAML takes 128 for a number
     known = sorted({"demo", *profiles})
-    if name not in known: raise UserError(f"{source}: there is no profile {name!r}; there are: {', '.join(known)}")
-    try: c = Config.model_validate(merge(raw, profiles.get(name) or {}))
-    except ValidationError as e: raise UserError(sentence(e, source)) from None
+    if name not in known:
+        raise UserError(f"{source}: there is no profile {name!r}; there are: {', '.join(known)}")
+    try:
+        c = Config.model_validate(merge(raw, profiles.get(name) or {}))
+    except ValidationError as e:
+        raise UserError(sentence(e, source)) from None
     for item in sets:
         key, eq, value = item.partition("=")
-        if not eq: raise UserError(f"--set {item}: write KEY=VALUE, for instance --set TRAINING.LEARNING_RATE=0.001")
-        try: set_key(c, key.strip(), yaml.load(value, Loader))
-        except yaml.YAMLError: raise UserError(f"--set {key}: {value!r} is not a YAML value") from None
+        if not eq:
+            raise UserError(f"--set {item}: write KEY=VALUE, for instance --set TRAINING.LEARNING_RATE=0.001")
+        try:
+            set_key(c, key.strip(), yaml.load(value, Loader))
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: {value!r} is not a YAML value") from None
     return check_config(c)
 
 # %% ../nbs/00_data.ipynb #5b80f2e9
@@ -450,45 +627,71 @@ def comments() -> dict[str, str]:  # dotted key -> what the file says of it, in 
     path: list[tuple[int, str]] = []
     for line in SHIPPED.read_text(encoding="utf-8").splitlines():
         m = re.match(r"( *)(?:# )?([\w.]+):(?: [^#]*)?(?:# *(.*))?$", line)
-        if not m: continue
+        if not m:
+            continue
         path = [(indent, key) for indent, key in path if indent < len(m[1])] + [(len(m[1]), m[2])]
-        if path[0][1] != "PROFILES" or len(path) < 3: said[".".join(key for _, key in path)] = m[3] or ""
+        if path[0][1] != "PROFILES" or len(path) < 3:
+            said[".".join(key for _, key in path)] = m[3] or ""
     return said
 
 # %% ../nbs/00_data.ipynb #08f3d7a2
 def flat_schema() -> dict[str, dict]:  # dotted key -> its JSON schema
     "Every key and section of the settings; a section's description is its docstring."
     whole, flat = Config.model_json_schema(), {}
+
     def walk(block: dict, path: str):
         for key, s in block["properties"].items():
             flat[path + key] = s
             for part in (s, *s.get("anyOf", [])):
-                if "$ref" not in part: continue
+                if "$ref" not in part:
+                    continue
                 inner = whole["$defs"][part["$ref"].split("/")[-1]]
                 flat[path + key] = dict(description=inner["description"]) | s
                 walk(inner, f"{path}{key}.")
+
     walk(whole, "")
     return flat
+
 
 def words(
     s: dict,  # JSON schema of a value
 ) -> str:
     "What a value may be, in a few words."
-    if "anyOf" in s: return " or ".join(map(words, s["anyOf"]))
-    if "$ref" in s: return "keys of its own"
-    if "enum" in s: return " | ".join(s["enum"])
-    if s["type"] == "array": return f"list of {s['maxItems']}, each {words(s['items'])}" if "maxItems" in s else f"list, each {words(s['items'])}"
-    name = {"integer": "whole number", "boolean": "true | false", "string": "text", "object": "mapping"}.get(s["type"], s["type"])
-    limits = dict(minimum="from", exclusiveMinimum="above", maximum="to", exclusiveMaximum="below", multipleOf="in steps of")
+    if "anyOf" in s:
+        return " or ".join(map(words, s["anyOf"]))
+    if "$ref" in s:
+        return "keys of its own"
+    if "enum" in s:
+        return " | ".join(s["enum"])
+    if s["type"] == "array":
+        return (
+            f"list of {s['maxItems']}, each {words(s['items'])}"
+            if "maxItems" in s
+            else f"list, each {words(s['items'])}"
+        )
+    name = {"integer": "whole number", "boolean": "true | false", "string": "text", "object": "mapping"}.get(
+        s["type"], s["type"]
+    )
+    limits = dict(
+        minimum="from", exclusiveMinimum="above", maximum="to", exclusiveMaximum="below", multipleOf="in steps of"
+    )
     return " ".join([name, *(f"{word} {s[k]:.10g}" for k, word in limits.items() if k in s)])
 
 # %% ../nbs/00_data.ipynb #b6e0913f
 def shown(value: Any) -> str:
     "A value as one would write it into config.yml, on one line."
+
     def plain(v: Any) -> Any:
-        if isinstance(v, dict): return {k: plain(x) for k, x in v.items() if x is not None and x is not False}
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items() if x is not None and x is not False}
         return int(v) if isinstance(v, float) and v.is_integer() else v
-    return yaml.safe_dump(plain(value), default_flow_style=True, width=10 ** 6, sort_keys=False).removesuffix("...\n").strip()
+
+    return (
+        yaml.safe_dump(plain(value), default_flow_style=True, width=10**6, sort_keys=False)
+        .removesuffix("...\n")
+        .strip()
+    )
+
 
 def explain(
     key: str,  # dotted key or section, such as `TRAINING.LEARNING_RATE` or `TRAINING`
@@ -496,18 +699,33 @@ def explain(
 ) -> str:
     "What a key does, what it may be, its default and its present value; of a section, its keys."
     schema = flat_schema()
-    said = {k: s.get("description", "") for k, s in schema.items()} | {k: text for k, text in comments().items() if text}
+    said = {k: s.get("description", "") for k, s in schema.items()} | {
+        k: text for k, text in comments().items() if text
+    }
     if key not in said:
         names = {k.split(".")[-1]: k for k in reversed(said)} | {k: k for k in said}
-        raise UserError(f"--explain {key}: there is no such key; the nearest is {names[difflib.get_close_matches(key.upper(), names, 1, 0)[0]]}")
+        raise UserError(
+            f"--explain {key}: there is no such key; the nearest is {names[difflib.get_close_matches(key.upper(), names, 1, 0)[0]]}"
+        )
+
     def now(key: str) -> str:
         value: Any = c.model_dump()
-        for name in key.split("."): value = value.get(name, ...) if isinstance(value, dict) else ...
+        for name in key.split("."):
+            value = value.get(name, ...) if isinstance(value, dict) else ...
         return "not in use" if value is ... else shown(value)
-    def value(key: str) -> bool: return key in schema and "$ref" not in schema[key]
+
+    def value(key: str) -> bool:
+        return key in schema and "$ref" not in schema[key]
+
     lines = [f"{key}: {said[key]}"]
-    if value(key): lines += [f"  may be   {words(schema[key])}", f"  default  {shown(schema[key]['default'])}", f"  now      {now(key)}"]
-    for k in (k for k in said if k.rpartition(".")[0] == key): lines.append(f"  {k}: {now(k)}  # {said[k]}" if value(k) else f"  {k}  # {said[k]}")
+    if value(key):
+        lines += [
+            f"  may be   {words(schema[key])}",
+            f"  default  {shown(schema[key]['default'])}",
+            f"  now      {now(key)}",
+        ]
+    for k in (k for k in said if k.rpartition(".")[0] == key):
+        lines.append(f"  {k}: {now(k)}  # {said[k]}" if value(k) else f"  {k}  # {said[k]}")
     return "\n".join(lines)
 
 # %% ../nbs/00_data.ipynb #29c88937
@@ -518,12 +736,14 @@ def to_unit(
     "Unit volume: the HU window mapped to [0, 1], clipped."
     return ((hu - window[0]) / (window[1] - window[0])).clamp(0, 1)
 
+
 def to_hu(
     x: Tensor,  # unit volume
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> Tensor:  # Hounsfield units
     "Hounsfield units of a unit volume."
     return x * (window[1] - window[0]) + window[0]
+
 
 def density(
     x: Tensor,  # unit volume
@@ -533,9 +753,19 @@ def density(
     return 1 + to_hu(x, window) / 1000
 
 # %% ../nbs/00_data.ipynb #006818ed
-WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240), "bone": (-500, 1300), "full": (-1024, 1500)}  # HU (low, high), the presets of a reading room
+WINDOWS = {
+    "lung": (-1350, 150),
+    "mediastinum": (-160, 240),
+    "bone": (-500, 1300),
+    "full": (-1024, 1500),
+}  # HU (low, high), the presets of a reading room
 CAUTION = "not for clinical use"  # on every picture and in every file that leaves the program
-PLANES = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "H", "F"), "sagittal": ("A", "P", "H", "F")}  # letters at left, right, top, bottom
+PLANES = {
+    "axial": ("R", "L", "A", "P"),
+    "coronal": ("R", "L", "H", "F"),
+    "sagittal": ("A", "P", "H", "F"),
+}  # letters at left, right, top, bottom
+
 
 def planes(
     volume: Any,  # (D, H, W), a tensor or what is indexed like one
@@ -544,31 +774,42 @@ def planes(
     "Three orthogonal slices in radiological display."
     return [volume[at[0]], volume[:, at[1]], volume[:, :, at[2]]]
 
+
 def show_mpr(
-    volumes: dict[str, Tensor],  # title -> (D, H, W) in HU; a title that starts with 'difference' gets a diverging map of +-500 HU
+    volumes: dict[
+        str, Tensor
+    ],  # title -> (D, H, W) in HU; a title that starts with 'difference' gets a diverging map of +-500 HU
     window: tuple[float, float] = (-1000, 600),  # HU shown black and white
     at: tuple[int, int, int] | None = None,  # voxel the planes go through; default: the centre
     views: Tensor | None = None,  # (2, P, P) AP and LAT, shown beside
-    path: str | Path | None = None,  # also save the picture there, with the caution in its margin, as one that shows a generated volume has always
+    path: str
+    | Path
+    | None = None,  # also save the picture there, with the caution in its margin, as one that shows a generated volume has always
 ) -> plt.Figure:
     "Axial, coronal and sagittal planes, one row a volume, with orientation letters."
     first = next(iter(volumes.values()))
     d, h, w = at or (n // 2 for n in first.shape)
     rows, cols = max(len(volumes), 2 if views is not None else 1), 3 + (views is not None)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.4 * rows), dpi=80, facecolor="black", squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    for ax in axes.flat:
+        ax.axis("off")
     for row, (title, volume) in zip(axes, volumes.items()):
         diff = title.startswith("difference")
         style = dict(cmap="RdBu_r", vmin=-500, vmax=500) if diff else dict(cmap="gray", vmin=window[0], vmax=window[1])
-        for ax, (plane, letters), image in zip(row, PLANES.items(), planes(volume, (d, h, w))): draw_plane(ax, image, f"{title}, {plane}", letters, **style)
+        for ax, (plane, letters), image in zip(row, PLANES.items(), planes(volume, (d, h, w))):
+            draw_plane(ax, image, f"{title}, {plane}", letters, **style)
     if views is not None:
-        for row, name, sides, image in zip(axes, ("AP view", "LAT view"), ("RLHF", "APHF"), views): draw_plane(row[-1], image, name, sides, cmap="gray")
+        for row, name, sides, image in zip(axes, ("AP view", "LAT view"), ("RLHF", "APHF"), views):
+            draw_plane(row[-1], image, name, sides, cmap="gray")
     warn = bool(path) or "generated" in volumes
     fig.tight_layout(pad=0.4, rect=(0, 0, 0.98 if warn else 1, 1))
-    if warn: fig.text(0.998, 0.5, CAUTION, color="#ffd24d", fontsize=6, ha="right", va="center", rotation=90)
-    if path: write_atomic(path, lambda p: fig.savefig(p, facecolor="black"))
+    if warn:
+        fig.text(0.998, 0.5, CAUTION, color="#ffd24d", fontsize=6, ha="right", va="center", rotation=90)
+    if path:
+        write_atomic(path, lambda p: fig.savefig(p, facecolor="black"))
     plt.close(fig)
     return fig
+
 
 def draw_plane(ax, image: Tensor, title: str, letters: Iterable[str], **style):
     "One grey image with its title and four letters."
@@ -585,12 +826,14 @@ def save_tensor(
     "Save one tensor, whole or not at all."
     return write_atomic(path, lambda p: write_pt(tensor.contiguous().clone(), p))
 
+
 def write_pt(
     thing: Any,  # tensors, numbers, text, lists and dicts of them
     path: Path,
 ) -> None:
     "`torch.save` by way of a Python file, which tells why a write fails."
-    with open(path, "wb") as f: torch.save(thing, f)
+    with open(path, "wb") as f:
+        torch.save(thing, f)
 
 # %% ../nbs/00_data.ipynb #9d2b24f1
 def unpacked(
@@ -600,22 +843,30 @@ def unpacked(
 ) -> None:
     "Refuse a file that would swell to far more than it holds: no scan compresses like that, a trap does."
     held = Path(path).stat().st_size if held is None else held
-    if size > max(1 << 28, 200 * held): raise UserError(f"{path} has {held} bytes but its header promises {size / 1e9:.3g} GB; it is damaged or made to fill the memory, so use another file")
+    if size > max(1 << 28, 200 * held):
+        raise UserError(
+            f"{path} has {held} bytes but its header promises {size / 1e9:.3g} GB; it is damaged or made to fill the memory, so use another file"
+        )
+
 
 def read_pt(
     path: str | Path,  # `.pt` file
     mmap: bool = False,  # leave tensors in the file until they are used
 ) -> Any:
     "`torch.load` without running code in the file, or unpacking more than it holds; raises whatever torch does."
-    if not Path(path).is_file(): raise FileNotFoundError(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
-            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size: raise ValueError("torch does not compress")
+            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size:
+                raise ValueError("torch does not compress")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is wrong is said by us
-        try: return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except RuntimeError as e:
-            if "mmap can only be used with files saved with" not in str(e): raise
+            if "mmap can only be used with files saved with" not in str(e):
+                raise
             return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../nbs/00_data.ipynb #734ad2e5
@@ -624,18 +875,41 @@ def load_tensor(
     dims: int = 3,  # how many axes it must have; one leading axis of length 1 is dropped
 ) -> Tensor:
     "Load one finite tensor without running any code in the file."
-    try: got = read_pt(path, mmap=True)
-    except FileNotFoundError: raise UserError(f"{path} does not exist; every case needs <case>.pt and <case>/AP.pt, <case>/LAT.pt") from None
+    try:
+        got = read_pt(path, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; every case needs <case>.pt and <case>/AP.pt, <case>/LAT.pt") from None
     except Exception as e:
-        why = "it holds more than a tensor, perhaps code" if "weights_only" in str(e).lower() or "unsupported" in str(e).lower() else "it is truncated or not a .pt file"
+        why = (
+            "it holds more than a tensor, perhaps code"
+            if "weights_only" in str(e).lower() or "unsupported" in str(e).lower()
+            else "it is truncated or not a .pt file"
+        )
         raise UserError(f"{path} cannot be read: {why}; prepare this case again with diffx2ct_prepare") from None
-    if not isinstance(got, Tensor): raise UserError(f"{path} holds a {type(got).__name__}, not one tensor; prepare this case again with diffx2ct_prepare")
-    if got.ndim == dims + 1 and got.shape[0] == 1: got = got[0]
-    if got.ndim != dims: raise UserError(f"{path} has shape {tuple(got.shape)}; {dims} axes are needed")
-    if not got.is_floating_point(): raise UserError(f"{path} has type {got.dtype}; a floating-point tensor is needed")
-    if got.layout != torch.strided or got.is_meta or got.dtype not in (torch.half, torch.bfloat16, torch.float, torch.double): raise UserError(f"{path} holds a {got.layout} tensor of {got.dtype} on {got.device}; a plain one of half to double precision is needed")
-    if got.numel() * got.element_size() > Path(path).stat().st_size: raise UserError(f"{path} says its shape is {tuple(got.shape)} but does not hold as many values; prepare this case again with diffx2ct_prepare")
-    if not got.isfinite().all(): raise UserError(f"{path} holds NaN or infinite values; prepare this case again")
+    if not isinstance(got, Tensor):
+        raise UserError(
+            f"{path} holds a {type(got).__name__}, not one tensor; prepare this case again with diffx2ct_prepare"
+        )
+    if got.ndim == dims + 1 and got.shape[0] == 1:
+        got = got[0]
+    if got.ndim != dims:
+        raise UserError(f"{path} has shape {tuple(got.shape)}; {dims} axes are needed")
+    if not got.is_floating_point():
+        raise UserError(f"{path} has type {got.dtype}; a floating-point tensor is needed")
+    if (
+        got.layout != torch.strided
+        or got.is_meta
+        or got.dtype not in (torch.half, torch.bfloat16, torch.float, torch.double)
+    ):
+        raise UserError(
+            f"{path} holds a {got.layout} tensor of {got.dtype} on {got.device}; a plain one of half to double precision is needed"
+        )
+    if got.numel() * got.element_size() > Path(path).stat().st_size:
+        raise UserError(
+            f"{path} says its shape is {tuple(got.shape)} but does not hold as many values; prepare this case again with diffx2ct_prepare"
+        )
+    if not got.isfinite().all():
+        raise UserError(f"{path} holds NaN or infinite values; prepare this case again")
     return got.detach()
 
 # %% ../nbs/00_data.ipynb #734db48a
@@ -648,14 +922,18 @@ def save_case(
     half: bool = True,  # store the volume in half precision
 ) -> None:
     "Write one case; a volume that is there has its views."
-    tensors = {Path(drr_dir)/case/f"{name}.pt": view.float() for name, view in zip(("AP", "LAT"), views)} | {Path(pt_dir)/f"{case}.pt": volume.half() if half else volume}
+    tensors = {Path(drr_dir) / case / f"{name}.pt": view.float() for name, view in zip(("AP", "LAT"), views)} | {
+        Path(pt_dir) / f"{case}.pt": volume.half() if half else volume
+    }
     write_together({path: functools.partial(write_pt, tensor.contiguous().clone()) for path, tensor in tensors.items()})
+
 
 def cases_in(
     pt_dir: str | Path,  # `DATA.PT_DATA_DIR`
 ) -> list[str]:
     "The cases of a folder; files that begin with a dot were left by a killed write and are none."
     return sorted(p.stem for p in Path(pt_dir).glob("[!.]*.pt"))
+
 
 def write_manifest(
     drr_dir: str | Path,  # `DATA.DRR_DIR`
@@ -669,20 +947,34 @@ def write_manifest(
     **how,  # what was done to the scans, as `settings` of chapter 00b gives it
 ) -> Path:
     "Describe the cases of a folder."
-    manifest = dict(format=1, geometry=geometry, view_domain=view_domain, size=size, mm=mm, pixels=pixels, hu_window=list(window), axes="D head-feet, H front-back, W right-left", **how, cases=cases)
-    return write_atomic(Path(drr_dir)/"manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1)))
+    manifest = dict(
+        format=1,
+        geometry=geometry,
+        view_domain=view_domain,
+        size=size,
+        mm=mm,
+        pixels=pixels,
+        hu_window=list(window),
+        axes="D head-feet, H front-back, W right-left",
+        **how,
+        cases=cases,
+    )
+    return write_atomic(Path(drr_dir) / "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1)))
 
 # %% ../nbs/00_data.ipynb #45ce6e23
 class Beams(BaseModel):
     "What a manifest or a checkpoint says of an acquisition geometry (chapter 00a)."
+
     model_config = ConfigDict(extra="forbid")
     kind: Literal["parallel", "cone"]
     sad_mm: Weight
     sdd_mm: Weight
     panel_mm: Positive
 
+
 class Manifest(BaseModel):
     "The manifest of a folder of views; more may stand in it."
+
     format: Literal[1]
     geometry: Beams
     view_domain: Literal["line_integral", "display"]
@@ -697,18 +989,22 @@ class Manifest(BaseModel):
     h5_offset: Finite = Field(1024, strict=True)
     cases: dict[str, dict]
 
+
 def read_manifest(
     drr_dir: str | Path | None,  # `DATA.DRR_DIR`
 ) -> dict | None:
     "The manifest of a folder of views; `None` where there is none."
-    path = Path(drr_dir or "")/"manifest.json"
-    if drr_dir is None or not path.exists(): return None
+    path = Path(drr_dir or "") / "manifest.json"
+    if drr_dir is None or not path.exists():
+        return None
     try:
-        if not path.is_file(): raise ValueError
+        if not path.is_file():
+            raise ValueError
         manifest = json.loads(path.read_text(encoding="utf-8"))
         Manifest.model_validate(manifest)
         return manifest
-    except (ValueError, OSError, RecursionError): raise UserError(f"{path} is not a manifest of this program; run diffx2ct_prepare again") from None
+    except (ValueError, OSError, RecursionError):
+        raise UserError(f"{path} is not a manifest of this program; run diffx2ct_prepare again") from None
 
 # %% ../nbs/00_data.ipynb #fb8eb907
 def patient_of(
@@ -717,19 +1013,26 @@ def patient_of(
     "The patient a case belongs to: its name up to the first `.` or `__`."
     return re.split(r"\.|__", case)[0]
 
+
 def split_cases(
     cases: list[str],  # all case names
     c: Config,  # reads SEED, VALIDATION_SPLIT, DATA.VALIDATION_CASES, DATA.DATA_RATIO
 ) -> tuple[list[str], list[str]]:  # training and validation cases
     "Split by patient, reproducibly."
     fixed = set(c.DATA.VALIDATION_CASES)
-    if fixed - set(cases): raise UserError(f"DATA.VALIDATION_CASES names {sorted(fixed - set(cases))[0]!r}, which is not in DATA.PT_DATA_DIR")
+    if fixed - set(cases):
+        raise UserError(
+            f"DATA.VALIDATION_CASES names {sorted(fixed - set(cases))[0]!r}, which is not in DATA.PT_DATA_DIR"
+        )
     patients = sorted({patient_of(case) for case in cases})
     random.Random(c.SEED).shuffle(patients)
-    held = {patient_of(case) for case in fixed} or set(patients[:max(1, round(len(patients) * c.VALIDATION_SPLIT))])
+    held = {patient_of(case) for case in fixed} or set(patients[: max(1, round(len(patients) * c.VALIDATION_SPLIT))])
     rest = [p for p in patients if p not in held]
-    if not rest: raise UserError(f"the split leaves no patient to train on: {len(patients)} patients, {len(held)} of them for validation; add cases")
-    kept = set(rest[:max(1, round(len(rest) * c.DATA.DATA_RATIO))])
+    if not rest:
+        raise UserError(
+            f"the split leaves no patient to train on: {len(patients)} patients, {len(held)} of them for validation; add cases"
+        )
+    kept = set(rest[: max(1, round(len(rest) * c.DATA.DATA_RATIO))])
     return sorted(x for x in cases if patient_of(x) in kept), sorted(x for x in cases if patient_of(x) in held)
 
 # %% ../nbs/00_data.ipynb #38e0ac94
@@ -743,6 +1046,7 @@ def crop_origin(
     d, h, w = rng.integers(0, size - patch + 1, 3).tolist()
     return d, h, w
 
+
 def crop(
     volume: Tensor,  # (..., D, H, W)
     origin: tuple[int, int, int],  # voxel (d, h, w)
@@ -750,12 +1054,13 @@ def crop(
 ) -> Tensor:  # (..., patch, patch, patch)
     "Cut a cube out of a volume."
     d, h, w = origin
-    return volume[..., d:d + patch, h:h + patch, w:w + patch]
+    return volume[..., d : d + patch, h : h + patch, w : w + patch]
 
 # %% ../nbs/00_data.ipynb #425e54e6
 @dataclass
 class Case:
     "One patient: a volume and its two views."
+
     name: str
     volume: Tensor  # (1, D, H, W) unit volume
     views: Tensor  # (2, P, P) AP and LAT
@@ -763,24 +1068,40 @@ class Case:
 # %% ../nbs/00_data.ipynb #e6dc194d
 class CTPairs(torch.utils.data.Dataset):
     "Cases of a folder in the original layout; iterating gives whole `Case`s."
-    def __init__(self,
+
+    def __init__(
+        self,
         c: DataConfig,  # reads PT_DATA_DIR, DRR_DIR, TARGET_VOLUME_SIZE, TARGET_DRR_SIZE
         cases: list[str] | None = None,  # names; default: all in the folder
     ):
         self.pt, self.drr = Path(c.PT_DATA_DIR or "null"), Path(c.DRR_DIR or "null")
-        if not self.pt.is_dir(): raise UserError(f"DATA.PT_DATA_DIR {self.pt} is not a folder; make it with diffx2ct_prepare, or leave it out to train on phantoms")
+        if not self.pt.is_dir():
+            raise UserError(
+                f"DATA.PT_DATA_DIR {self.pt} is not a folder; make it with diffx2ct_prepare, or leave it out to train on phantoms"
+            )
         self.cases = cases if cases is not None else cases_in(self.pt)
-        if not self.cases: raise UserError(f"DATA.PT_DATA_DIR {self.pt} holds no .pt file; fill it with diffx2ct_prepare")
+        if not self.cases:
+            raise UserError(f"DATA.PT_DATA_DIR {self.pt} holds no .pt file; fill it with diffx2ct_prepare")
         self.volumes, self.views = dict[str, Tensor](), dict[str, Tensor]()
-        for case in self.cases: self.open(case, (c.TARGET_VOLUME_SIZE,) * 3, (c.TARGET_DRR_SIZE,) * 2)
+        for case in self.cases:
+            self.open(case, (c.TARGET_VOLUME_SIZE,) * 3, (c.TARGET_DRR_SIZE,) * 2)
 
     def open(self, case: str, shape: tuple, view_shape: tuple):
         "Map one case into memory and check it."
-        volume = load_tensor(self.pt/f"{case}.pt")
-        views = [load_tensor(self.drr/case/f"{name}.pt", dims=2) for name in ("AP", "LAT")]
-        for tensor, path, want, key in ((volume, self.pt/f"{case}.pt", shape, "TARGET_VOLUME_SIZE"), *((v, self.drr/case/f"{n}.pt", view_shape, "TARGET_DRR_SIZE") for v, n in zip(views, ("AP", "LAT")))):
-            if tensor.shape != want: raise UserError(f"{path} has shape {tuple(tensor.shape)}, but DATA.{key} asks for {want}; set DATA.{key} or prepare the data again")
-        if volume.min() < -0.01 or volume.max() > 1.01: raise UserError(f"{self.pt/case}.pt has values from {volume.min():.3g} to {volume.max():.3g}, not in [0, 1]; prepare it with diffx2ct_prepare")
+        volume = load_tensor(self.pt / f"{case}.pt")
+        views = [load_tensor(self.drr / case / f"{name}.pt", dims=2) for name in ("AP", "LAT")]
+        for tensor, path, want, key in (
+            (volume, self.pt / f"{case}.pt", shape, "TARGET_VOLUME_SIZE"),
+            *((v, self.drr / case / f"{n}.pt", view_shape, "TARGET_DRR_SIZE") for v, n in zip(views, ("AP", "LAT"))),
+        ):
+            if tensor.shape != want:
+                raise UserError(
+                    f"{path} has shape {tuple(tensor.shape)}, but DATA.{key} asks for {want}; set DATA.{key} or prepare the data again"
+                )
+        if volume.min() < -0.01 or volume.max() > 1.01:
+            raise UserError(
+                f"{self.pt / case}.pt has values from {volume.min():.3g} to {volume.max():.3g}, not in [0, 1]; prepare it with diffx2ct_prepare"
+            )
         self.volumes[case], self.views[case] = volume, torch.stack(views).float()
 
     def only(self, cases: list[str]) -> "CTPairs":
@@ -789,7 +1110,8 @@ class CTPairs(torch.utils.data.Dataset):
         part.cases = cases
         return part
 
-    def part(self,
+    def part(
+        self,
         i: int,
         origin: tuple[int, int, int],  # voxel (d, h, w) where the crop begins
         patch: int,  # its edge in voxels
@@ -798,5 +1120,8 @@ class CTPairs(torch.utils.data.Dataset):
         case = self.cases[i]
         return Case(case, crop(self.volumes[case][None], origin, patch), self.views[case])
 
-    def __len__(self): return len(self.cases)
-    def __getitem__(self, i: int) -> Case: return Case(self.cases[i], self.volumes[self.cases[i]][None].float(), self.views[self.cases[i]])
+    def __len__(self):
+        return len(self.cases)
+
+    def __getitem__(self, i: int) -> Case:
+        return Case(self.cases[i], self.volumes[self.cases[i]][None].float(), self.views[self.cases[i]])

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .consistency import consistent, nearest
 from .data import Config, UserError, crop
 from .drr import Geometry, Projector, coverage
-from .consistency import consistent, nearest
 from .encoder import Encoder, block_axes, lift_levels
 from .unet import UNet
 
@@ -30,17 +30,23 @@ from .unet import UNet
 @dataclass(frozen=True)
 class Diffusion:
     "Noise schedule and parameterisation, shared by training and sampling."
+
     schedule: str = "flow"  # flow, cosine or linear
     prediction: str = "x0"  # what the network's output means: x0, v or eps
 
-    def alpha_sigma(self,
+    def alpha_sigma(
+        self,
         t: Tensor,  # in [0, 1]
     ) -> tuple[Tensor, Tensor]:
         "Signal and noise at time t."
-        if self.schedule == "flow": return 1 - t, t
-        if self.schedule == "cosine": return (t * math.pi / 2).cos().clamp(min=0), (t * math.pi / 2).sin()
-        alpha = torch.exp(-0.25 * t ** 2 * 19.9 - 0.05 * t) * (1 - t).clamp(min=0).sqrt().where(t > 0.999, torch.ones_like(t))  # beta from 0.1 to 20, zero signal at the end
-        return alpha, (1 - alpha ** 2).clamp(min=0).sqrt()
+        if self.schedule == "flow":
+            return 1 - t, t
+        if self.schedule == "cosine":
+            return (t * math.pi / 2).cos().clamp(min=0), (t * math.pi / 2).sin()
+        alpha = torch.exp(-0.25 * t**2 * 19.9 - 0.05 * t) * (1 - t).clamp(min=0).sqrt().where(
+            t > 0.999, torch.ones_like(t)
+        )  # beta from 0.1 to 20, zero signal at the end
+        return alpha, (1 - alpha**2).clamp(min=0).sqrt()
 
     def noisy(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         "x_t of clean states (B, 1, D, H, W) at times (B,)."
@@ -50,13 +56,15 @@ class Diffusion:
     def wiener(self, x_t: Tensor, t: Tensor) -> Tensor:
         "E[x_0 | x_t] if x_0 were standard Gaussian: alpha x_t / (alpha^2 + sigma^2)."
         a, s = (v[:, None, None, None, None] for v in self.alpha_sigma(t))
-        return a / (a ** 2 + s ** 2) * x_t
+        return a / (a**2 + s**2) * x_t
 
     def clean(self, F_: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         "The clean state that an answer of the network stands for."
         a, s = (v[:, None, None, None, None] for v in self.alpha_sigma(t))
-        if self.prediction == "x0": return self.wiener(x_t, t) + s / (a ** 2 + s ** 2).sqrt() * F_
-        if self.prediction == "v": return (a * x_t - s * F_) / (a ** 2 + s ** 2)
+        if self.prediction == "x0":
+            return self.wiener(x_t, t) + s / (a**2 + s**2).sqrt() * F_
+        if self.prediction == "v":
+            return (a * x_t - s * F_) / (a**2 + s**2)
         return (x_t - s * F_) / a.clamp(min=0.02)
 
     def reach(self, t: Tensor) -> Tensor:  # (B,)
@@ -70,19 +78,23 @@ def graded(
     scales: Tensor,  # (bands,) of the differences within blocks of 2^3, of 4^3, ..., and of the means of the last blocks
 ) -> Tensor:
     "Each band of resolution times its scale."
-    if len(scales) == 1: return x * scales[0]
+    if len(scales) == 1:
+        return x * scales[0]
     mean, up = F.avg_pool3d(x, 2), lambda v: F.interpolate(v, scale_factor=2)
     return scales[0] * (x - up(mean)) + up(graded(mean, scales[1:]))
+
 
 def spread(
     x: Tensor,  # (B, C, D, H, W)
     bands: int,
 ) -> Tensor:  # (bands,)
     "The scales in whose units each band has the strength it has in white noise of unit variance."
-    if bands == 1: return x.square().mean().sqrt()[None]
+    if bands == 1:
+        return x.square().mean().sqrt()[None]
     mean = F.avg_pool3d(x, 2)
     inner = (x - F.interpolate(mean, scale_factor=2)).square().mean() * 8 / 7
     return torch.cat([inner.sqrt()[None], spread(mean, bands - 1) * math.sqrt(8)])
+
 
 def strength(
     scales: Tensor,  # (bands,)
@@ -95,6 +107,7 @@ def strength(
 @dataclass
 class Condition:
     "What is known of a batch of blocks before any denoising."
+
     base: Tensor  # (B, 1, d, h, w) unit volume the state is measured from
     extra: Tensor  # (B, 4, d, h, w) coverage / 2 and position (z, y, x) in [-1, 1] of the cube
     lifted: list[Tensor] | None  # per level (B, C_l, ...)
@@ -108,11 +121,23 @@ def halved(
     c = c.model_copy(deep=True)
     d, t, u = c.DATA, c.TRAINING, c.MODEL.UNET
     epochs, *_ = t.COARSE_EPOCHS[::-1]
-    c.EPOCHS, c.BATCH_SIZE, t.COARSE_EPOCHS, t.LOSS_PHASE_EPOCHS, t.FULL_NOISE_RATIO, t.START_FROM = epochs, 2 * c.BATCH_SIZE, t.COARSE_EPOCHS[:-1], [epochs, 0], 1.0, None
+    c.EPOCHS, c.BATCH_SIZE, t.COARSE_EPOCHS, t.LOSS_PHASE_EPOCHS, t.FULL_NOISE_RATIO, t.START_FROM = (
+        epochs,
+        2 * c.BATCH_SIZE,
+        t.COARSE_EPOCHS[:-1],
+        [epochs, 0],
+        1.0,
+        None,
+    )
     t.VALIDATION_FREQ, t.CHECKPOINT_FREQ = max(1, epochs // 4), max(1, epochs // 10)
     d.TARGET_VOLUME_SIZE, d.TARGET_DRR_SIZE = d.TARGET_VOLUME_SIZE // 2, d.TARGET_DRR_SIZE // 2
     t.PATCH_SIZE = min(t.PATCH_SIZE, d.TARGET_VOLUME_SIZE)
-    u.NUM_CHANNELS, u.ATTENTION_LEVELS, u.CROSS_ATTENTION_LEVELS, u.PLANAR_LEVELS = u.NUM_CHANNELS[1:], u.ATTENTION_LEVELS[1:], u.CROSS_ATTENTION_LEVELS[1:], max(0, u.PLANAR_LEVELS - 1)
+    u.NUM_CHANNELS, u.ATTENTION_LEVELS, u.CROSS_ATTENTION_LEVELS, u.PLANAR_LEVELS = (
+        u.NUM_CHANNELS[1:],
+        u.ATTENTION_LEVELS[1:],
+        u.CROSS_ATTENTION_LEVELS[1:],
+        max(0, u.PLANAR_LEVELS - 1),
+    )
     return c
 
 # %% ../nbs/02a_diffusion.ipynb #ca8fb3e6
@@ -124,24 +149,37 @@ def mirrors(
     axes = [n for n, name in enumerate("DHW") if name in flips and (name == "D" or g.kind == "parallel")]
     return [some for n in range(len(axes) + 1) for some in combinations(axes, n)]
 
+
 def mirrored(
     views: Tensor,  # (B, 2, P, P), rows along D; columns along W (AP) and H (LAT)
     axes: Sequence[int],  # 0, 1, 2 for D, H, W
 ) -> Tensor:  # (B, 2, P, P)
     "The views of a mirrored volume."
-    return torch.stack([v.flip([1 if a == 0 else 2 for a in axes if a in (0, own)]) for v, own in zip(views.unbind(1), (2, 1))], 1)
+    return torch.stack(
+        [v.flip([1 if a == 0 else 2 for a in axes if a in (0, own)]) for v, own in zip(views.unbind(1), (2, 1))], 1
+    )
 
 # %% ../nbs/02a_diffusion.ipynb #6a15938e
 DAMPING = {"on": 0.0, "soft": 0.3, "off": 0.0}  # of the projection onto the views, by DIFFUSION.CONSISTENCY
 BANDS = 2  # of resolution, each with its scale
 ENLARGED = 8.0  # how much the encoder's input is
 
+
 class Denoiser(nn.Module):
     "D(x_t, t, condition) -> clean state."
-    unet: UNet; encoder: Encoder; A: Projector; coarse: "Denoiser | None"
-    scales: Tensor; mean: Tensor; usual: Tensor  # (BANDS,), (1, 1, D, H, W) and the mean views (2, P, P), measured on the training cases
-    def __init__(self,
-        unet: UNet, encoder: Encoder,
+
+    unet: UNet
+    encoder: Encoder
+    A: Projector
+    coarse: "Denoiser | None"
+    scales: Tensor
+    mean: Tensor
+    usual: Tensor  # (BANDS,), (1, 1, D, H, W) and the mean views (2, P, P), measured on the training cases
+
+    def __init__(
+        self,
+        unet: UNet,
+        encoder: Encoder,
         diffusion: Diffusion,
         A: Projector,
         window: tuple[float, float],  # (HU_MIN, HU_MAX)
@@ -161,7 +199,8 @@ class Denoiser(nn.Module):
         self.register_buffer("mean", torch.zeros(1, 1, A.size, A.size, A.size))
         self.register_buffer("usual", torch.zeros(2, A.pixels, A.pixels))
 
-    def forward(self,
+    def forward(
+        self,
         x_t: Tensor,  # (B, 1, d, h, w) noisy state
         t: Tensor,  # (B,) in [0, 1]
         c: Condition,
@@ -172,40 +211,51 @@ class Denoiser(nn.Module):
 
 # %% ../nbs/02a_diffusion.ipynb #61bc0c30
 @patch
-def to_state(self: Denoiser,
-    volume: Tensor, base: Tensor,  # (B, 1, d, h, w) unit volumes
+def to_state(
+    self: Denoiser,
+    volume: Tensor,
+    base: Tensor,  # (B, 1, d, h, w) unit volumes
 ) -> Tensor:  # (B, 1, d, h, w)
     "A unit volume as a state."
     return graded(volume - base, 1 / self.scales)
 
+
 @patch
-def to_volume(self: Denoiser,
-    state: Tensor, base: Tensor,  # (B, 1, d, h, w)
+def to_volume(
+    self: Denoiser,
+    state: Tensor,
+    base: Tensor,  # (B, 1, d, h, w)
 ) -> Tensor:  # (B, 1, d, h, w)
     "A state as a unit volume (not clipped)."
     return base + graded(state, self.scales)
 
+
 @patch
-def settle(self: Denoiser,
+def settle(
+    self: Denoiser,
     x: Tensor,  # (B, 1, D, H, W) unit volume of the whole cube
     views: Tensor,  # (B, 2, P, P)
     consistency: str,  # on, soft or off
     steps: int | None = None,  # conjugate-residual steps
 ) -> Tensor:
     "Make a volume agree with its views (chapter 00d), as far as they are line integrals."
-    if consistency == "off" or not self.line_integrals: return x
+    if consistency == "off" or not self.line_integrals:
+        return x
     return nearest(x, views, self.A, self.window, steps, damping=DAMPING[consistency])
 
 # %% ../nbs/02a_diffusion.ipynb #11247804
 @patch
-def encode(self: Denoiser,
+def encode(
+    self: Denoiser,
     views: Tensor,  # (B, 2, P, P)
 ) -> tuple[list[Tensor], Tensor]:
     "Feature maps and tokens."
     return self.encoder(ENLARGED * (views - self.usual) / (self.A.size * self.A.mm if self.line_integrals else 1.0))
 
+
 @patch
-def condition(self: Denoiser,
+def condition(
+    self: Denoiser,
     base: Tensor,  # (B, 1, d, h, w) base of the block
     encoded: tuple[list[Tensor], Tensor],  # from `encode`
     origin: tuple[int, int, int] = (0, 0, 0),  # voxel where the block begins
@@ -215,37 +265,51 @@ def condition(self: Denoiser,
     edge, levels, first = base.shape[-1], len(maps), 2 if self.unet.at_half else 1
     key = (origin, edge, base.device)
     if key not in self.lifts:
-        if len(self.lifts) > (0 if self.training else 64): self.lifts.clear()  # a random crop does not come back
+        if len(self.lifts) > (0 if self.training else 64):
+            self.lifts.clear()  # a random crop does not come back
         g, size, mm = self.A.geometry, self.A.size, self.A.mm
         axes = torch.meshgrid(*block_axes(size, mm, origin, edge), indexing="ij")
         seen = coverage(g, size, mm, origin, edge)
-        self.lifts[key] = (lift_levels(g, size, mm, origin, edge, self.A.pixels, levels, first).to(base.device),
-                           torch.cat([seen / 2, torch.stack(axes)[None] * 2 / (size * mm)], 1).to(base.device))
+        self.lifts[key] = (
+            lift_levels(g, size, mm, origin, edge, self.A.pixels, levels, first).to(base.device),
+            torch.cat([seen / 2, torch.stack(axes)[None] * 2 / (size * mm)], 1).to(base.device),
+        )
     lifts, extra = self.lifts[key]
-    lifted = [lift(m).sum(1) for lift, m in zip(lifts, maps)] if self.unet.stages["mid"].blocks[0].lift is not None else None
+    lifted = (
+        [lift(m).sum(1) for lift, m in zip(lifts, maps)] if self.unet.stages["mid"].blocks[0].lift is not None else None
+    )
     return Condition(base, extra.expand(len(base), -1, -1, -1, -1), lifted, tokens)
 
 # %% ../nbs/02a_diffusion.ipynb #eae98c67
 @patch
-def base(self: Denoiser,
+def base(
+    self: Denoiser,
     views: Tensor,  # (B, 2, P, P)
     consistency: str = "on",  # soft: by damped steps
     amp: torch.dtype | None = None,  # precision of the coarse network's arithmetic
 ) -> Tensor:  # (B, 1, D, H, W) unit volume
     "The volume states are measured from."
-    if self.base_kind == "none": return torch.full_like(self.mean, 0.5).expand(len(views), -1, -1, -1, -1)
+    if self.base_kind == "none":
+        return torch.full_like(self.mean, 0.5).expand(len(views), -1, -1, -1, -1)
     start = self.coarse.guess(views, consistency, amp) if self.coarse else self.mean.expand(len(views), -1, -1, -1, -1)
-    return consistent(start, views, self.A, self.window, 10, 1, damping=DAMPING[consistency], momentum=True) if self.base_kind == "consistent_mean" else start
+    return (
+        consistent(start, views, self.A, self.window, 10, 1, damping=DAMPING[consistency], momentum=True)
+        if self.base_kind == "consistent_mean"
+        else start
+    )
+
 
 @patch
 @torch.no_grad()
-def guess(self: Denoiser,
+def guess(
+    self: Denoiser,
     views: Tensor,  # (B, 2, 2 P, 2 P) of twice the resolution
-    consistency: str, amp: torch.dtype | None,
+    consistency: str,
+    amp: torch.dtype | None,
 ) -> Tensor:  # (B, 1, 2 D, 2 H, 2 W) unit volume
     "As a coarse denoiser: the expected volume for somebody of twice the resolution, the mean over mirror images; while that one trains, a single image."
     views, answers = F.avg_pool2d(views, 2), []
-    for axes in self.mirrors[:1 if self.training else None]:
+    for axes in self.mirrors[: 1 if self.training else None]:
         seen = mirrored(views, axes)
         base = self.base(seen, consistency, amp)
         with torch.autocast(views.device.type, amp, enabled=amp is not None):
@@ -265,11 +329,43 @@ def build(
     u, e, size, pixels = c.MODEL.UNET, c.MODEL.CONDITIONING_ENCODER, c.DATA.TARGET_VOLUME_SIZE, c.DATA.TARGET_DRR_SIZE
     channels = [eights(n) for n in u.NUM_CHANNELS]
     stride = 2 ** (len(channels) - 1 + u.HALF_RESOLUTION)
-    if pixels % stride: raise UserError(f"DATA.TARGET_DRR_SIZE ({pixels}) must be a multiple of {stride} for the {len(channels)} levels of MODEL.UNET.NUM_CHANNELS")
-    encoder = Encoder(c.TRAINING.ENCODER, channels, pixels, eights(e.NUM_CHANNELS), eights(e.OUTPUT_DIM), 2 if u.HALF_RESOLUTION else 1)
-    unet = UNet(2, 4, channels, u.ATTENTION_LEVELS, u.CROSS_ATTENTION_LEVELS, u.PLANAR_LEVELS, u.NUM_RES_BLOCKS, e.LIFT, eights(e.OUTPUT_DIM), u.HALF_RESOLUTION, u.CHECKPOINTING)
+    if pixels % stride:
+        raise UserError(
+            f"DATA.TARGET_DRR_SIZE ({pixels}) must be a multiple of {stride} for the {len(channels)} levels of MODEL.UNET.NUM_CHANNELS"
+        )
+    encoder = Encoder(
+        c.TRAINING.ENCODER,
+        channels,
+        pixels,
+        eights(e.NUM_CHANNELS),
+        eights(e.OUTPUT_DIM),
+        2 if u.HALF_RESOLUTION else 1,
+    )
+    unet = UNet(
+        2,
+        4,
+        channels,
+        u.ATTENTION_LEVELS,
+        u.CROSS_ATTENTION_LEVELS,
+        u.PLANAR_LEVELS,
+        u.NUM_RES_BLOCKS,
+        e.LIFT,
+        eights(e.OUTPUT_DIM),
+        u.HALF_RESOLUTION,
+        u.CHECKPOINTING,
+    )
     coarse = build(halved(c), g, 2 * mm, line_integrals) if c.TRAINING.COARSE_EPOCHS else None
-    return Denoiser(unet, encoder, Diffusion(c.DIFFUSION.SCHEDULE, c.DIFFUSION.PREDICTION), Projector(g, size, mm, pixels), (c.DATA.HU_MIN, c.DATA.HU_MAX), c.MODEL.BASE, line_integrals, coarse, c.TRAINING.FLIP_AXES)
+    return Denoiser(
+        unet,
+        encoder,
+        Diffusion(c.DIFFUSION.SCHEDULE, c.DIFFUSION.PREDICTION),
+        Projector(g, size, mm, pixels),
+        (c.DATA.HU_MIN, c.DATA.HU_MAX),
+        c.MODEL.BASE,
+        line_integrals,
+        coarse,
+        c.TRAINING.FLIP_AXES,
+    )
 
 # %% ../nbs/02a_diffusion.ipynb #6180af81
 def ssim_loss(a: Tensor, b: Tensor, size: int = 5) -> Tensor:
@@ -277,11 +373,20 @@ def ssim_loss(a: Tensor, b: Tensor, size: int = 5) -> Tensor:
     mean = lambda v: F.avg_pool3d(v, size, 1)
     ma, mb = mean(a), mean(b)
     va, vb, ab = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
-    return 1 - (((2 * ma * mb + 1e-4) * (2 * ab + 9e-4)) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).flatten(1).mean(1)
+    return 1 - (((2 * ma * mb + 1e-4) * (2 * ab + 9e-4)) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))).flatten(1).mean(
+        1
+    )
+
 
 def fourier_loss(a: Tensor, b: Tensor) -> Tensor:
     "(B,) mean absolute difference of orthonormal Fourier magnitudes."
-    return (torch.fft.rfftn(a, dim=(2, 3, 4), norm="ortho").abs() - torch.fft.rfftn(b, dim=(2, 3, 4), norm="ortho").abs()).abs().flatten(1).mean(1)
+    return (
+        (torch.fft.rfftn(a, dim=(2, 3, 4), norm="ortho").abs() - torch.fft.rfftn(b, dim=(2, 3, 4), norm="ortho").abs())
+        .abs()
+        .flatten(1)
+        .mean(1)
+    )
+
 
 def phase_weights(
     epoch: int,
@@ -289,12 +394,16 @@ def phase_weights(
     ratios: dict[str, float],  # L1, SSIM, FOURIER, PROJECTION
 ) -> dict[str, float]:  # weights that sum to one
     "Which losses count in an epoch."
-    if epoch < phases[0]: return {"L2": 1.0}
-    if epoch < sum(phases): return {"L1": 1.0}
+    if epoch < phases[0]:
+        return {"L2": 1.0}
+    if epoch < sum(phases):
+        return {"L1": 1.0}
     return {k: v / sum(ratios.values()) for k, v in ratios.items() if v > 0}
 
+
 def loss_terms(
-    x: Tensor, truth: Tensor,  # (B, 1, d, h, w) unit volumes
+    x: Tensor,
+    truth: Tensor,  # (B, 1, d, h, w) unit volumes
     scale: Tensor,  # () or (B,) s, the typical distance of a base, times `reach` of the times
     weights: dict[str, float],  # from `phase_weights`; what is absent is not computed
     A: Projector,  # for PROJECTION, of whole cubes
@@ -302,14 +411,20 @@ def loss_terms(
 ) -> dict[str, Tensor]:  # (B,) each, in units of s
     "The losses that count, one figure a case."
     diff = (x - truth) / scale.view(-1, 1, 1, 1, 1)
-    terms = {"L2": lambda: (counts * diff.square()).flatten(1).mean(1), "L1": lambda: (counts * diff.abs()).flatten(1).mean(1), "SSIM": lambda: ssim_loss(x, truth), "FOURIER": lambda: fourier_loss(x, truth) / scale,
-             "PROJECTION": lambda: A(x - truth).abs().flatten(1).mean(1) / (A.size * A.mm * scale)}
+    terms = {
+        "L2": lambda: (counts * diff.square()).flatten(1).mean(1),
+        "L1": lambda: (counts * diff.abs()).flatten(1).mean(1),
+        "SSIM": lambda: ssim_loss(x, truth),
+        "FOURIER": lambda: fourier_loss(x, truth) / scale,
+        "PROJECTION": lambda: A(x - truth).abs().flatten(1).mean(1) / (A.size * A.mm * scale),
+    }
     return {k: terms[k]() for k in weights}
 
 # %% ../nbs/02a_diffusion.ipynb #32d62542
 def times_of(steps: int) -> list[float]:
     "From pure noise to the clean state: 1, ..., 0."
     return torch.linspace(1, 0, steps + 1).tolist()
+
 
 def ddim(
     denoise: Callable[[Tensor, float], Tensor],  # (state, t) -> clean state
@@ -325,9 +440,11 @@ def ddim(
         x0 = denoise(x, t)
         eps = (x - a * x0) / sig
         fresh = eta * sig2 * math.sqrt(max(0.0, 1 - (a * sig2 / (a2 * sig)) ** 2)) if a2 > 0 else 0.0
-        x = a2 * x0 + math.sqrt(max(0.0, sig2 ** 2 - fresh ** 2)) * eps
-        if fresh: x = x + fresh * torch.randn(x.shape, generator=generator).to(x)
+        x = a2 * x0 + math.sqrt(max(0.0, sig2**2 - fresh**2)) * eps
+        if fresh:
+            x = x + fresh * torch.randn(x.shape, generator=generator).to(x)
     return x
+
 
 def ddpm(denoise, x, times, d, generator=None) -> Tensor:
     "Ancestral sampling: DDIM with all of the posterior's variance drawn afresh."
@@ -337,14 +454,19 @@ def ddpm(denoise, x, times, d, generator=None) -> Tensor:
 def velocity(x: Tensor, x0: Tensor, t: float, d: Diffusion) -> Tensor:
     "dx/dt of the probability-flow equation, alpha' x_0 + sigma' eps, by central differences of the schedule."
     h = 1e-4
-    (a, s), (a1, s1), (a2, s2) = (map(float, d.alpha_sigma(torch.tensor(min(max(v, 0.0), 1.0), dtype=torch.float64))) for v in (t, t - h, t + h))
+    (a, s), (a1, s1), (a2, s2) = (
+        map(float, d.alpha_sigma(torch.tensor(min(max(v, 0.0), 1.0), dtype=torch.float64))) for v in (t, t - h, t + h)
+    )
     width = min(t + h, 1.0) - max(t - h, 0.0)
     return (a2 - a1) / width * x0 + (s2 - s1) / width * (x - a * x0) / max(s, 1e-6)
 
+
 def euler(denoise, x, times, d, generator=None) -> Tensor:
     "Euler steps along the probability flow."
-    for t, s in zip(times, times[1:]): x = x + (s - t) * velocity(x, denoise(x, t), t, d)
+    for t, s in zip(times, times[1:]):
+        x = x + (s - t) * velocity(x, denoise(x, t), t, d)
     return x
+
 
 def heun(denoise, x, times, d, generator=None) -> Tensor:
     "Heun's second-order steps (EDM, algorithm 1); the last one is Euler's. Two evaluations a step."
@@ -354,17 +476,21 @@ def heun(denoise, x, times, d, generator=None) -> Tensor:
         x = x + (s - t) * (v + velocity(y, denoise(y, s), s, d)) / 2 if s > 0 else y
     return x
 
+
 def dpm(denoise, x, times, d, generator=None) -> Tensor:
     "DPM-Solver++(2M) of the diffusers library, on the variance-preserving rescaling of our state."
     from diffusers import DPMSolverMultistepScheduler
+
     solver: Any = DPMSolverMultistepScheduler(prediction_type="sample", solver_order=2, final_sigmas_type="zero")
     solver.set_timesteps(len(times) - 1)
     a, s = d.alpha_sigma(torch.tensor(times, dtype=torch.float64).clamp(max=0.999))
     solver.sigmas = (s / a).float()
-    root = (a ** 2 + s ** 2).sqrt().float()
+    root = (a**2 + s**2).sqrt().float()
     x = x * s[0].float() / root[0]
-    for i, (step, t) in enumerate(zip(solver.timesteps, times)): x = solver.step(denoise(x * root[i], t), step, x).prev_sample
+    for i, (step, t) in enumerate(zip(solver.timesteps, times)):
+        x = solver.step(denoise(x * root[i], t), step, x).prev_sample
     return x
+
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun, "dpm++": dpm}
 
@@ -374,10 +500,13 @@ def starts(size: int, patch: int, overlap: float) -> list[int]:
     step = max(2, int(patch * (1 - overlap)) // 2 * 2)
     return sorted({*range(0, size - patch + 1, step), size - patch})
 
+
 def blend_weight(patch: int, blend: str) -> Tensor:
     "(patch, patch, patch) positive weight of each voxel of a window."
     u = (torch.arange(patch) + 0.5) / patch * 2 - 1
-    w = {"constant": torch.ones(patch), "gaussian": torch.exp(-8 * u ** 2), "cosine": (u * torch.pi / 2).cos()}[blend].clamp(min=1e-3)
+    w = {"constant": torch.ones(patch), "gaussian": torch.exp(-8 * u**2), "cosine": (u * torch.pi / 2).cos()}[
+        blend
+    ].clamp(min=1e-3)
     return w[:, None, None] * w[:, None] * w
 
 # %% ../nbs/02a_diffusion.ipynb #0012c6e3
@@ -386,8 +515,16 @@ def joined(
 ) -> Condition:
     "One condition for a batch of blocks."
     cat: Callable[[Sequence], Any] = lambda values: None if values[0] is None else torch.cat(tuple(values))
-    lifted = [cat(level) for level in zip(*(c.lifted for c in conditions))] if conditions[0].lifted is not None else None
-    return Condition(cat([c.base for c in conditions]), cat([c.extra for c in conditions]), lifted, cat([c.tokens for c in conditions]))
+    lifted = (
+        [cat(level) for level in zip(*(c.lifted for c in conditions))] if conditions[0].lifted is not None else None
+    )
+    return Condition(
+        cat([c.base for c in conditions]),
+        cat([c.extra for c in conditions]),
+        lifted,
+        cat([c.tokens for c in conditions]),
+    )
+
 
 def windowed(
     denoiser: Denoiser,
@@ -396,22 +533,28 @@ def windowed(
     patch: int,  # edge of the windows
     overlap: float = 0.25,
     blend: str = "gaussian",
-    batch: int | None = None,  # windows that go through the network together; None: 4, but one on a CPU if larger than 64^3
+    batch: int
+    | None = None,  # windows that go through the network together; None: 4, but one on a CPU if larger than 64^3
 ) -> Callable[[Tensor, float], Tensor]:
     "`denoise(x_t, t)` for the whole cube; one window that covers it is the plain case."
     along = starts(base.shape[-1], patch, overlap)
     origins = list(product(along, along, along))
     weight, total = blend_weight(patch, blend).to(base), torch.zeros_like(base)
-    for o in origins: crop(total, o, patch).add_(weight)
+    for o in origins:
+        crop(total, o, patch).add_(weight)
     batch = batch or (1 if base.device.type == "cpu" and patch > 64 else 4)
     known = [denoiser.condition(crop(base, o, patch), encoded, o) for o in origins]
+
     def denoise(x: Tensor, t: float) -> Tensor:
-        if len(origins) == 1: return denoiser(x, x.new_full((len(x),), t), known[0])
+        if len(origins) == 1:
+            return denoiser(x, x.new_full((len(x),), t), known[0])
         out = torch.zeros_like(x)
         for i in range(0, len(origins), batch):
-            some = origins[i:i + batch]
+            some = origins[i : i + batch]
             parts = torch.cat([crop(x, o, patch) for o in some])
-            answers = denoiser(parts, x.new_full((len(parts),), t), joined(known[i:i + batch]))
-            for o, answer in zip(some, answers.split(len(x))): crop(out, o, patch).add_(weight * answer)
+            answers = denoiser(parts, x.new_full((len(parts),), t), joined(known[i : i + batch]))
+            for o, answer in zip(some, answers.split(len(x))):
+                crop(out, o, patch).add_(weight * answer)
         return out / total
+
     return denoise

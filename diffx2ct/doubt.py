@@ -8,7 +8,10 @@ __all__ = ['TISSUES', 'EDGES', 'KINDS', 'FLOOR', 'LEVELS', 'LEAST', 'SIGNS', 'TI
            'surprise', 'signs', 'limits', 'trust', 'settings', 'fit', 'fitted', 'examine', 'parser', 'main']
 
 # %% ../nbs/04b_doubt.ipynb #65614af6
-import argparse, json, math, sys
+import argparse
+import json
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -37,7 +40,8 @@ def ensemble(
     quantiles: Sequence[float] = (0.025, 0.25, 0.5, 0.75, 0.975),
 ) -> tuple[Tensor, Tensor, Tensor]:  # mean and deviation (1, D, H, W), quantiles (len(quantiles), 1, D, H, W)
     "What the samples say of each voxel."
-    if len(many) < 2: raise UserError(f"spread needs two samples or more, not {len(many)}; ask for more with --samples")
+    if len(many) < 2:
+        raise UserError(f"spread needs two samples or more, not {len(many)}; ask for more with --samples")
     x = many.float()
     return x.mean(0), x.std(0), x.quantile(torch.tensor(quantiles, device=x.device), 0)
 
@@ -45,6 +49,7 @@ def ensemble(
 TISSUES = ("air", "lung", "soft tissue", "bone")
 EDGES = (-900.0, -300.0, 150.0)  # HU between them
 KINDS = [*TISSUES, *(f"{t}, in no beam" for t in TISSUES)]
+
 
 def kinds(
     mean: Tensor,  # (1, D, H, W) unit volume
@@ -59,12 +64,16 @@ FLOOR = 10.0  # HU, the least spread anything is credited with
 LEVELS = (0.5, 0.8, 0.95)
 LEAST = 200  # voxels from which a kind has a factor of its own
 
+
 def distance(
-    truth: Tensor, mean: Tensor, deviation: Tensor,  # (1, D, H, W) unit volumes
+    truth: Tensor,
+    mean: Tensor,
+    deviation: Tensor,  # (1, D, H, W) unit volumes
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> Tensor:  # (1, D, H, W)
     "z: how many deviations the truth is from the mean."
     return (truth - mean).abs() / deviation.clamp(min=FLOOR / (window[1] - window[0]))
+
 
 def factors(
     z: Tensor,  # (n,) distances of the patients of the fit
@@ -72,15 +81,19 @@ def factors(
     levels: Sequence[float] = LEVELS,
 ) -> Tensor:  # (len(KINDS), len(levels))
     "Conformal factors q, kind by kind."
+
     def of(v):
         v = v.sort().values
         return v[[min(len(v), math.ceil((len(v) + 1) * p)) - 1 for p in levels]]
+
     everyone = of(z)
     return torch.stack([of(v) if len(v := z[kind == k]) >= LEAST else everyone for k in range(len(KINDS))])
+
 
 def gaussian(levels: Sequence[float] = LEVELS) -> Tensor:  # (len(KINDS), len(levels))
     "The factors of somebody who believes the spread: 0.67, 1.28, 1.96."
     return torch.tensor([NormalDist().inv_cdf((1 + p) / 2) for p in levels]).expand(len(KINDS), -1)
+
 
 def inside(
     z: Tensor,  # (n,) distances
@@ -97,8 +110,10 @@ def plot_reliability(
 ) -> None:
     "Share found against share stated."
     ax.plot([0, 1], [0, 1], "--", color="grey", lw=1)
-    for i, (name, (levels, shares)) in enumerate(lines.items()): ax.plot(levels, shares, "o-" if i < 10 else "s--", ms=3, lw=1, label=name)  # there are ten colours
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="stated", ylabel="inside", aspect="equal"); ax.grid(alpha=0.3)
+    for i, (name, (levels, shares)) in enumerate(lines.items()):
+        ax.plot(levels, shares, "o-" if i < 10 else "s--", ms=3, lw=1, label=name)  # there are ten colours
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="stated", ylabel="inside", aspect="equal")
+    ax.grid(alpha=0.3)
 
 # %% ../nbs/04b_doubt.ipynb #532682f6
 def half_width(
@@ -117,8 +132,13 @@ def turned(
 ) -> Tensor:  # (1, D, H, W)
     "The patient turned a little on the table."
     a = math.radians(degrees)
-    grid = F.affine_grid(torch.tensor([[[math.cos(a), -math.sin(a), 0, 0], [math.sin(a), math.cos(a), 0, 0], [0, 0, 1, 0]]]), [1, *x.shape], align_corners=False)
+    grid = F.affine_grid(
+        torch.tensor([[[math.cos(a), -math.sin(a), 0, 0], [math.sin(a), math.cos(a), 0, 0], [0, 0, 1, 0]]]),
+        [1, *x.shape],
+        align_corners=False,
+    )
     return F.grid_sample(x[None], grid.to(x), padding_mode="border", align_corners=False)[0]
+
 
 def tampered(
     x: Tensor,  # (1, D, H, W) unit volume of the patient
@@ -132,16 +152,30 @@ def tampered(
     lateral = lambda degrees: torch.stack([y[0], look(turned(x, degrees))[1]])
     zoomed = F.interpolate(y[None], scale_factor=1.1, mode="bilinear")[0]
     cut = (zoomed.shape[-1] - A.pixels) // 2
-    return {"true": y, "mirrored patient": look(x.flip(-1)), "views exchanged": y.flip(0), "views of two patients": torch.stack([y[0], other[1]]), "LAT from 88 degrees": lateral(-2), "LAT from 92 degrees": lateral(2),
-            "10 % too large": zoomed[:, cut:cut + A.pixels, cut:cut + A.pixels]}
+    return {
+        "true": y,
+        "mirrored patient": look(x.flip(-1)),
+        "views exchanged": y.flip(0),
+        "views of two patients": torch.stack([y[0], other[1]]),
+        "LAT from 88 degrees": lateral(-2),
+        "LAT from 92 degrees": lateral(2),
+        "10 % too large": zoomed[:, cut : cut + A.pixels, cut : cut + A.pixels],
+    }
 
 # %% ../nbs/04b_doubt.ipynb #7a2f2662
 SIGNS = {  # name: what a reader is told, its format
-    "distance_ap": ("the frontal view is unlike those of the patients the model knows", ".2f"), "distance_lat": ("the lateral view is unlike those of the patients the model knows", ".2f"),
-    "sides": ("left and right are as in a mirror image of the patients the model knows", ".2f"), "residual_ap": ("the model's own answer does not explain the frontal view", ".1%"), "residual_lat": ("the model's own answer does not explain the lateral view", ".1%"),
-    "contradiction": ("the two views contradict each other, as views of two patients or two positions do", ".1%"), "surprise": ("the volume that explains the views is one the model finds unlikely", ".0f"),
-    "spread": ("the model's proposals differ from each other more than usual", ".0f"), "unseen": ("more of the body than usual lies in no beam", ".1%")}
+    "distance_ap": ("the frontal view is unlike those of the patients the model knows", ".2f"),
+    "distance_lat": ("the lateral view is unlike those of the patients the model knows", ".2f"),
+    "sides": ("left and right are as in a mirror image of the patients the model knows", ".2f"),
+    "residual_ap": ("the model's own answer does not explain the frontal view", ".1%"),
+    "residual_lat": ("the model's own answer does not explain the lateral view", ".1%"),
+    "contradiction": ("the two views contradict each other, as views of two patients or two positions do", ".1%"),
+    "surprise": ("the volume that explains the views is one the model finds unlikely", ".0f"),
+    "spread": ("the model's proposals differ from each other more than usual", ".0f"),
+    "unseen": ("more of the body than usual lies in no beam", ".1%"),
+}
 TIMES = (0.3, 0.6, 0.9)  # noise levels of the surprise
+
 
 @torch.no_grad()
 def surprise(
@@ -154,9 +188,14 @@ def surprise(
 ) -> float:  # HU
     "How far a volume is from what the network makes of it, noised."
     base = denoiser.base(views[None], c.CONSISTENCY, amp)
-    denoise = settled(denoiser, views[None], base, patch or base.shape[-1], c.model_copy(update=dict(CONSISTENCY="off")), amp)
+    denoise = settled(
+        denoiser, views[None], base, patch or base.shape[-1], c.model_copy(update=dict(CONSISTENCY="off")), amp
+    )
     state, noise = denoiser.to_state(x[None], base), noise_of(x.shape, 0).to(x)
-    again = [denoiser.to_volume(denoise(denoiser.diffusion.noisy(state, noise, state.new_tensor([t])), t), base) for t in TIMES]
+    again = [
+        denoiser.to_volume(denoise(denoiser.diffusion.noisy(state, noise, state.new_tensor([t])), t), base)
+        for t in TIMES
+    ]
     return (torch.cat(again) - x).square().mean().sqrt().item() * (denoiser.window[1] - denoiser.window[0])
 
 # %% ../nbs/04b_doubt.ipynb #94fb57d9
@@ -172,16 +211,28 @@ def signs(
     "What can be known of one reconstruction without the truth."
     A, window, y, found = denoiser.A, denoiser.window, views.to(denoiser.mean.device), {}
     if denoiser.line_integrals:
-        apart = lambda x, of: ((y - A(density(x, window))[0]).flatten(1).norm(dim=1) / of.flatten(1).norm(dim=1).clamp(min=1e-6)).tolist()
+        apart = lambda x, of: (
+            (y - A(density(x, window))[0]).flatten(1).norm(dim=1) / of.flatten(1).norm(dim=1).clamp(min=1e-6)
+        ).tolist()
         expected = A(density(denoiser.mean, window))[0]
         usual, odd = apart(denoiser.mean, expected), lambda image: (image - image.flip(-1)).flatten()
-        x = reconstruct(denoiser, y, "expected", c.model_copy(update=dict(CONSISTENCY="off")), patch=patch, amp=amp)[None].float()
+        x = reconstruct(denoiser, y, "expected", c.model_copy(update=dict(CONSISTENCY="off")), patch=patch, amp=amp)[
+            None
+        ].float()
         left, met = apart(x, y), finish(denoiser, x, y[None], c.CONSISTENCY)[0]
-        found = dict(distance_ap=usual[0], distance_lat=usual[1], sides=1 - F.cosine_similarity(odd(y[0]), odd(expected[0]), dim=0).item(), residual_ap=left[0], residual_lat=left[1], contradiction=disagreement(y[None], A, window).item(),
-                     surprise=surprise(denoiser, met, y, c, patch, amp))
+        found = dict(
+            distance_ap=usual[0],
+            distance_lat=usual[1],
+            sides=1 - F.cosine_similarity(odd(y[0]), odd(expected[0]), dim=0).item(),
+            residual_ap=left[0],
+            residual_lat=left[1],
+            contradiction=disagreement(y[None], A, window).item(),
+            surprise=surprise(denoiser, met, y, c, patch, amp),
+        )
     body, seen = to_hu(many.float().mean(0), window) > -500, coverage(A.geometry, A.size, A.mm)[0].to(many.device)
     of_body = lambda v: v[body].float().mean().item() if body.any() else 0.0
-    if len(many) > 1: found["spread"] = math.sqrt(of_body(many.float().var(0))) * (window[1] - window[0])
+    if len(many) > 1:
+        found["spread"] = math.sqrt(of_body(many.float().var(0))) * (window[1] - window[0])
     return found | dict(unseen=of_body(seen == 0))
 
 # %% ../nbs/04b_doubt.ipynb #f03c5fdd
@@ -191,7 +242,10 @@ def limits(
 ) -> dict[str, float]:
     "The largest value that counts as usual."
     found = {k: margin * max(r[k] for r in rows) for k in rows[0]}
-    return found | {k: v for k, v in dict(contradiction=max(found.get("contradiction", 0), CLASH), sides=1.0).items() if k in found}
+    return found | {
+        k: v for k, v in dict(contradiction=max(found.get("contradiction", 0), CLASH), sides=1.0).items() if k in found
+    }
+
 
 def trust(
     found: dict[str, float],  # from `signs`
@@ -200,21 +254,31 @@ def trust(
     "One reconstruction in words."
     known = usual or {}
     beyond = [k for k in known if k in found and found[k] > known[k]]
-    if not known: head = "NOT JUDGED: what is usual for this model is not known; run diffx2ct_doubt once on its checkpoint."
-    elif beyond: head = f"DOUBTFUL: {len(beyond)} of {len(found)} signs {'is' if len(beyond) == 1 else 'are'} beyond what held-out patients show."
-    else: head = "Nothing unusual: all signs are as in held-out patients. The picture may still be wrong."
+    if not known:
+        head = "NOT JUDGED: what is usual for this model is not known; run diffx2ct_doubt once on its checkpoint."
+    elif beyond:
+        head = f"DOUBTFUL: {len(beyond)} of {len(found)} signs {'is' if len(beyond) == 1 else 'are'} beyond what held-out patients show."
+    else:
+        head = "Nothing unusual: all signs are as in held-out patients. The picture may still be wrong."
     lines = [f"- {SIGNS[k][0]} ({found[k]:{SIGNS[k][1]}}, usual up to {known[k]:{SIGNS[k][1]}})" for k in beyond]
-    lines.append(f"- prior only: {found['unseen']:.1%} of the body lies in no beam, and there the picture is invented" if found["unseen"] else "- all of the body lies in a beam")
-    if "spread" in found: lines.append(f"- samples differ by {found['spread']:.0f} HU in the body")
+    lines.append(
+        f"- prior only: {found['unseen']:.1%} of the body lies in no beam, and there the picture is invented"
+        if found["unseen"]
+        else "- all of the body lies in a beam"
+    )
+    if "spread" in found:
+        lines.append(f"- samples differ by {found['spread']:.0f} HU in the body")
     return beyond, "\n".join([head, *lines, f"{CAUTION.capitalize()}."])
 
 # %% ../nbs/04b_doubt.ipynb #f1d3e028
 KEPT = "doubt.json"
-PICKED = 2 ** 17  # voxels of a case that the factors are fitted on
+PICKED = 2**17  # voxels of a case that the factors are fitted on
+
 
 def settings(c: DiffusionConfig) -> dict:
     "What of the settings the factors hold for."
     return dict(sampler=c.SAMPLER, steps=c.STEPS, consistency=c.CONSISTENCY)
+
 
 @torch.no_grad()
 def fit(
@@ -225,39 +289,79 @@ def fit(
 ) -> dict:  # what `doubt.json` holds
     "Factors and limits of a model."
     net, c = model.denoiser, model.config.DIFFUSION
-    how: dict[str, Any] = dict(patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP])
+    how: dict[str, Any] = dict(
+        patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP]
+    )
     seen, rows = coverage(net.A.geometry, net.A.size, net.A.mm)[0], {}
     found: dict[int, list] = {n: [] for n in range(2, k + 1)}  # samples -> distances and kinds of each case
     pick = torch.randperm(seen.numel(), generator=torch.Generator().manual_seed(seed))[:PICKED]
-    for case in tqdm((cases[i] for i in range(len(cases))), total=len(cases), desc="fitting", unit="case", leave=False, disable=None):
-        if careful(net, case.views, c, case.name) is not c: continue
+    for case in tqdm(
+        (cases[i] for i in range(len(cases))), total=len(cases), desc="fitting", unit="case", leave=False, disable=None
+    ):
+        if careful(net, case.views, c, case.name) is not c:
+            continue
         many = samples(net, case.views, list(range(seed, seed + k)), c, **how).float()
         rows[case.name], many = signs(net, case.views, many, c, **how), many.cpu()
         for n, parts in found.items():
             mean, deviation = many[:n].mean(0), many[:n].std(0)
-            parts.append([v.flatten()[pick] for v in (distance(case.volume, mean, deviation, net.window), kinds(mean, seen, net.window))])
-    if len(rows) < 2: raise UserError(f"factors and limits need two held-out cases or more, not {len(rows)}; name a folder of prepared cases with --data")
-    q = {n: factors(torch.cat([z for z, _ in parts]), torch.cat([kind for _, kind in parts])).tolist() for n, parts in found.items()}
-    return dict(version=diffx2ct.__version__, model=digest(model.path), step=model.meta.get("step"), cases=list(rows), seed=seed, **settings(c), levels=list(LEVELS), kinds=KINDS, factors=q, limits=limits(list(rows.values())))
+            parts.append(
+                [
+                    v.flatten()[pick]
+                    for v in (distance(case.volume, mean, deviation, net.window), kinds(mean, seen, net.window))
+                ]
+            )
+    if len(rows) < 2:
+        raise UserError(
+            f"factors and limits need two held-out cases or more, not {len(rows)}; name a folder of prepared cases with --data"
+        )
+    q = {
+        n: factors(torch.cat([z for z, _ in parts]), torch.cat([kind for _, kind in parts])).tolist()
+        for n, parts in found.items()
+    }
+    return dict(
+        version=diffx2ct.__version__,
+        model=digest(model.path),
+        step=model.meta.get("step"),
+        cases=list(rows),
+        seed=seed,
+        **settings(c),
+        levels=list(LEVELS),
+        kinds=KINDS,
+        factors=q,
+        limits=limits(list(rows.values())),
+    )
 
 # %% ../nbs/04b_doubt.ipynb #6ace0f01
 def fitted(
     model: Model,
     c: DiffusionConfig,  # the settings a case is reconstructed with
     k: int,  # samples of it
-) -> tuple[Tensor, dict[str, float] | None, str]:  # factors (len(KINDS), len(LEVELS)), limits, and in words whether they are calibrated
+) -> tuple[
+    Tensor, dict[str, float] | None, str
+]:  # factors (len(KINDS), len(LEVELS)), limits, and in words whether they are calibrated
     "What is kept beside a model; where there is nothing that fits, the factors of somebody who believes the spread."
-    path = model.path.parent/KEPT
-    if not path.exists(): return gaussian(), None, f"not calibrated: no {KEPT}, see diffx2ct_doubt"
+    path = model.path.parent / KEPT
+    if not path.exists():
+        return gaussian(), None, f"not calibrated: no {KEPT}, see diffx2ct_doubt"
     damaged = gaussian(), None, f"not calibrated: {KEPT} is damaged, run diffx2ct_doubt again"
-    if harm(path): return damaged
+    if harm(path):
+        return damaged
     try:
         d = json.loads(path.read_text())
-        q, usual, of, drawn, cases = {int(n): torch.tensor(v) for n, v in d["factors"].items()}, d["limits"], d["model"], {n: d[n] for n in settings(c)}, len(d["cases"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError): return damaged
-    if of != digest(model.path): return gaussian(), None, f"not calibrated: {KEPT} is of another model"
+        q, usual, of, drawn, cases = (
+            {int(n): torch.tensor(v) for n, v in d["factors"].items()},
+            d["limits"],
+            d["model"],
+            {n: d[n] for n in settings(c)},
+            len(d["cases"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return damaged
+    if of != digest(model.path):
+        return gaussian(), None, f"not calibrated: {KEPT} is of another model"
     other = [f"{n} {drawn[n]}, not {v}" for n, v in settings(c).items() if drawn[n] != v]
-    if other or k not in q: return gaussian(), usual, "not calibrated: fitted for " + (", ".join(other) or f"2 to {max(q)} samples")
+    if other or k not in q:
+        return gaussian(), usual, "not calibrated: fitted for " + (", ".join(other) or f"2 to {max(q)} samples")
     return q[k], usual, f"calibrated on {cases} held-out cases"
 
 # %% ../nbs/04b_doubt.ipynb #681f08f6
@@ -266,51 +370,89 @@ def examine(
     views: Tensor,  # (2, P, P) of one case
     many: Tensor,  # (K, 1, D, H, W) its samples, or one volume
     c: DiffusionConfig,  # the settings they were made with
-) -> tuple[dict[str, Tensor], dict]:  # maps (D, H, W), in HU, beams or rays; and the report: signs, limits, beyond, calibration, report
+) -> tuple[
+    dict[str, Tensor], dict
+]:  # maps (D, H, W), in HU, beams or rays; and the report: signs, limits, beyond, calibration, report
     "The doubt that goes with one reconstruction."
     net, (q, usual, said) = model.denoiser, fitted(model, c, len(many))
-    found = signs(net, views, many, c, min(model.config.TRAINING.PATCH_SIZE, net.A.size), AMP[model.config.TRAINING.AMP])
+    found = signs(
+        net, views, many, c, min(model.config.TRAINING.PATCH_SIZE, net.A.size), AMP[model.config.TRAINING.AMP]
+    )
     beyond, text = trust(found, usual)
     seen, many = coverage(net.A.geometry, net.A.size, net.A.mm)[0], many.float().cpu()
     maps = {"coverage": seen[0], "path_density": path_density(net.A)[0, 0].cpu()}
     if len(many) > 1:
         mean, deviation = many.mean(0), many.std(0)
-        maps |= {"mean": to_hu(mean[0], net.window), "spread": deviation[0] * (net.window[1] - net.window[0]), "spread_95": half_width(deviation, kinds(mean, seen, net.window), q[:, LEVELS.index(0.95)], net.window)[0]}
-    return maps, dict(signs=found, limits=usual, beyond=beyond, calibration="no spread: fewer than two samples" if len(many) < 2 and usual else said, report=text)
+        maps |= {
+            "mean": to_hu(mean[0], net.window),
+            "spread": deviation[0] * (net.window[1] - net.window[0]),
+            "spread_95": half_width(deviation, kinds(mean, seen, net.window), q[:, LEVELS.index(0.95)], net.window)[0],
+        }
+    return maps, dict(
+        signs=found,
+        limits=usual,
+        beyond=beyond,
+        calibration="no spread: fewer than two samples" if len(many) < 2 and usual else said,
+        report=text,
+    )
 
 # %% ../nbs/04b_doubt.ipynb #061aa294
 def parser() -> argparse.ArgumentParser:
     "Options of `diffx2ct_doubt`."
-    p = argparse.ArgumentParser(prog="diffx2ct_doubt", formatter_class=argparse.RawDescriptionHelpFormatter, description=f"Fit what is usual for a checkpoint, on cases with a known volume, and keep it beside the model in {KEPT}: factors that calibrate its spread, and limits of the trust report.",
+    p = argparse.ArgumentParser(
+        prog="diffx2ct_doubt",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Fit what is usual for a checkpoint, on cases with a known volume, and keep it beside the model in {KEPT}: factors that calibrate its spread, and limits of the trust report.",
         epilog="""examples:
   diffx2ct_doubt --checkpoint_dir checkpoints/best                    on its own held-out cases
   diffx2ct_doubt --checkpoint_dir checkpoints/best --data data/test   on all cases of a folder of diffx2ct_prepare
 
 run_visualize.sh and diffx2ct_reconstruct look for it beside the model. They say "not calibrated" where it is missing, of another model, or of other settings than they are asked for.
-Cases the model was trained on are left out, by name; the others should be like the patients it is meant for.""")
-    p.add_argument("--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file")
-    p.add_argument("--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)")
-    p.add_argument("--k", type=int, default=8, help="samples of each case; factors are kept for 2 to K (default: %(default)s)")
+Cases the model was trained on are left out, by name; the others should be like the patients it is meant for.""",
+    )
+    p.add_argument(
+        "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
+    )
+    p.add_argument(
+        "--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)"
+    )
+    p.add_argument(
+        "--k", type=int, default=8, help="samples of each case; factors are kept for 2 to K (default: %(default)s)"
+    )
     p.add_argument("--seed", type=int, default=0, help="of the samples and of the voxels (default: %(default)s)")
     p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto (default: %(default)s)")
     return p
+
 
 @command
 def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_doubt`."
     a = parser().parse_args(argv)
-    if a.k < 2 or a.seed < 0: raise UserError("--k counts from 2 and --seed from 0; give larger numbers")
+    if a.k < 2 or a.seed < 0:
+        raise UserError("--k counts from 2 and --seed from 0; give larger numbers")
     model = load_model(a.checkpoint_dir, str(device_option(a.device)))
     cases = open_cases(model, a.data)
     if a.data and (learnt := trained_on(cases.cases, model)):
         cases = cases.only([n for n in cases.cases if n not in learnt])
-        if not cases.cases: raise UserError(f"{a.data} holds only cases of patients this checkpoint was trained on; name a folder of others with --data, or leave it out")
-        print(f"diffx2ct: {len(learnt)} cases of patients this checkpoint was trained on are left out ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)})", file=sys.stderr)
+        if not cases.cases:
+            raise UserError(
+                f"{a.data} holds only cases of patients this checkpoint was trained on; name a folder of others with --data, or leave it out"
+            )
+        print(
+            f"diffx2ct: {len(learnt)} cases of patients this checkpoint was trained on are left out ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)})",
+            file=sys.stderr,
+        )
     d = fit(model, cases, a.k, a.seed) | dict(data=a.data or "its own held-out cases")
-    path = write_summed(model.path.parent/KEPT, lambda p: p.write_text(json.dumps(d, indent=1)))
+    path = write_summed(model.path.parent / KEPT, lambda p: p.write_text(json.dumps(d, indent=1)))
     q = torch.tensor(d["factors"][a.k])
-    print(f"fitted on {len(d['cases'])} cases, {a.k} samples each: 95 % of the voxels lie within so many deviations: " + ", ".join(f"{t} {v:.1f}" for t, v in zip(TISSUES, q[:, -1].tolist())) + " (1.96 if the spread could be believed)")
+    print(
+        f"fitted on {len(d['cases'])} cases, {a.k} samples each: 95 % of the voxels lie within so many deviations: "
+        + ", ".join(f"{t} {v:.1f}" for t, v in zip(TISSUES, q[:, -1].tolist()))
+        + " (1.96 if the spread could be believed)"
+    )
     print("usual up to: " + ", ".join(f"{k.replace('_', ' ')} {v:{SIGNS[k][1]}}" for k, v in d["limits"].items()))
     print(f"kept in {path}, for {model.path.name}")
 
-if __name__ == "__main__" and "__file__" in globals(): main()  # python -m diffx2ct.doubt, not a notebook
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # python -m diffx2ct.doubt, not a notebook

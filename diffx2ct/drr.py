@@ -18,31 +18,42 @@ from .data import GeometryConfig, UserError
 @dataclass(frozen=True)
 class Geometry:
     "Source, isocentre and square detector, in millimetres; both views share it."
+
     kind: str  # "parallel" or "cone"
     sad_mm: float  # source to isocentre (0 for parallel)
     sdd_mm: float  # source to detector (0 for parallel)
     panel_mm: float  # edge of the detector
 
-    def zoom(self,
+    def zoom(
+        self,
         depth_mm: Tensor,  # distance behind the isocentre, towards the detector
     ) -> Tensor:  # size at that depth of what is 1 mm on the detector
         "$(\\mathrm{sad}+q)/\\mathrm{sdd}$; one for parallel beams."
         return torch.ones_like(depth_mm) if self.kind == "parallel" else (self.sad_mm + depth_mm) / self.sdd_mm
+
 
 def geometry(
     spec: str | GeometryConfig | dict,  # preset, settings, or what a manifest holds
     side_mm: float,  # edge of the volume's cube
 ) -> Geometry:
     "A geometry by name or by its numbers; the source must stand outside the cube and the detector behind it."
-    if isinstance(spec, GeometryConfig): spec = {k.lower(): v for k, v in spec.model_dump().items()}
-    if isinstance(spec, dict): g = Geometry(**spec)
-    elif spec == "parallel": g = Geometry("parallel", 0.0, 0.0, side_mm)
+    if isinstance(spec, GeometryConfig):
+        spec = {k.lower(): v for k, v in spec.model_dump().items()}
+    if isinstance(spec, dict):
+        g = Geometry(**spec)
+    elif spec == "parallel":
+        g = Geometry("parallel", 0.0, 0.0, side_mm)
     elif spec in ("x2ct", "x2ct_scaled"):
         k = side_mm / 320 if spec == "x2ct_scaled" else 1.0
         g = Geometry("cone", 541.0 * k, 949.0 * k, 500.0 * k)
-    else: raise UserError(f"geometry {spec!r} is not known; use parallel, x2ct, x2ct_scaled, or KIND, SAD_MM, SDD_MM, PANEL_MM")
+    else:
+        raise UserError(
+            f"geometry {spec!r} is not known; use parallel, x2ct, x2ct_scaled, or KIND, SAD_MM, SDD_MM, PANEL_MM"
+        )
     if g.kind == "cone" and not (g.sad_mm > side_mm / 2 and g.sdd_mm >= g.sad_mm + side_mm / 2):
-        raise UserError(f"SAD_MM {g.sad_mm:g} and SDD_MM {g.sdd_mm:g} put the source or the detector inside the {side_mm:g} mm cube; SAD must exceed {side_mm / 2:g} and SDD exceed SAD + {side_mm / 2:g}")
+        raise UserError(
+            f"SAD_MM {g.sad_mm:g} and SDD_MM {g.sdd_mm:g} put the source or the detector inside the {side_mm:g} mm cube; SAD must exceed {side_mm / 2:g} and SDD exceed SAD + {side_mm / 2:g}"
+        )
     return g
 
 # %% ../nbs/00a_drr.ipynb #cdc1ba11
@@ -52,6 +63,7 @@ def centres(
 ) -> Tensor:  # (n,) mm
     "Centres of a row of cells around the isocentre."
     return (torch.arange(n) - (n - 1) / 2) * mm
+
 
 def hat_matrix(
     points: Tensor,  # (..., P) where to read, mm
@@ -66,10 +78,12 @@ def hat_matrix(
 # %% ../nbs/00a_drr.ipynb #069ae3f8
 class Projector(nn.Module):
     "The linear operator A: density of a cube to two views in mm of water."
+
     R: Tensor  # (K, P, n) weights of each plane; K = 1 for parallel beams
     weight: Tensor  # (P, P) mm that a ray spends in a plane
 
-    def __init__(self,
+    def __init__(
+        self,
         geometry: Geometry,  # both views
         size: int,  # voxels along the cube's edge
         mm: float,  # voxel edge
@@ -78,20 +92,31 @@ class Projector(nn.Module):
         super().__init__()
         self.geometry, self.size, self.mm, self.pixels = geometry, size, mm, pixels
         u = centres(pixels, geometry.panel_mm / pixels)
-        zoom = geometry.zoom(centres(1 if geometry.kind == "parallel" else size, mm))[:, None]  # (K, 1), one plane serves all of a parallel beam
-        slant = torch.ones(pixels, pixels) if geometry.kind == "parallel" else (1 + (u[:, None] ** 2 + u ** 2) / geometry.sdd_mm ** 2).sqrt()
-        self.register_buffer("R", hat_matrix(u * zoom, size, mm, zoom[..., None] * geometry.panel_mm / pixels), persistent=False)
+        zoom = geometry.zoom(centres(1 if geometry.kind == "parallel" else size, mm))[
+            :, None
+        ]  # (K, 1), one plane serves all of a parallel beam
+        slant = (
+            torch.ones(pixels, pixels)
+            if geometry.kind == "parallel"
+            else (1 + (u[:, None] ** 2 + u**2) / geometry.sdd_mm**2).sqrt()
+        )
+        self.register_buffer(
+            "R", hat_matrix(u * zoom, size, mm, zoom[..., None] * geometry.panel_mm / pixels), persistent=False
+        )
         self.register_buffer("weight", slant * mm, persistent=False)
 
-    def forward(self,
+    def forward(
+        self,
         rho: Tensor,  # (B, 1, D, H, W) density, water 1
     ) -> Tensor:  # (B, 2, P, P) AP and LAT, mm of water
         "A: sum of zoomed planes, along H for AP and along W for LAT."
         stacks = [rho[:, 0].transpose(1, 2), rho[:, 0].permute(0, 3, 1, 2)]  # (B, planes, rows D, columns W or H)
-        if len(self.R) == 1: stacks = [s.sum(1, keepdim=True) for s in stacks]
+        if len(self.R) == 1:
+            stacks = [s.sum(1, keepdim=True) for s in stacks]
         return torch.stack([(self.R @ s @ self.R.mT).sum(1) * self.weight for s in stacks], 1)
 
-    def adjoint(self,
+    def adjoint(
+        self,
         y: Tensor,  # (B, 2, P, P)
     ) -> Tensor:  # (B, 1, D, H, W)
         "A transposed: every pixel smeared back along its ray."
@@ -108,6 +133,7 @@ def shadow(
     "Where points at a depth fall on the detector."
     return position / g.zoom(depth[:1] if g.kind == "parallel" else depth)[:, None]
 
+
 def coverage(
     g: Geometry,
     size: int,  # voxels along the cube's edge
@@ -119,8 +145,8 @@ def coverage(
     c = centres(size, mm)
     seen = (shadow(g, c, c).abs() <= g.panel_mm / 2).expand(size, size)  # (depth, across)
     d, h, w = (slice(o, o + (patch or size)) for o in origin)
-    ap = seen[None, h, w] & seen[h, d].T[:, :, None]        # w across and d across, depth h
-    lat = seen[w, h].T[None] & seen[w, d].T[:, None, :]     # h across and d across, depth w
+    ap = seen[None, h, w] & seen[h, d].T[:, :, None]  # w across and d across, depth h
+    lat = seen[w, h].T[None] & seen[w, d].T[:, None, :]  # h across and d across, depth w
     return (ap.int() + lat.int())[None, None]
 
 # %% ../nbs/00a_drr.ipynb #4e57f8d7
@@ -133,27 +159,37 @@ def path_density(
 # %% ../nbs/00a_drr.ipynb #d1592087
 class Lifting(nn.Module):
     "Reads 2D feature maps at the shadow of every voxel of a block."
-    ap_rows: Tensor; ap_cols: Tensor; lat_rows: Tensor; lat_cols: Tensor  # (K, voxels, pixels) weights
 
-    def __init__(self,
+    ap_rows: Tensor
+    ap_cols: Tensor
+    lat_rows: Tensor
+    lat_cols: Tensor  # (K, voxels, pixels) weights
+
+    def __init__(
+        self,
         g: Geometry,
-        z: Tensor, y: Tensor, x: Tensor,  # (d,), (h,), (w,) coordinates of the block's voxel planes along D, H, W, mm
+        z: Tensor,
+        y: Tensor,
+        x: Tensor,  # (d,), (h,), (w,) coordinates of the block's voxel planes along D, H, W, mm
         pixels: int,  # edge of the feature maps
     ):
         super().__init__()
         pixel = g.panel_mm / pixels
         for name, depth, across in (("ap", y, x), ("lat", x, y)):
-            self.register_buffer(f"{name}_rows", hat_matrix(shadow(g, depth, z), pixels, pixel), persistent=False)   # (K, d, pixels)
+            self.register_buffer(
+                f"{name}_rows", hat_matrix(shadow(g, depth, z), pixels, pixel), persistent=False
+            )  # (K, d, pixels)
             self.register_buffer(f"{name}_cols", hat_matrix(shadow(g, depth, across), pixels, pixel), persistent=False)
         self.shape = (len(z), len(y), len(x))
 
-    def forward(self,
+    def forward(
+        self,
         features: Tensor,  # (B, 2, C, p, p) maps of the AP and the LAT view
     ) -> Tensor:  # (B, 2, C, d, h, w)
         "Each view's features along its rays."
         f = features.unsqueeze(-3)
-        ap = self.ap_rows.to(f) @ f[:, 0] @ self.ap_cols.mT.to(f)      # (B, C, K, d, w)
-        lat = self.lat_rows.to(f) @ f[:, 1] @ self.lat_cols.mT.to(f)   # (B, C, K, d, h)
+        ap = self.ap_rows.to(f) @ f[:, 0] @ self.ap_cols.mT.to(f)  # (B, C, K, d, w)
+        lat = self.lat_rows.to(f) @ f[:, 1] @ self.lat_cols.mT.to(f)  # (B, C, K, d, h)
         shape = (*features.shape[:1], features.shape[2], *self.shape)
         return torch.stack([ap.transpose(2, 3).expand(shape), lat.permute(0, 1, 3, 4, 2).expand(shape)], 1)
 
@@ -164,6 +200,7 @@ def to_display(
     "Divide each image by its maximum."
     scale = y.amax((-2, -1)).clamp(min=1e-6)
     return (y / scale[..., None, None]).clamp(min=0), scale
+
 
 def from_display(
     image: Tensor,  # (..., P, P) in [0, 1]

@@ -27,32 +27,58 @@ def norm(channels: int) -> nn.GroupNorm:
     "Group norm, the one normalisation used everywhere: it does not care how small the batch is."
     return nn.GroupNorm(min(8, channels), channels)
 
+
 class Residual(nn.Module):
     "x + f(x)."
+
     def __init__(self, *layers: nn.Module):
         super().__init__()
         self.f = nn.Sequential(*layers)
-    def forward(self, x: Tensor) -> Tensor: return x + self.f(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
 
 class Squeeze(nn.Module):
     "Squeeze-and-excitation: every channel weighted by a look at the whole image."
+
     def __init__(self, c: int):
         super().__init__()
-        self.f = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c // 4, 1), nn.SiLU(), nn.Conv2d(c // 4, c, 1), nn.Sigmoid())
-    def forward(self, x: Tensor) -> Tensor: return x * self.f(x)
+        self.f = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c // 4, 1), nn.SiLU(), nn.Conv2d(c // 4, c, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.f(x)
+
 
 BLOCKS = {
-    "resnet": lambda c: Residual(norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1)),
-    "convnext": lambda c: Residual(nn.Conv2d(c, c, 7, padding=3, groups=c), norm(c), nn.Conv2d(c, 4 * c, 1), nn.GELU(), nn.Conv2d(4 * c, c, 1)),
-    "efficientnet": lambda c: Residual(nn.Conv2d(c, 4 * c, 1), norm(4 * c), nn.SiLU(), nn.Conv2d(4 * c, 4 * c, 3, padding=1, groups=4 * c), norm(4 * c), nn.SiLU(), Squeeze(4 * c), nn.Conv2d(4 * c, c, 1)),
+    "resnet": lambda c: Residual(
+        norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1)
+    ),
+    "convnext": lambda c: Residual(
+        nn.Conv2d(c, c, 7, padding=3, groups=c), norm(c), nn.Conv2d(c, 4 * c, 1), nn.GELU(), nn.Conv2d(4 * c, c, 1)
+    ),
+    "efficientnet": lambda c: Residual(
+        nn.Conv2d(c, 4 * c, 1),
+        norm(4 * c),
+        nn.SiLU(),
+        nn.Conv2d(4 * c, 4 * c, 3, padding=1, groups=4 * c),
+        norm(4 * c),
+        nn.SiLU(),
+        Squeeze(4 * c),
+        nn.Conv2d(4 * c, c, 1),
+    ),
 }
 
 # %% ../nbs/01_encoder.ipynb #376eec21
 class Encoder(nn.Module):
     "Two views to feature maps at every level of the 3D network, and to tokens."
+
     code: Tensor  # (4 octaves, P, P) of position
 
-    def __init__(self,
+    def __init__(
+        self,
         kind: str,  # a key of BLOCKS
         channels: Sequence[int],  # channels per level of the 3D network
         pixels: int,  # detector pixels along an edge
@@ -62,17 +88,23 @@ class Encoder(nn.Module):
         octaves: int = 4,
     ):
         super().__init__()
-        widths = [width * min(2 ** i, 4) for i in range(len(channels))]
+        widths = [width * min(2**i, 4) for i in range(len(channels))]
         self.register_buffer("code", position_code(pixels, octaves), persistent=False)
         self.stem = nn.Conv2d(1 + len(self.code), width, 5, first_stride, 2)
-        self.levels = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 3, 2 if i else 1, 1), BLOCKS[kind](b), BLOCKS[kind](b))
-                                    for i, (a, b) in enumerate(zip([width, *widths], widths)))
-        self.heads = nn.ModuleList(nn.ModuleList(nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(w, c, 1)) for _ in ("AP", "LAT")) for w, c in zip(widths, channels))
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2 if i else 1, 1), BLOCKS[kind](b), BLOCKS[kind](b))
+            for i, (a, b) in enumerate(zip([width, *widths], widths))
+        )
+        self.heads = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(norm(w), nn.SiLU(), nn.Conv2d(w, c, 1)) for _ in ("AP", "LAT"))
+            for w, c in zip(widths, channels)
+        )
         self.tokens = nn.Conv2d(widths[-1], out_dim, 1)
         last = pixels // first_stride // 2 ** (len(channels) - 1)
         self.place = nn.Parameter(torch.randn(2, out_dim, last, last) * 0.02)
 
-    def forward(self,
+    def forward(
+        self,
         views: Tensor,  # (B, 2, P, P) what sets each view apart from the mean training view, enlarged (chapter 02a)
     ) -> tuple[list[Tensor], Tensor]:  # per level (B, 2, C_l, p_l, p_l); tokens (B, 2 p p, out_dim)
         "Feature maps per level and tokens."
@@ -89,6 +121,7 @@ class Encoder(nn.Module):
 # %% ../nbs/01_encoder.ipynb #c38ec182
 from .drr import Geometry, Lifting, centres
 
+
 def block_axes(
     size: int,  # voxels along the cube's edge
     mm: float,  # voxel edge
@@ -97,11 +130,13 @@ def block_axes(
     stride: int = 1,  # voxels merged into one along each axis
 ) -> list[Tensor]:  # three of (patch / stride,), mm
     "Coordinates of the voxel planes of a block, isocentre 0, along D, H and W."
-    return [centres(size, mm)[o:o + patch].unflatten(0, (-1, stride)).mean(1) for o in origin]
+    return [centres(size, mm)[o : o + patch].unflatten(0, (-1, stride)).mean(1) for o in origin]
+
 
 def lift_levels(
     g: Geometry,
-    size: int, mm: float,  # the whole cube
+    size: int,
+    mm: float,  # the whole cube
     origin: tuple[int, int, int],  # of the block
     patch: int,  # edge of the block
     pixels: int,  # edge of the views
@@ -109,5 +144,7 @@ def lift_levels(
     first_stride: int = 2,  # 2 where the network begins at half resolution
 ) -> nn.ModuleList:
     "One `Lifting` a level."
-    strides = [first_stride * 2 ** i for i in range(levels)]
-    return nn.ModuleList(Lifting(g, z, y, x, pixels // s) for s in strides for z, y, x in [block_axes(size, mm, origin, patch, s)])
+    strides = [first_stride * 2**i for i in range(levels)]
+    return nn.ModuleList(
+        Lifting(g, z, y, x, pixels // s) for s in strides for z, y, x in [block_axes(size, mm, origin, patch, s)]
+    )

@@ -7,7 +7,11 @@ __all__ = ['FIGURES', 'score', 'check_like', 'open_cases', 'trained_on', 'means'
            'plot_scores', 'parser', 'check_options', 'main']
 
 # %% ../nbs/04a_evaluate.ipynb #ff0243f1
-import argparse, json, math, sys, time
+import argparse
+import json
+import math
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from functools import partial
@@ -20,7 +24,18 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Model, load_model
 from .consistency import disagreement, litres, residual
-from .data import Case, CTPairs, UserError, cases_in, command, patient_of, read_manifest, split_cases, writable, write_atomic
+from diffx2ct.data import (
+    Case,
+    CTPairs,
+    UserError,
+    cases_in,
+    command,
+    patient_of,
+    read_manifest,
+    split_cases,
+    writable,
+    write_atomic,
+)
 from .diffusion import Denoiser
 from .drr import geometry
 from .metrics import PROTOCOLS, bootstrap, metrics
@@ -30,8 +45,19 @@ from .train import AMP, open_data, phantom_names
 
 # %% ../nbs/04a_evaluate.ipynb #6be6b604
 FIGURES = {  # name: what a table calls it, and its format
-    "psnr": ("PSNR, volume (dB)", ".2f"), "psnr_slices": ("PSNR, slices (dB)", ".2f"), "ssim": ("SSIM, 3D", ".3f"), "ssim_slices": ("SSIM, slices", ".3f"), "ssim_axial": ("  axial", ".3f"), "ssim_coronal": ("  coronal", ".3f"),
-    "ssim_sagittal": ("  sagittal", ".3f"), "mae_hu": ("MAE, cube (HU)", ".1f"), "mae_hu_body": ("MAE, body (HU)", ".1f"), "residual": ("residual of the views", ".1%"), "seconds": ("seconds", ".2f")}
+    "psnr": ("PSNR, volume (dB)", ".2f"),
+    "psnr_slices": ("PSNR, slices (dB)", ".2f"),
+    "ssim": ("SSIM, 3D", ".3f"),
+    "ssim_slices": ("SSIM, slices", ".3f"),
+    "ssim_axial": ("  axial", ".3f"),
+    "ssim_coronal": ("  coronal", ".3f"),
+    "ssim_sagittal": ("  sagittal", ".3f"),
+    "mae_hu": ("MAE, cube (HU)", ".1f"),
+    "mae_hu_body": ("MAE, body (HU)", ".1f"),
+    "residual": ("residual of the views", ".1%"),
+    "seconds": ("seconds", ".2f"),
+}
+
 
 @torch.no_grad()
 def score(
@@ -43,7 +69,11 @@ def score(
 ) -> dict[str, float | None]:  # all FIGURES but the seconds; None where a figure does not exist
     "Everything one volume is judged by."
     home, found = net.mean.device, metrics(x[0], case.volume[0], net.window, protocol, air)
-    left = residual(x[None].to(home), case.views[None].to(home), net.A, net.window).item() if net.line_integrals else math.nan
+    left = (
+        residual(x[None].to(home), case.views[None].to(home), net.A, net.window).item()
+        if net.line_integrals
+        else math.nan
+    )
     return {k: v if math.isfinite(v) else None for k, v in (found | dict(residual=left)).items() if k in FIGURES}
 
 # %% ../nbs/04a_evaluate.ipynb #b5c78e98
@@ -52,20 +82,52 @@ def check_like(
     model: Model,
 ) -> None:
     "`UserError` where the data of a folder is not what the model was trained on."
-    net, manifest, trained, where = model.denoiser, read_manifest(drrs), f"checkpoint {model.path.resolve().parent.name}", drrs/"manifest.json"
+    net, manifest, trained, where = (
+        model.denoiser,
+        read_manifest(drrs),
+        f"checkpoint {model.path.resolve().parent.name}",
+        drrs / "manifest.json",
+    )
     line = manifest is not None and manifest["view_domain"] == "line_integral"
     if line != net.line_integrals:
-        said = f"{where} says the views are " + ("line integrals" if line else "display images") if manifest else f"{where} does not exist, so the views count as display images"
-        raise UserError(f"{said}, but {trained} was trained on {'line integrals' if net.line_integrals else 'display images'}; make the data with diffx2ct_prepare, or use another checkpoint")
-    if not manifest: return
-    ours = {"size": (net.A.size,), "mm": (net.A.mm,), "pixels": (net.A.pixels,), "HU window": net.window, "geometry": astuple(net.A.geometry)}
-    equal = lambda a, b: all(p == q if isinstance(q, str) else math.isclose(p, q, rel_tol=1e-4) for p, q in zip(a, b, strict=True))
+        said = (
+            f"{where} says the views are " + ("line integrals" if line else "display images")
+            if manifest
+            else f"{where} does not exist, so the views count as display images"
+        )
+        raise UserError(
+            f"{said}, but {trained} was trained on {'line integrals' if net.line_integrals else 'display images'}; make the data with diffx2ct_prepare, or use another checkpoint"
+        )
+    if not manifest:
+        return
+    ours = {
+        "size": (net.A.size,),
+        "mm": (net.A.mm,),
+        "pixels": (net.A.pixels,),
+        "HU window": net.window,
+        "geometry": astuple(net.A.geometry),
+    }
+    equal = lambda a, b: all(
+        p == q if isinstance(q, str) else math.isclose(p, q, rel_tol=1e-4) for p, q in zip(a, b, strict=True)
+    )
     say = lambda v: " ".join(u if isinstance(u, str) else f"{u:g}" for u in v)
     try:
-        theirs = {k: (manifest[k],) for k in ("size", "mm", "pixels")} | {"HU window": manifest["hu_window"], "geometry": astuple(geometry(manifest["geometry"], manifest["size"] * manifest["mm"]))}
-        wrong = next((f"{where} says {k} {say(theirs[k])}, but {trained} was trained with {k} {say(ours[k])}" for k in ours if not equal(theirs[k], ours[k])), None)
-    except (TypeError, ValueError): raise UserError(f"{where} is not a manifest of this program; run diffx2ct_prepare again") from None
-    if wrong: raise UserError(f"{wrong}; prepare the data like that, or use another checkpoint")
+        theirs = {k: (manifest[k],) for k in ("size", "mm", "pixels")} | {
+            "HU window": manifest["hu_window"],
+            "geometry": astuple(geometry(manifest["geometry"], manifest["size"] * manifest["mm"])),
+        }
+        wrong = next(
+            (
+                f"{where} says {k} {say(theirs[k])}, but {trained} was trained with {k} {say(ours[k])}"
+                for k in ours
+                if not equal(theirs[k], ours[k])
+            ),
+            None,
+        )
+    except (TypeError, ValueError):
+        raise UserError(f"{where} is not a manifest of this program; run diffx2ct_prepare again") from None
+    if wrong:
+        raise UserError(f"{wrong}; prepare the data like that, or use another checkpoint")
 
 # %% ../nbs/04a_evaluate.ipynb #02fb0d22
 def open_cases(
@@ -76,20 +138,34 @@ def open_cases(
     "The cases to be scored, checked against the model."
     d = model.config.DATA
     if folder is None:
-        if d.PT_DATA_DIR and not Path(d.PT_DATA_DIR).is_dir(): raise UserError(f"the checkpoint's own cases are not here (DATA.PT_DATA_DIR {d.PT_DATA_DIR} is not a folder); put them back, or name a folder of others with --data")
+        if d.PT_DATA_DIR and not Path(d.PT_DATA_DIR).is_dir():
+            raise UserError(
+                f"the checkpoint's own cases are not here (DATA.PT_DATA_DIR {d.PT_DATA_DIR} is not a folder); put them back, or name a folder of others with --data"
+            )
         own = open_data(model.config, model.meta.get("cases")).valid
         volumes, drrs, known = own.pt, own.drr, own.cases
     else:
-        volumes, drrs = Path(folder)/"volumes", Path(folder)/"drrs"
+        volumes, drrs = Path(folder) / "volumes", Path(folder) / "drrs"
         for part in (volumes, drrs):
-            if not part.is_dir(): raise UserError(f"{part} is not a folder; --data names the folder that diffx2ct_prepare --out has written, with volumes and drrs in it")
+            if not part.is_dir():
+                raise UserError(
+                    f"{part} is not a folder; --data names the folder that diffx2ct_prepare --out has written, with volumes and drrs in it"
+                )
         known = cases_in(volumes)
-        if not known: raise UserError(f"{volumes} holds no .pt file; fill {folder} with diffx2ct_prepare")
+        if not known:
+            raise UserError(f"{volumes} holds no .pt file; fill {folder} with diffx2ct_prepare")
     check_like(drrs, model)
     for name in names or ():
-        if name not in known: raise UserError(f"--cases {name}: there is no such case; the {len(known)} there are begin with {', '.join(known[:4])}")
+        if name not in known:
+            raise UserError(
+                f"--cases {name}: there is no such case; the {len(known)} there are begin with {', '.join(known[:4])}"
+            )
     chosen = list(dict.fromkeys(names or known))
-    return own.only(chosen) if folder is None else CTPairs(d.model_copy(update=dict(PT_DATA_DIR=str(volumes), DRR_DIR=str(drrs))), chosen)
+    return (
+        own.only(chosen)
+        if folder is None
+        else CTPairs(d.model_copy(update=dict(PT_DATA_DIR=str(volumes), DRR_DIR=str(drrs))), chosen)
+    )
 
 # %% ../nbs/04a_evaluate.ipynb #cdf06dfd
 def trained_on(
@@ -98,8 +174,14 @@ def trained_on(
 ) -> list[str]:
     "Those of the cases whose patients the model was trained on; an old model file does not name them, and they are found as far as its data is still here."
     c, split = model.config, model.meta.get("cases")
-    try: learnt = split["train"] if split else split_cases(cases_in(c.DATA.PT_DATA_DIR) if c.DATA.PT_DATA_DIR else phantom_names(c), c)[0]
-    except UserError: return []
+    try:
+        learnt = (
+            split["train"]
+            if split
+            else split_cases(cases_in(c.DATA.PT_DATA_DIR) if c.DATA.PT_DATA_DIR else phantom_names(c), c)[0]
+        )
+    except UserError:
+        return []
     patients = {patient_of(n) for n in learnt}
     return [n for n in names if patient_of(n) in patients]
 
@@ -110,10 +192,13 @@ def means(
     seed: int = 0,  # of the bootstrap
 ) -> dict[str, dict]:  # method -> figure -> [mean, lower end, upper end]
     "Mean over cases with a 95 % bootstrap interval; None where no case has the figure."
+
     def over(m, k):
         values = [v for c in cases.values() if (v := c["scores"][m][k]) is not None]
         return list(bootstrap(values, seed=seed)) if values else [None] * 3
+
     return {m: {k: over(m, k) for k in FIGURES} for m in methods}
+
 
 def settings(
     model: Model,
@@ -121,8 +206,21 @@ def settings(
 ) -> dict:
     "What must be known to read the figures: which model, on what grid, asked how."
     net, c = model.denoiser, model.config
-    return dict(checkpoint=model.path.resolve().parent.name, model=model.path.name, step=model.meta.get("step"), version=model.meta["version"], **how, sampler=c.DIFFUSION.SAMPLER, amp=c.TRAINING.AMP,
-                geometry=asdict(net.A.geometry), size=net.A.size, mm=net.A.mm, pixels=net.A.pixels, hu_window=list(net.window), line_integrals=net.line_integrals)
+    return dict(
+        checkpoint=model.path.resolve().parent.name,
+        model=model.path.name,
+        step=model.meta.get("step"),
+        version=model.meta["version"],
+        **how,
+        sampler=c.DIFFUSION.SAMPLER,
+        amp=c.TRAINING.AMP,
+        geometry=asdict(net.A.geometry),
+        size=net.A.size,
+        mm=net.A.mm,
+        pixels=net.A.pixels,
+        hu_window=list(net.window),
+        line_integrals=net.line_integrals,
+    )
 
 # %% ../nbs/04a_evaluate.ipynb #48a68e25
 def evaluate(
@@ -137,28 +235,52 @@ def evaluate(
 ) -> dict:  # settings, means, cases
     "Score methods on cases; Ctrl-C ends it with the cases done so far."
     net, c, found = model.denoiser, model.config, {}
-    d = c.DIFFUSION.model_copy(update=dict(STEPS=steps or c.DIFFUSION.STEPS, CONSISTENCY=consistency or c.DIFFUSION.CONSISTENCY))
+    d = c.DIFFUSION.model_copy(
+        update=dict(STEPS=steps or c.DIFFUSION.STEPS, CONSISTENCY=consistency or c.DIFFUSION.CONSISTENCY)
+    )
     with tqdm(total=len(cases) * len(methods), desc="evaluating", unit="volume", leave=False, disable=None) as bar:
         try:
             for case in (cases[i] for i in range(len(cases))):
                 views = case.views[None].to(net.mean.device)
-                clash, weight = (disagreement(views, net.A, net.window).item(), litres(views, net.A)[0].tolist()) if net.line_integrals else (None, None)
+                clash, weight = (
+                    (disagreement(views, net.A, net.window).item(), litres(views, net.A)[0].tolist())
+                    if net.line_integrals
+                    else (None, None)
+                )
                 how, scores = careful(net, case.views, d, case.name), {}
                 for m in methods:
                     start = time.perf_counter()
-                    x = reconstruct(net, case.views, m, how, k, seed, c.TRAINING.PATCH_SIZE, AMP[c.TRAINING.AMP]).float().cpu()
-                    scores[m] = {"seconds": time.perf_counter() - start, **score(x, case, net, protocol, c.DATA.AIR_THRESHOLD)}
+                    x = (
+                        reconstruct(net, case.views, m, how, k, seed, c.TRAINING.PATCH_SIZE, AMP[c.TRAINING.AMP])
+                        .float()
+                        .cpu()
+                    )
+                    scores[m] = {
+                        "seconds": time.perf_counter() - start,
+                        **score(x, case, net, protocol, c.DATA.AIR_THRESHOLD),
+                    }
                     bar.update()
                 found[case.name] = dict(contradiction=clash, litres=weight, consistency=how.CONSISTENCY, scores=scores)
         except KeyboardInterrupt:
-            if not found: raise
-    return dict(settings=settings(model, protocol=protocol, methods=list(methods), seed=seed, k=k, steps=d.STEPS, consistency=d.CONSISTENCY), means=means(found, methods, seed), cases=found)
+            if not found:
+                raise
+    return dict(
+        settings=settings(
+            model, protocol=protocol, methods=list(methods), seed=seed, k=k, steps=d.STEPS, consistency=d.CONSISTENCY
+        ),
+        means=means(found, methods, seed),
+        cases=found,
+    )
 
 # %% ../nbs/04a_evaluate.ipynb #1b1ce60f
 def columns(rows: list[list[str]]) -> str:
     "Rows of cells, aligned: the first column to the left, the others to the right."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    )
+
 
 def table(
     result: dict,  # from `evaluate`
@@ -167,13 +289,22 @@ def table(
     s, p, cases = result["settings"], PROTOCOLS[result["settings"]["protocol"]], result["cases"]
     methods, (lo, hi) = s["methods"], p.window or s["hu_window"]
     tell = lambda v, form: "-" if v is None else format(v, form)
-    spread = lambda v, form: tell(v[0], form) + (f" [{tell(v[1], form)}, {tell(v[2], form)}]" if len(cases) > 1 and v[0] is not None else "")
-    head = [f"protocol {p.name}: HU {lo:g} to {hi:g}, peak {p.peak * (hi - lo):g}; seed {s['seed']}",
-            f"data: {s.get('data', 'cases')}, {len(cases)} case{'s' * (len(cases) != 1)}, {s['size']}^3 voxels of {s['mm']:.4g} mm, {s['geometry']['kind']} beams" + ("" if s["line_integrals"] else ", display-domain views"),
-            f"checkpoint: {s['checkpoint']} ({s['model']}, step {s['step']}); {s['steps']} {s['sampler']} steps, k = {s['k']}, consistency {s['consistency']}"]
+    spread = lambda v, form: (
+        tell(v[0], form) + (f" [{tell(v[1], form)}, {tell(v[2], form)}]" if len(cases) > 1 and v[0] is not None else "")
+    )
+    head = [
+        f"protocol {p.name}: HU {lo:g} to {hi:g}, peak {p.peak * (hi - lo):g}; seed {s['seed']}",
+        f"data: {s.get('data', 'cases')}, {len(cases)} case{'s' * (len(cases) != 1)}, {s['size']}^3 voxels of {s['mm']:.4g} mm, {s['geometry']['kind']} beams"
+        + ("" if s["line_integrals"] else ", display-domain views"),
+        f"checkpoint: {s['checkpoint']} ({s['model']}, step {s['step']}); {s['steps']} {s['sampler']} steps, k = {s['k']}, consistency {s['consistency']}",
+    ]
     label, form = FIGURES["psnr"]
-    single = [[label, *methods]] + [[n, *(tell(c["scores"][m]["psnr"], form) for m in methods)] for n, c in cases.items()]
-    total = [[f"mean of {len(cases)}" + (" [95 % interval]" if len(cases) > 1 else ""), *methods]] + [[label, *(spread(result["means"][m][k], form) for m in methods)] for k, (label, form) in FIGURES.items()]
+    single = [[label, *methods]] + [
+        [n, *(tell(c["scores"][m]["psnr"], form) for m in methods)] for n, c in cases.items()
+    ]
+    total = [[f"mean of {len(cases)}" + (" [95 % interval]" if len(cases) > 1 else ""), *methods]] + [
+        [label, *(spread(result["means"][m][k], form) for m in methods)] for k, (label, form) in FIGURES.items()
+    ]
     return "\n\n".join(["\n".join(head), columns(single), columns(total)])
 
 # %% ../nbs/04a_evaluate.ipynb #dcd16bb5
@@ -187,21 +318,31 @@ def plot_scores(
     fig, ax = plt.subplots(figsize=(6, 0.8 + 0.45 * len(methods)), dpi=75)
     for row, m in enumerate(methods):
         values = [v for c in result["cases"].values() if (v := c["scores"][m][figure]) is not None]
-        if not values: continue
+        if not values:
+            continue
         mean, lo, hi = result["means"][m][figure]
         ax.plot(values, [row + 0.15] * len(values), "o", ms=4, alpha=0.6, color=f"C{row}", mew=0)
         ax.errorbar(mean, row - 0.15, xerr=[[mean - lo], [hi - mean]], fmt="D", ms=5, capsize=3, color=f"C{row}")
-    ax.set_yticks(range(len(methods)), methods); ax.set_ylim(len(methods) - 0.5, -0.5); ax.grid(axis="x", alpha=0.3)
-    ax.set_xlabel(f"{FIGURES[figure][0].strip()}, protocol {s['protocol']}, {len(result['cases'])} cases, mean with 95 % interval", fontsize=8)
+    ax.set_yticks(range(len(methods)), methods)
+    ax.set_ylim(len(methods) - 0.5, -0.5)
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_xlabel(
+        f"{FIGURES[figure][0].strip()}, protocol {s['protocol']}, {len(result['cases'])} cases, mean with 95 % interval",
+        fontsize=8,
+    )
     fig.tight_layout()
-    if path: write_atomic(path, lambda p: fig.savefig(p, dpi=120))
+    if path:
+        write_atomic(path, lambda p: fig.savefig(p, dpi=120))
     plt.close(fig)
     return fig
 
 # %% ../nbs/04a_evaluate.ipynb #988b87ba
 def parser() -> argparse.ArgumentParser:
     "Options of `diffx2ct_evaluate`."
-    p = argparse.ArgumentParser(prog="diffx2ct_evaluate", formatter_class=argparse.RawDescriptionHelpFormatter, description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, residual of the views, seconds.",
+    p = argparse.ArgumentParser(
+        prog="diffx2ct_evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, residual of the views, seconds.",
         epilog="""examples:
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0                        its own validation cases, all methods
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --data data/test       every case of a folder of diffx2ct_prepare
@@ -215,15 +356,31 @@ methods:  mean             the mean training volume: knows no view
           mean_of_k        the average of K samples
 protocols: unit (the HU window of the settings, range 1), x2ct (HU -1024 to 1476, peak 4095), psct (the same, peak 2500).
            For one and the same volume x2ct is 4.29 dB above psct: never compare across protocols.
-A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Embedded phantoms that are missing are made, in data/.""")
-    p.add_argument("--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file")
-    p.add_argument("--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)")
+A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Embedded phantoms that are missing are made, in data/.""",
+    )
+    p.add_argument(
+        "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
+    )
+    p.add_argument(
+        "--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)"
+    )
     p.add_argument("--methods", nargs="+", metavar="M", help="which of the methods below (default: all the model has)")
-    p.add_argument("--protocol", choices=list(PROTOCOLS), default="unit", help="how volumes are compared, see below (default: %(default)s)")
+    p.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="unit",
+        help="how volumes are compared, see below (default: %(default)s)",
+    )
     p.add_argument("--k", type=int, default=4, help="samples of mean_of_k (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap (default: %(default)s)")
-    p.add_argument("--steps", type=int, metavar="N", help="steps of each sample (default: DIFFUSION.STEPS of the checkpoint)")
-    p.add_argument("--consistency", choices=("on", "soft", "off"), help="how volumes are held to their views (default: DIFFUSION.CONSISTENCY of the checkpoint)")
+    p.add_argument(
+        "--steps", type=int, metavar="N", help="steps of each sample (default: DIFFUSION.STEPS of the checkpoint)"
+    )
+    p.add_argument(
+        "--consistency",
+        choices=("on", "soft", "off"),
+        help="how volumes are held to their views (default: DIFFUSION.CONSISTENCY of the checkpoint)",
+    )
     p.add_argument("--cases", nargs="+", metavar="NAME", help="only these cases")
     p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto (default: %(default)s)")
     p.add_argument("--json", metavar="F", help="write settings, means and every case there")
@@ -234,15 +391,21 @@ A folder must have been prepared with the checkpoint's geometry, size, mm and HU
 def check_options(a: argparse.Namespace) -> torch.device:
     "`UserError` for what argparse cannot know; the device."
     for m in a.methods or ():
-        if m not in METHODS: raise UserError(f"--methods {m} is not known; use some of {', '.join(METHODS)}")
+        if m not in METHODS:
+            raise UserError(f"--methods {m} is not known; use some of {', '.join(METHODS)}")
     for name, value, least in (("k", a.k, 1), ("steps", a.steps, 1), ("seed", a.seed, 0)):
-        if value is not None and not least <= value < 2 ** 32: raise UserError(f"--{name} {value} must be a number from {least} to {2 ** 32 - 1}")
+        if value is not None and not least <= value < 2**32:
+            raise UserError(f"--{name} {value} must be a number from {least} to {2**32 - 1}")
     for name, path in (("json", a.json), ("plot", a.plot)):
-        if not path: continue
-        if Path(path).is_dir(): raise UserError(f"--{name} {path} is a folder; name a file")
+        if not path:
+            continue
+        if Path(path).is_dir():
+            raise UserError(f"--{name} {path} is a folder; name a file")
         writable(path)
-    if a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"): raise UserError(f"--plot {a.plot} must end in .png, .pdf or .svg")
+    if a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {a.plot} must end in .png, .pdf or .svg")
     return device_option(a.device)
+
 
 @partial(command, again="begins again")
 def main(argv: list[str]) -> None:
@@ -251,11 +414,37 @@ def main(argv: list[str]) -> None:
     model = load_model(a.checkpoint_dir, str(check_options(a)))
     cases = open_cases(model, a.data, a.cases)
     learnt = trained_on(cases.cases, model) if a.data else []
-    if learnt: print(f"diffx2ct: {len(learnt)} of {len(cases)} cases are of patients this checkpoint was trained on ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)}); their figures flatter", file=sys.stderr)
-    if a.consistency in ("on", "soft") and not model.denoiser.line_integrals: raise UserError(f"--consistency {a.consistency} needs line integrals, but checkpoint {model.path.resolve().parent.name} reads display images, whose tone curve is unknown; leave it out or prepare line-integral views")
-    result = evaluate(model, cases, list(dict.fromkeys(a.methods or methods_of(model.denoiser))), a.protocol, a.k, a.seed, a.steps, a.consistency)
-    result["settings"] |= dict(data=Path(a.data).resolve().name if a.data else "validation cases of the checkpoint", device=a.device, trained_on=learnt)
+    if learnt:
+        print(
+            f"diffx2ct: {len(learnt)} of {len(cases)} cases are of patients this checkpoint was trained on ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)}); their figures flatter",
+            file=sys.stderr,
+        )
+    if a.consistency in ("on", "soft") and not model.denoiser.line_integrals:
+        raise UserError(
+            f"--consistency {a.consistency} needs line integrals, but checkpoint {model.path.resolve().parent.name} reads display images, whose tone curve is unknown; leave it out or prepare line-integral views"
+        )
+    result = evaluate(
+        model,
+        cases,
+        list(dict.fromkeys(a.methods or methods_of(model.denoiser))),
+        a.protocol,
+        a.k,
+        a.seed,
+        a.steps,
+        a.consistency,
+    )
+    result["settings"] |= dict(
+        data=Path(a.data).resolve().name if a.data else "validation cases of the checkpoint",
+        device=a.device,
+        trained_on=learnt,
+    )
     print(table(result))
-    if a.json: print(f"\nfigures: {write_atomic(a.json, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False)))}")
-    if a.plot: plot_scores(result, path=a.plot); print(f"picture: {a.plot}")
-    if len(result["cases"]) < len(cases): raise KeyboardInterrupt
+    if a.json:
+        print(
+            f"\nfigures: {write_atomic(a.json, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False)))}"
+        )
+    if a.plot:
+        plot_scores(result, path=a.plot)
+        print(f"picture: {a.plot}")
+    if len(result["cases"]) < len(cases):
+        raise KeyboardInterrupt

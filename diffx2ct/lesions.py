@@ -24,17 +24,25 @@ def between(a: Tensor, b: Tensor) -> Tensor:
     before = lambda m: m.int().cummax(-1).values.bool()
     return before(a) & before(b.flip(-1)).flip(-1)
 
+
 def site(
     labels: Tensor,  # (D, H, W) of `phantom`
     name: str,  # lung, retrocardiac, mediastinum, chest wall
 ) -> Tensor:  # (D, H, W) bool
     "Where a lesion may lie."
-    right, left, tissue = labels == LABELS["lung_right"], labels == LABELS["lung_left"], (labels != LABELS["air"]) & (labels != LABELS["trachea"])
+    right, left, tissue = (
+        labels == LABELS["lung_right"],
+        labels == LABELS["lung_left"],
+        (labels != LABELS["air"]) & (labels != LABELS["trachea"]),
+    )
     lung = right | left
-    if name == "lung": return lung
-    if name == "retrocardiac": return lung & (labels == LABELS["heart"]).int().cummax(1).values.bool()
+    if name == "lung":
+        return lung
+    if name == "retrocardiac":
+        return lung & (labels == LABELS["heart"]).int().cummax(1).values.bool()
     middle = between(right, left)
-    if name == "mediastinum": return middle & torch.stack([labels == LABELS[k] for k in ("body", "fat", "heart", "vessels")]).any(0)
+    if name == "mediastinum":
+        return middle & torch.stack([labels == LABELS[k] for k in ("body", "fat", "heart", "vessels")]).any(0)
     levels = lung.any(2).any(1)[:, None, None]
     beside = ~between(lung, lung) & ~middle
     return levels & beside & tissue & ~lung & (lung.any(2, keepdim=True))
@@ -51,7 +59,10 @@ def spots(
     ball = blob(size := len(mask), mm, (size // 2,) * 3, diameter)
     share = correlate(mask.float(), ball / ball.sum())
     fits = (mask & (share >= min(0.8, 0.9 * share.max().item()))).nonzero()
-    return [tuple(fits[i].tolist()) for i in torch.randperm(len(fits), generator=torch.Generator().manual_seed(seed))[:n]]
+    return [
+        tuple(fits[i].tolist()) for i in torch.randperm(len(fits), generator=torch.Generator().manual_seed(seed))[:n]
+    ]
+
 
 def correlate(
     x: Tensor,  # (D, H, W)
@@ -73,6 +84,7 @@ def template(
     shell = outer - gap
     return ball / ball.sum() - shell / shell.sum()
 
+
 def auc(
     plants: Sequence[float],  # responses at two spots or more with something there
     empty: Sequence[float],  # and at the same spots with nothing
@@ -81,15 +93,21 @@ def auc(
     p, e, n = torch.tensor(plants)[:, None], torch.tensor(empty), len(empty)
     wins = ((p > e).double() + (p == e).double() / 2).fill_diagonal_(0)
     drawn = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
-    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))  # how often each spot was drawn
-    areas = (times @ wins * times).sum(1) / (n * n - times.square().sum(1))  # 0 / 0 where one spot was drawn all the time
+    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+    )  # how often each spot was drawn
+    areas = (times @ wins * times).sum(1) / (
+        n * n - times.square().sum(1)
+    )  # 0 / 0 where one spot was drawn all the time
     lo, hi = areas[areas.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return wins.sum().item() / (n * (n - 1)), lo, hi
 
 # %% ../nbs/04c_lesions.ipynb #c64ddbf5
 def judge(
-    after: Tensor, before: Tensor,  # (1, D, H, W) reconstructions with and without the lesion, unit
-    truth: Tensor, healthy: Tensor,  # (1, D, H, W) the patient with and without it
+    after: Tensor,
+    before: Tensor,  # (1, D, H, W) reconstructions with and without the lesion, unit
+    truth: Tensor,
+    healthy: Tensor,  # (1, D, H, W) the patient with and without it
     at: Sequence[int],  # (d, h, w) where it was planted
     diameter: float,  # mm
     mm: float,  # voxel edge
@@ -101,10 +119,22 @@ def judge(
     change = correlate((after - before)[0] * span, template(size, mm, (size // 2,) * 3, diameter))
     answer = change[tuple(at)].item()
     peak = [i.item() for i in torch.unravel_index(change.argmax(), change.shape)]
-    g = torch.stack(torch.meshgrid(*[torch.arange(size)] * 3, indexing="ij")) - torch.tensor(list(at))[:, None, None, None]
-    tops = (change == F.max_pool3d(change[None, None], 3, 1, 1)[0, 0]) & (change >= max(answer / 2, 10)) & (g.float().norm(dim=0) * mm > diameter + mm)
+    g = (
+        torch.stack(torch.meshgrid(*[torch.arange(size)] * 3, indexing="ij"))
+        - torch.tensor(list(at))[:, None, None, None]
+    )
+    tops = (
+        (change == F.max_pool3d(change[None, None], 3, 1, 1)[0, 0])
+        & (change >= max(answer / 2, 10))
+        & (g.float().norm(dim=0) * mm > diameter + mm)
+    )
     planted = (here * (truth - healthy)[0]).sum().item()
-    return dict(response=(here * to_hu(after[0], window)).sum().item(), contrast=(here * (after - before)[0]).sum().item() / planted, **{f"off_{k}": abs(p - a) * mm for k, p, a in zip("dhw", peak, at)}, ghosts=tops.sum().item())
+    return dict(
+        response=(here * to_hu(after[0], window)).sum().item(),
+        contrast=(here * (after - before)[0]).sum().item() / planted,
+        **{f"off_{k}": abs(p - a) * mm for k, p, a in zip("dhw", peak, at)},
+        ghosts=tops.sum().item(),
+    )
 
 # %% ../nbs/04c_lesions.ipynb #a1d89d1f
 def unseen(
@@ -120,12 +150,16 @@ def enclosed(dense: Tensor) -> Tensor:  # (D, H, W) bool
     before = lambda m, axis: m.int().cummax(axis).values.bool()
     return before(dense, 1) & before(dense.flip(1), 1).flip(1) & before(dense, 2) & before(dense.flip(2), 2).flip(2)
 
+
 def spine_line(
-    hu: Tensor, body: Tensor,  # (D, H, W)
+    hu: Tensor,
+    body: Tensor,  # (D, H, W)
 ) -> Tensor:  # (D, 2) voxel along H and W; NaN in slices without bone
     "Centre of the dense voxels in the middle of the back."
     size = hu.shape[-1]
-    h, w = torch.meshgrid(torch.arange(size, dtype=torch.float32), torch.arange(size, dtype=torch.float32), indexing="ij")
+    h, w = torch.meshgrid(
+        torch.arange(size, dtype=torch.float32), torch.arange(size, dtype=torch.float32), indexing="ij"
+    )
     mass = body.float().sum((1, 2)).clamp(min=1)[:, None, None]
     middle = [(body * v).sum((1, 2), keepdim=True) / mass for v in (h, w)]
     width = body.any(1).sum(-1)[:, None, None]
@@ -137,16 +171,19 @@ def cardiothoracic(
     lung: Tensor,  # (D, H, W) bool
 ) -> float:  # NaN without lungs
     "Width of the heart's shadow over that of the thorax."
-    if not lung.any(): return math.nan
-    t = lung.float().sum(1)                                                      # (D, W) thickness along the frontal ray
+    if not lung.any():
+        return math.nan
+    t = lung.float().sum(1)  # (D, W) thickness along the frontal ray
     rows = t.amax(1).nonzero().flatten()
     w, widths, hearts = torch.arange(t.shape[1]), [], []
-    for d in rows[len(rows) // 2:].tolist():
+    for d in rows[len(rows) // 2 :].tolist():
         across = t[d].nonzero().flatten()
         left, right = across[0].item(), across[-1].item()
         wide = right - left + 1
-        widths.append(wide); hearts.append(((t[d] < t[d].max() / 2) & ((w - (left + right) / 2).abs() < 0.35 * wide)).sum().item())
+        widths.append(wide)
+        hearts.append(((t[d] < t[d].max() / 2) & ((w - (left + right) / 2).abs() < 0.35 * wide)).sum().item())
     return max(hearts) / max(widths)
+
 
 def organs(
     x: Tensor,  # (1, D, H, W) unit volume
@@ -168,7 +205,14 @@ def outlined(
     w = torch.arange(hu.shape[-1])
     right = w < (o["body"] * w).sum() / o["body"].sum().clamp(min=1)
     out = torch.full(hu.shape, LABELS["air"])
-    for name, part in dict(fat=hu < -30, body=(hu >= -30) & (hu < 150), bone=hu >= 150, lung_right=o["lung"] & right, lung_left=o["lung"] & ~right).items(): out[o["body"] & part] = LABELS[name]
+    for name, part in dict(
+        fat=hu < -30,
+        body=(hu >= -30) & (hu < 150),
+        bone=hu >= 150,
+        lung_right=o["lung"] & right,
+        lung_left=o["lung"] & ~right,
+    ).items():
+        out[o["body"] & part] = LABELS[name]
     return out
 
 # %% ../nbs/04c_lesions.ipynb #34443cd7
@@ -176,15 +220,28 @@ def dice(a: Tensor, b: Tensor) -> float:  # NaN where both are empty
     "Overlap of two masks."
     return (2 * (a & b).sum() / (a.sum() + b.sum())).item()
 
+
 def measured(
-    x: Tensor, truth: Tensor,  # (1, D, H, W) unit volumes
+    x: Tensor,
+    truth: Tensor,  # (1, D, H, W) unit volumes
     labels: Tensor,  # (D, H, W) of `phantom` or `outlined`
     mm: float,  # voxel edge
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> dict[str, float]:
     "A reconstruction against the truth, in the units of a report; NaN for tissues nobody has outlined."
     a, b = organs(x, window), organs(truth, window)
-    litres = lambda m: m.sum().item() * mm ** 3 / 1e6
-    apart = ((a["spine"] - b["spine"]).norm(dim=1) * mm)
-    tissue = {f"hu_{k}": (to_hu(x, window) - to_hu(truth, window))[0][labels == v].mean().item() for k, v in LABELS.items() if k in ("lung_right", "lung_left", "heart", "liver", "bone", "fat", "body")}
-    return dict(lung_litres=litres(a["lung"]) - litres(b["lung"]), lung_dice=dice(a["lung"], b["lung"]), body_dice=dice(a["body"], b["body"]), spine_mm=apart.nanmean().item(), ratio=a["ratio"] - b["ratio"], **tissue)
+    litres = lambda m: m.sum().item() * mm**3 / 1e6
+    apart = (a["spine"] - b["spine"]).norm(dim=1) * mm
+    tissue = {
+        f"hu_{k}": (to_hu(x, window) - to_hu(truth, window))[0][labels == v].mean().item()
+        for k, v in LABELS.items()
+        if k in ("lung_right", "lung_left", "heart", "liver", "bone", "fat", "body")
+    }
+    return dict(
+        lung_litres=litres(a["lung"]) - litres(b["lung"]),
+        lung_dice=dice(a["lung"], b["lung"]),
+        body_dice=dice(a["body"], b["body"]),
+        spine_mm=apart.nanmean().item(),
+        ratio=a["ratio"] - b["ratio"],
+        **tissue,
+    )

@@ -19,11 +19,21 @@ from .data import to_hu
 @dataclass(frozen=True)
 class Protocol:
     "How two volumes are compared."
+
     name: str
     window: tuple[float, float] | None  # HU range clipped to; None: the window of the settings
     peak: float  # in units of that range
 
-PROTOCOLS = {p.name: p for p in (Protocol("unit", None, 1.0), Protocol("x2ct", (-1024.0, 1476.0), 4095 / 2500), Protocol("psct", (-1024.0, 1476.0), 1.0))}
+
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("unit", None, 1.0),
+        Protocol("x2ct", (-1024.0, 1476.0), 4095 / 2500),
+        Protocol("psct", (-1024.0, 1476.0), 1.0),
+    )
+}
+
 
 def rescale(
     x: Tensor,  # unit volume
@@ -36,25 +46,32 @@ def rescale(
 
 # %% ../nbs/00e_metrics.ipynb #c2fab66e
 def psnr(
-    a: Tensor, b: Tensor,  # (..., D, H, W) in [0, 1]
+    a: Tensor,
+    b: Tensor,  # (..., D, H, W) in [0, 1]
     peak: float = 1.0,
     axis: int | None = None,  # None: whole volume; -3, -2 or -1: mean over slices along D, H or W
 ) -> float:  # dB
     "Peak signal-to-noise ratio."
     error = (a - b).double().square()
     dims = tuple(range(error.ndim)) if axis is None else tuple(d for d in range(error.ndim) if d != axis % error.ndim)
-    return (10 * (peak ** 2 / error.mean(dims).clamp(min=1e-12)).log10()).mean().item()
+    return (10 * (peak**2 / error.mean(dims).clamp(min=1e-12)).log10()).mean().item()
 
 # %% ../nbs/00e_metrics.ipynb #c77106ee
 def ssim(
-    a: Tensor, b: Tensor,  # (D, H, W) in [0, 1]
+    a: Tensor,
+    b: Tensor,  # (D, H, W) in [0, 1]
     axis: int | None = None,  # None: 3D windows; 0, 1, 2: mean over slices along D, H or W
     size: int = 7,  # edge of the uniform window
 ) -> float:
     "Structural similarity with a uniform window and range 1."
     from monai.metrics import SSIMMetric
+
     a, b = (v.float()[None, None] if axis is None else v.float().movedim(axis, 0)[:, None] for v in (a, b))
-    return torch.as_tensor(SSIMMetric(spatial_dims=a.ndim - 2, data_range=1.0, kernel_type="uniform", win_size=size)(a, b)).mean().item()
+    return (
+        torch.as_tensor(SSIMMetric(spatial_dims=a.ndim - 2, data_range=1.0, kernel_type="uniform", win_size=size)(a, b))
+        .mean()
+        .item()
+    )
 
 # %% ../nbs/00e_metrics.ipynb #1c914f0a
 def metrics(
@@ -71,8 +88,17 @@ def metrics(
     body = true > air
     slices = {f"ssim_{name}": ssim(a, b, axis) for axis, name in enumerate(("axial", "coronal", "sagittal"))}
     error = (hu - true).abs()
-    return dict(protocol=protocol, psnr=psnr(a, b, p.peak), psnr_slices=sum(psnr(a, b, p.peak, k) for k in range(3)) / 3, ssim=ssim(a, b), **slices, ssim_slices=sum(slices.values()) / 3,
-                mae_hu=error.mean().item(), mae_hu_body=error[body].mean().item() if body.any() else float("nan"))
+    return dict(
+        protocol=protocol,
+        psnr=psnr(a, b, p.peak),
+        psnr_slices=sum(psnr(a, b, p.peak, k) for k in range(3)) / 3,
+        ssim=ssim(a, b),
+        **slices,
+        ssim_slices=sum(slices.values()) / 3,
+        mae_hu=error.mean().item(),
+        mae_hu_body=error[body].mean().item() if body.any() else float("nan"),
+    )
+
 
 def bootstrap(
     values: Sequence[float],  # one figure a case

@@ -8,7 +8,8 @@ __all__ = ['devices_of', 'device_option', 'blocks_of', 'inputs_of', 'block_bytes
            'distribute']
 
 # %% ../nbs/03_parallel.ipynb #28e8b5e7
-import copy, re
+import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby
@@ -28,21 +29,30 @@ def devices_of(
 ) -> list[torch.device]:  # the first one is home: inputs, base and result live there
     "The devices a setting names, checked against the machine."
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    if spec == "auto": return gpus or [torch.device("cpu")]
+    if spec == "auto":
+        return gpus or [torch.device("cpu")]
     asked = [spec] if isinstance(spec, str) else list(spec)
-    if not asked: raise UserError("DEVICES is an empty list; write auto, cpu or a list such as [cuda:0, cuda:1]")
+    if not asked:
+        raise UserError("DEVICES is an empty list; write auto, cpu or a list such as [cuda:0, cuda:1]")
     for name in asked:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)): raise UserError(f"DEVICES: {name!r} is not a device; write auto, cpu or a list such as [cuda:0, cuda:1]")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+            raise UserError(f"DEVICES: {name!r} is not a device; write auto, cpu or a list such as [cuda:0, cuda:1]")
     devices = [torch.device("cuda:0" if name == "cuda" else name) for name in asked]
-    if len(set(devices)) < len(devices): raise UserError(f"DEVICES names a device twice: {', '.join(map(str, devices))}; name each once")
+    if len(set(devices)) < len(devices):
+        raise UserError(f"DEVICES names a device twice: {', '.join(map(str, devices))}; name each once")
     if any(d.type == "cuda" and d not in gpus for d in devices):
-        raise UserError(f"DEVICES asks for {', '.join(map(str, devices))}, but this machine has {', '.join(map(str, gpus)) or 'no CUDA device'}; use --set DEVICES=auto to take what there is")
+        raise UserError(
+            f"DEVICES asks for {', '.join(map(str, devices))}, but this machine has {', '.join(map(str, gpus)) or 'no CUDA device'}; use --set DEVICES=auto to take what there is"
+        )
     return devices
+
 
 def device_option(name: str) -> torch.device:
     "The `--device` of a command, checked against the machine."
-    try: return devices_of(name)[0]
-    except UserError: raise UserError(f"--device {name} is not on this machine; use cpu, cuda:0 or auto") from None
+    try:
+        return devices_of(name)[0]
+    except UserError:
+        raise UserError(f"--device {name} is not on this machine; use cpu, cuda:0 or auto") from None
 
 # %% ../nbs/03_parallel.ipynb #389dac12
 def blocks_of(unet: UNet, encoder: Encoder) -> dict[str, nn.Module]:
@@ -51,18 +61,26 @@ def blocks_of(unet: UNet, encoder: Encoder) -> dict[str, nn.Module]:
 
 # %% ../nbs/03_parallel.ipynb #faa4318d
 def inputs_of(
-    unet: UNet, encoder: Encoder,
+    unet: UNet,
+    encoder: Encoder,
     patch: int,  # edge of the crop in voxels
     device: str = "meta",
 ) -> tuple:  # x, t, lifted, tokens: what the U-Net gets for one crop
     "Arguments of the right shapes, lifted features and tokens with a gradient to pass on."
     p, first = encoder.code.shape[-1], 2 if unet.at_half else 1
     maps, tokens = encoder(torch.zeros(1, 2, p, p, device=device))
-    lifted = [m.new_zeros(1, m.shape[2], *(patch // first // 2 ** l,) * 3).requires_grad_() for l, m in enumerate(maps)]
-    return torch.zeros(1, unet.cin + unet.smooth, patch, patch, patch, device=device), torch.zeros(1, device=device), lifted, tokens
+    lifted = [m.new_zeros(1, m.shape[2], *(patch // first // 2**l,) * 3).requires_grad_() for l, m in enumerate(maps)]
+    return (
+        torch.zeros(1, unet.cin + unet.smooth, patch, patch, patch, device=device),
+        torch.zeros(1, device=device),
+        lifted,
+        tokens,
+    )
+
 
 def block_bytes(
-    unet: UNet, encoder: Encoder,
+    unet: UNet,
+    encoder: Encoder,
     patch: int,  # edge of the crop in voxels
     device: str = "meta",  # or a real one, to check
 ) -> dict[str, int]:  # block name -> bytes kept for the backward pass of one crop
@@ -81,11 +99,18 @@ def cut_line(
     n: int,  # runs
 ) -> tuple[float, tuple[int, ...]]:  # the largest run's cost; where the runs end
     "Cut a line into n runs so that the largest is as small as can be."
+
     @cache
     def best(i: int, k: int):
-        if k == 1: return sum(costs[i:]), (len(costs),)
-        return min((max(sum(costs[i:j]), best(j, k - 1)[0]), (j, *best(j, k - 1)[1])) for j in range(i + (len(costs) - i >= k), len(costs) + 1))   # no run is empty while there are blocks for all
+        if k == 1:
+            return sum(costs[i:]), (len(costs),)
+        return min(
+            (max(sum(costs[i:j]), best(j, k - 1)[0]), (j, *best(j, k - 1)[1]))
+            for j in range(i + (len(costs) - i >= k), len(costs) + 1)
+        )  # no run is empty while there are blocks for all
+
     return best(0, n)
+
 
 def balanced(
     costs: Mapping[str, float],  # block name -> cost, in the order of the forward pass
@@ -107,22 +132,34 @@ def seed3(
     deep = lambda n: n == "mid" or n[-1].isdigit() and int(n.lstrip("downup")) >= levels - max(1, levels // 2)
     return {n: 1 if deep(n) else 2 if n.startswith(("up", "last")) else 0 for n in names}
 
+
 def read_plan(
-    plan: str | Mapping[str, int] | Sequence[Sequence[str]],  # balanced, seed3, block -> device, or lists of blocks per device
+    plan: str
+    | Mapping[str, int]
+    | Sequence[Sequence[str]],  # balanced, seed3, block -> device, or lists of blocks per device
     costs: Mapping[str, float],  # every block, in order, with its cost (used by `balanced`)
     n: int,  # devices
 ) -> dict[str, int]:  # block name -> device index, complete and checked
     "A plan as plain data."
     if isinstance(plan, str):
-        if plan not in ("balanced", "seed3"): raise UserError(f"there is no plan {plan!r}; there are balanced and seed3, or write block: device")
+        if plan not in ("balanced", "seed3"):
+            raise UserError(f"there is no plan {plan!r}; there are balanced and seed3, or write block: device")
         plan = balanced(costs, n) if plan == "balanced" else seed3(list(costs))
     pairs = list(plan.items()) if isinstance(plan, Mapping) else [(b, d) for d, run in enumerate(plan) for b in run]
     seen = [b for b, _ in pairs]
     for b, d in pairs:
-        if b not in costs: raise UserError(f"the plan places {b!r}, which is no block of this network; its blocks are {', '.join(costs)}")
-        if seen.count(b) > 1: raise UserError(f"the plan places {b!r} {seen.count(b)} times; name each block once")
-        if not (isinstance(d, int) and 0 <= d < n): raise UserError(f"the plan puts {b!r} on device {d}, but DEVICES gives {n}, numbered from 0; add devices or change the plan")
-    if missing := [b for b in costs if b not in seen]: raise UserError(f"the plan forgets {', '.join(missing)}; give every block a device")
+        if b not in costs:
+            raise UserError(
+                f"the plan places {b!r}, which is no block of this network; its blocks are {', '.join(costs)}"
+            )
+        if seen.count(b) > 1:
+            raise UserError(f"the plan places {b!r} {seen.count(b)} times; name each block once")
+        if not (isinstance(d, int) and 0 <= d < n):
+            raise UserError(
+                f"the plan puts {b!r} on device {d}, but DEVICES gives {n}, numbered from 0; add devices or change the plan"
+            )
+    if missing := [b for b in costs if b not in seen]:
+        raise UserError(f"the plan forgets {', '.join(missing)}; give every block a device")
     return {b: dict(pairs)[b] for b in costs}
 
 # %% ../nbs/03_parallel.ipynb #42049472
@@ -140,6 +177,7 @@ def plan_table(
         lines.append(f"device {d} {kept / 1e6:8.1f} MB {kept / sum(costs.values()):6.1%}{weights}  {' '.join(on)}")
     return "\n".join(lines)
 
+
 def show_plan(
     plan: Mapping[str, int],
     costs: Mapping[str, int],  # bytes per block, of `block_bytes`
@@ -148,15 +186,22 @@ def show_plan(
     n, total = max(plan.values()) + 1, sum(costs.values())
     fig, (u, bars) = plt.subplots(1, 2, figsize=(9, 3.2), dpi=75, width_ratios=(3, 1), layout="constrained")
     depth = [int(b.lstrip("downup")) if b[-1].isdigit() else 0 for b in plan]
-    if "mid" in plan: depth[list(plan).index("mid")] = max(depth) + 1
+    if "mid" in plan:
+        depth[list(plan).index("mid")] = max(depth) + 1
     for x, (b, d) in enumerate(plan.items()):
         u.scatter(x, -depth[x], s=max(6, 5000 * costs[b] / total), color=f"C{d}", marker="s", alpha=0.8)
         u.annotate(f"{b}\n{costs[b] / 1e6:.0f} MB", (x, -depth[x]), ha="center", va="center", fontsize=7)
-    u.set(xlim=(-1, len(plan)), ylim=(-max(depth) - 0.8, 0.8)); u.axis("off"); u.set_title("bytes kept, by block", fontsize=9)
+    u.set(xlim=(-1, len(plan)), ylim=(-max(depth) - 0.8, 0.8))
+    u.axis("off")
+    u.set_title("bytes kept, by block", fontsize=9)
     for d in range(n):
         bottom = 0.0
-        for b in (b for b in plan if plan[b] == d): bars.bar(d, costs[b] / 1e6, bottom=bottom, color=f"C{d}", edgecolor="w"); bottom += costs[b] / 1e6
-    bars.axhline(total / n / 1e6, color="k", ls=":", lw=1); bars.set_xticks(range(n), [f"device {d}" for d in range(n)], fontsize=8); bars.set_ylabel("MB a crop")
+        for b in (b for b in plan if plan[b] == d):
+            bars.bar(d, costs[b] / 1e6, bottom=bottom, color=f"C{d}", edgecolor="w")
+            bottom += costs[b] / 1e6
+    bars.axhline(total / n / 1e6, color="k", ls=":", lw=1)
+    bars.set_xticks(range(n), [f"device {d}" for d in range(n)], fontsize=8)
+    bars.set_ylabel("MB a crop")
     return fig
 
 # %% ../nbs/03_parallel.ipynb #18f7df8a
@@ -167,8 +212,12 @@ def flow_of(unet: UNet) -> dict[str, tuple[list[str], list[str]]]:  # block name
         skips = [f"skip{s.level}.{i}" for i in range(len(s.blocks))]
         lifted = [f"lifted{s.level}"] if s.blocks[0].lift is not None else []
         tokens = ["tokens"] if any(getattr(a, "q", None) is not None for a in s.attentions) else []
-        flow[name] = ["h", "emb", *lifted, *tokens, *(skips if s.kind == "up" else [])], ["h", *(skips if s.kind == "down" else [])]
+        flow[name] = (
+            ["h", "emb", *lifted, *tokens, *(skips if s.kind == "up" else [])],
+            ["h", *(skips if s.kind == "down" else [])],
+        )
     return flow | {"last": (["h"], ["h"])}
+
 
 def needs(
     flow: Mapping[str, tuple[list[str], list[str]]],  # of `flow_of`
@@ -185,13 +234,18 @@ def needs(
 # %% ../nbs/03_parallel.ipynb #f7a7109b
 def run_block(
     block: nn.Module,
-    reads: Sequence[str], writes: Sequence[str],  # of `flow_of`
+    reads: Sequence[str],
+    writes: Sequence[str],  # of `flow_of`
     s: dict[str, Tensor],  # tensors by name, changed in place; a skip goes when it has been popped
 ):
     "One block on named tensors."
-    if not isinstance(block, Stage): s[writes[0]] = block(s[reads[0]]); return
+    if not isinstance(block, Stage):
+        s[writes[0]] = block(s[reads[0]])
+        return
     popped = [s.pop(k) for k in reads if k.startswith("skip")]
-    s["h"], pushed = block(s["h"], popped, s["emb"], *(s[k] if k in reads else None for k in (f"lifted{block.level}", "tokens")))
+    s["h"], pushed = block(
+        s["h"], popped, s["emb"], *(s[k] if k in reads else None for k in (f"lifted{block.level}", "tokens"))
+    )
     s.update(zip(writes[1:], pushed))
 
 # %% ../nbs/03_parallel.ipynb #5e21c0c3
@@ -202,48 +256,74 @@ def diagonal(
     waiting: list[Iterator] = list(walks)
     active: list[Iterator] = []
     while waiting or active:
-        active += waiting[:1]; del waiting[:1]
-        for _ in ("copies", "work"): active = [w for w in active if next(w, "done") is None]
+        active += waiting[:1]
+        del waiting[:1]
+        for _ in ("copies", "work"):
+            active = [w for w in active if next(w, "done") is None]
 
 # %% ../nbs/03_parallel.ipynb #5e21c0c6
 def to_device(value, device: torch.device):
     "Move a tensor, or all tensors in lists and tuples, without waiting for a GPU; None stays None."
-    if isinstance(value, (list, tuple)): return type(value)(to_device(v, device) for v in value)
-    return value if value is None or value.device == device else value.to(device, non_blocking=device.type == "cuda")   # to a CPU one must wait: the numbers are read at once
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(v, device) for v in value)
+    return (
+        value if value is None or value.device == device else value.to(device, non_blocking=device.type == "cuda")
+    )  # to a CPU one must wait: the numbers are read at once
 
 # %% ../nbs/03_parallel.ipynb #ea95f716
 class DistributedUNet:
     "A U-Net and its encoder placed on devices by a plan, from outside. `undo` brings them home."
-    def __init__(self,
-        unet: UNet, encoder: Encoder,
+
+    def __init__(
+        self,
+        unet: UNet,
+        encoder: Encoder,
         devices: Sequence[torch.device | str],  # the first is home
         plan: str | Mapping[str, int] | Sequence[Sequence[str]] = "balanced",  # see `read_plan`
         patch: int = 64,  # edge of the crops in voxels, for the measurement behind `balanced`
         micro: int = 4,  # micro-batches a batch is cut into, as far as it has samples
         move: Callable = to_device,  # what carries (value, device); tests put a spy here
     ):
-        self.unet, self.blocks, self.devices, self.micro, self.move, self.hooks = unet, blocks_of(unet, encoder), [torch.device(d) for d in devices], micro, move, []
+        self.unet, self.blocks, self.devices, self.micro, self.move, self.hooks = (
+            unet,
+            blocks_of(unet, encoder),
+            [torch.device(d) for d in devices],
+            micro,
+            move,
+            [],
+        )
         measure = plan == "balanced" and len(self.devices) > 1
         self.bytes = block_bytes(unet, encoder, patch) if measure else dict.fromkeys(self.blocks, 0)
         self.plan, self.flow = read_plan(plan, self.bytes, len(self.devices)), flow_of(unet)
-        for name, block in self.blocks.items(): block.to(self.devices[self.plan[name]])
-        if len(self.devices) == 1: return
+        for name, block in self.blocks.items():
+            block.to(self.devices[self.plan[name]])
+        if len(self.devices) == 1:
+            return
         self.runs = [(self.devices[d], list(run)) for d, run in groupby(self.flow, self.plan.__getitem__)]
         unet.forward = self.forward  # a bound method: a deep copy of the network gets its own
-        self.hooks = [encoder.register_forward_pre_hook(lambda module, args: move(args, self.devices[self.plan["encoder"]])), encoder.register_forward_hook(lambda module, args, out: move(out, self.devices[0]))]
+        self.hooks = [
+            encoder.register_forward_pre_hook(lambda module, args: move(args, self.devices[self.plan["encoder"]])),
+            encoder.register_forward_hook(lambda module, args, out: move(out, self.devices[0])),
+        ]
 
     def walk(self, s: dict[str, Tensor]) -> Iterator[None]:
         "One micro-batch through the runs, in place. Stops after the copies and after the work of each."
         for at, run in self.runs:
-            for k in needs(self.flow, run): s[k] = self.move(s[k], at)
+            for k in needs(self.flow, run):
+                s[k] = self.move(s[k], at)
             yield
-            for name in run: run_block(self.blocks[name], *self.flow[name], s)
+            for name in run:
+                run_block(self.blocks[name], *self.flow[name], s)
             yield
         s["h"] = self.move(s["h"], self.devices[0])
 
-    def forward(self, x: Tensor, t: Tensor, lifted: Sequence[Tensor] | None = None, tokens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, lifted: Sequence[Tensor] | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         "`UNet.forward`, micro-batch by micro-batch along the diagonal."
-        whole = {"x": enter(x, self.unet.at_half, self.unet.cin), "t": t, "tokens": tokens} | {f"lifted{l}": v for l, v in enumerate(lifted or [])}
+        whole = {"x": enter(x, self.unet.at_half, self.unet.cin), "t": t, "tokens": tokens} | {
+            f"lifted{l}": v for l, v in enumerate(lifted or [])
+        }
         pieces = {k: v.chunk(self.micro) for k, v in whole.items() if v is not None}
         states = [dict(zip(pieces, vs)) for vs in zip(*pieces.values())]
         diagonal(self.walk(s) for s in states)
@@ -252,8 +332,10 @@ class DistributedUNet:
     def undo(self):
         "Give the network its own forward pass again and bring every block home."
         vars(self.unet).pop("forward", None)
-        for hook in self.hooks: hook.remove()
-        for block in self.blocks.values(): block.to(self.devices[0])
+        for hook in self.hooks:
+            hook.remove()
+        for block in self.blocks.values():
+            block.to(self.devices[0])
         self.hooks.clear()
 
 # %% ../nbs/03_parallel.ipynb #d001287b

@@ -23,6 +23,7 @@ from .data import UserError
 # %% ../nbs/00c_phantom.ipynb #b97ff335
 SQUARE = 1.1  # kappa of the trunk section
 
+
 def ellipsoid(
     g,  # coordinates x, y, z, each any shape, mm
     centre,  # (3,) mm
@@ -31,7 +32,8 @@ def ellipsoid(
 ):  # signed distance, mm
     "Distance to an ellipsoid, negative inside."
     q = [g[i] - np.float32(centre[i]) for i in range(3)]
-    if axes is not None: q = [np.float32(a[0]) * q[0] + np.float32(a[1]) * q[1] + np.float32(a[2]) * q[2] for a in axes]
+    if axes is not None:
+        q = [np.float32(a[0]) * q[0] + np.float32(a[1]) * q[1] + np.float32(a[2]) * q[2] for a in axes]
     q = [v * np.float32(1 / r) for v, r in zip(q, radii)]
     k1 = np.sqrt(q[0] * q[0] + q[1] * q[1] + q[2] * q[2])
     q = [v * np.float32(1 / r) for v, r in zip(q, radii)]
@@ -40,8 +42,10 @@ def ellipsoid(
 # %% ../nbs/00c_phantom.ipynb #4e882cb4
 def section(
     g,  # coordinates x, y, z, mm
-    a, b,  # half-width and half-depth at each point, mm
-    yc, xc=0,  # centre at each point, mm
+    a,
+    b,  # half-width and half-depth at each point, mm
+    yc,
+    xc=0,  # centre at each point, mm
 ):  # signed distance, mm
     "Distance in the axial plane to a rounded box, along the ray from its centre."
     x, y = np.abs(g[0] - xc), np.abs(g[1] - yc)
@@ -51,12 +55,14 @@ def section(
 
 # %% ../nbs/00c_phantom.ipynb #6db38c05
 def smin(
-    a, b,  # two distances, mm
+    a,
+    b,  # two distances, mm
     k: float,  # width of the blend, mm
 ):
     "Union with a fillet."
     h = np.maximum(k - np.abs(a - b), 0)
     return np.minimum(a, b) - h * h * np.float32(0.25 / k)
+
 
 def smax(a, b, k):
     "Intersection with a fillet."
@@ -65,7 +71,8 @@ def smax(a, b, k):
 # %% ../nbs/00c_phantom.ipynb #7eac2333
 def segment(
     g,  # coordinates x, y, z, mm
-    p, q,  # (3,) ends, mm
+    p,
+    q,  # (3,) ends, mm
     flat=None,  # (3,) unit vector along which lengths count `ratio` times: a ribbon
     ratio: float = 1.0,  # how flat the ribbon is
 ):  # distance to the segment, and position 0..1 along it
@@ -75,7 +82,8 @@ def segment(
     t = np.minimum(np.maximum((v[0] * d[0] + v[1] * d[1] + v[2] * d[2]) / max(float(d @ d), 1e-6), 0), 1)
     v = [v[i] - t * d[i] for i in range(3)]
     s = v[0] * v[0] + v[1] * v[1] + v[2] * v[2]
-    if flat is not None: s = s + (ratio ** 2 - 1) * (v[0] * flat[0] + v[1] * flat[1] + v[2] * flat[2]) ** 2
+    if flat is not None:
+        s = s + (ratio**2 - 1) * (v[0] * flat[0] + v[1] * flat[1] + v[2] * flat[2]) ** 2
     return np.sqrt(s), t
 
 # %% ../nbs/00c_phantom.ipynb #18279c5f
@@ -90,8 +98,15 @@ def curve(
     i = np.clip(np.searchsorted(k, t, "right") - 1, 0, len(k) - 2)
     h = k[i + 1] - k[i]
     u = (t - k[i]) / h
-    if v.ndim == 2: h, u = h[:, None], u[:, None]
-    return (1 + 2 * u) * (1 - u) ** 2 * v[i] + u * (1 - u) ** 2 * h * m[i] + u * u * (3 - 2 * u) * v[i + 1] + u * u * (u - 1) * h * m[i + 1]
+    if v.ndim == 2:
+        h, u = h[:, None], u[:, None]
+    return (
+        (1 + 2 * u) * (1 - u) ** 2 * v[i]
+        + u * (1 - u) ** 2 * h * m[i]
+        + u * u * (3 - 2 * u) * v[i + 1]
+        + u * u * (u - 1) * h * m[i + 1]
+    )
+
 
 def smooth_line(
     points,  # (k, 3) a few points, mm
@@ -113,11 +128,12 @@ def lattice(
     m = 2 * int(extent / spacing) + 3
     return np.random.default_rng(key).standard_normal((channels, m, m, m), dtype=np.float32) * 3
 
+
 def bspline(v, spacing, m):
     "(n, m) weights by which positions `v` in mm read a row of `m` nodes."
     t = np.clip(np.asarray(v) / spacing + (m - 1) / 2, 1, m - 2)
     d = np.abs(t[:, None] - np.arange(m))
-    return np.where(d < 1, 2 / 3 - d * d + d ** 3 / 2, np.where(d < 2, (2 - d).clip(0) ** 3 / 6, 0)).astype(np.float32)
+    return np.where(d < 1, 2 / 3 - d * d + d**3 / 2, np.where(d < 2, (2 - d).clip(0) ** 3 / 6, 0)).astype(np.float32)
 
 # %% ../nbs/00c_phantom.ipynb #e4415883
 def on_grid(lat, spacing, v):
@@ -125,6 +141,7 @@ def on_grid(lat, spacing, v):
     w = bspline(v, spacing, lat.shape[-1])
     f = np.swapaxes(np.swapaxes(lat @ w.T, -1, -2) @ w.T, -1, -2)
     return np.moveaxis(np.tensordot(w, f, (1, 1)), 0, 1)
+
 
 def at_points(lat, spacing, pts):
     "(channels, n): the lattice read at points (3, n) = x, y, z."
@@ -137,33 +154,38 @@ def rotation(
 ):  # (3, 3)
     "Rotation matrix."
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
-    return (np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]) @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-            @ np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]))
+    return (
+        np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+        @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+        @ np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    )
 
 # %% ../nbs/00c_phantom.ipynb #d2e0092f
 def draw_patient(
     seed: int,  # the patient
 ) -> SimpleNamespace:
     "Draw build, posture, breath and tissue of one patient."
-    r = np.random.default_rng([seed, 0]); u = r.uniform
-    p = SimpleNamespace(seed=seed, sex="FM"[int(u() < .5)], contrast=bool(u() < .4), arms_up=bool(u() < .7))
-    p.scale = np.array([u(.90, 1.04), u(.88, 1.06), u(.90, 1.04)]) * (0.96 if p.sex == "F" else 1.02)
-    p.shift = np.array([u(-8, 8), u(-10, 10), u(-10, 10)])                                 # mm
+    r = np.random.default_rng([seed, 0])
+    u = r.uniform
+    p = SimpleNamespace(seed=seed, sex="FM"[int(u() < 0.5)], contrast=bool(u() < 0.4), arms_up=bool(u() < 0.7))
+    p.scale = np.array([u(0.90, 1.04), u(0.88, 1.06), u(0.90, 1.04)]) * (0.96 if p.sex == "F" else 1.02)
+    p.shift = np.array([u(-8, 8), u(-10, 10), u(-10, 10)])  # mm
     p.rotation = rotation(np.radians([u(-4, 4), u(-3, 3), u(-5, 5)]))
-    p.fat, p.muscle = 5 + 20 * float(r.beta(1.6, 2.6)), u(9, 17) if p.sex == "M" else u(6, 12)    # thickness, mm
-    p.kyphosis, p.scoliosis = u(10, 24), u(-7, 7)                                          # how far the spine leaves a straight line, mm
-    p.inspiration, p.barrel, p.breast = u(-16, 14), u(.92, 1.1), u(.6, 1.15) if p.sex == "F" else 0.0
-    p.heart, p.heart_turn = u(.90, 1.14), np.radians([u(-10, 10), u(-10, 10), u(-12, 12)])
+    p.fat, p.muscle = 5 + 20 * float(r.beta(1.6, 2.6)), u(9, 17) if p.sex == "M" else u(6, 12)  # thickness, mm
+    p.kyphosis, p.scoliosis = u(10, 24), u(-7, 7)  # how far the spine leaves a straight line, mm
+    p.inspiration, p.barrel, p.breast = u(-16, 14), u(0.92, 1.1), u(0.6, 1.15) if p.sex == "F" else 0.0
+    p.heart, p.heart_turn = u(0.90, 1.14), np.radians([u(-10, 10), u(-10, 10), u(-12, 12)])
     p.lung_hu, p.noise = u(-860, -800), u(6, 13)
     p.blood, p.liver_hu = (u(130, 230), u(85, 115)) if p.contrast else (u(36, 50), u(45, 65))
     p.marrow, p.cortex = u(130, 260), u(800, 1150)
-    p.pitch, p.top = u(22.3, 24), u(-133, -127)                                            # of the vertebrae; z of the first thoracic one
-    p.dome = np.array([58 + p.inspiration, 58 + p.inspiration + u(6, 18)])                 # z of the domes, right and left
-    p.lean, p.stomach = u(-4, 4), u(-56, -38)                                              # the fluid in the stomach begins at this y
+    p.pitch, p.top = u(22.3, 24), u(-133, -127)  # of the vertebrae; z of the first thoracic one
+    p.dome = np.array([58 + p.inspiration, 58 + p.inspiration + u(6, 18)])  # z of the domes, right and left
+    p.lean, p.stomach = u(-4, 4), u(-56, -38)  # the fluid in the stomach begins at this y
     return chambers(tables(p))
 
 # %% ../nbs/00c_phantom.ipynb #29b932b4
 ZT = np.arange(-280, 280, 0.25)  # heights of the tables, mm
+
 
 def tables(p):
     "Profiles of the trunk over z."
@@ -171,17 +193,30 @@ def tables(p):
     sy, sx = 54 - p.kyphosis * ((ZT - 5) / 140).clip(-1.3, 1.3) ** 2, p.scoliosis * np.sin((ZT + 30) / 75)
     front = c([-150, -128, -90, -30, 40, 110, 160], [-8, -18, -52, -76, -88, -86, -84]) * p.barrel
     back = sy + c([-140, -100, -40, 60, 160], [12, 24, 34, 36, 30])
-    a = c([-160, -138, -118, -90, -40, 30, 100, 170], [40, 52, 75, 102, 121, 129, 130, 122]) * (2 - p.barrel) ** .4
+    a = c([-160, -138, -118, -90, -40, 30, 100, 170], [40, 52, 75, 102, 121, 129, 130, 122]) * (2 - p.barrel) ** 0.4
     wall = 8 + p.muscle + p.fat
     A = np.maximum(c([-175, -150, -125, -100, -70], [56, 66, 100, 126, 0]) + wall / 2, a + wall)
     A = np.convolve(np.pad(A, 40, "edge"), np.ones(40) / 40, "same")[40:-40]
-    skin_front = front - c([-170, -120, -70, 0], [34, 24, 14, 10]) - p.muscle * .8 - p.fat
-    skin_back = sy + 50 + .45 * p.muscle + .7 * p.fat
+    skin_front = front - c([-170, -120, -70, 0], [34, 24, 14, 10]) - p.muscle * 0.8 - p.fat
+    skin_back = sy + 50 + 0.45 * p.muscle + 0.7 * p.fat
     med = c([-150, -110, -80, -45, -20, 20, 160], [26, 27, 27, 26, 18, 10, 10])
-    t = dict(sx=sx, sy=sy, a=a, b=(back - front) / 2, yc=(back + front) / 2, front=front, med=med, A=A,
-             B=(skin_back - skin_front) / 2, Y=(skin_back + skin_front) / 2, F=skin_front, flat=skin_back - 1)
+    t = dict(
+        sx=sx,
+        sy=sy,
+        a=a,
+        b=(back - front) / 2,
+        yc=(back + front) / 2,
+        front=front,
+        med=med,
+        A=A,
+        B=(skin_back - skin_front) / 2,
+        Y=(skin_back + skin_front) / 2,
+        F=skin_front,
+        flat=skin_back - 1,
+    )
     p.table = {k: v.astype(np.float32) for k, v in t.items()}
     return p
+
 
 def at(p, z, *names):
     "The profiles `names` at heights `z`."
@@ -191,20 +226,44 @@ def at(p, z, *names):
 # %% ../nbs/00c_phantom.ipynb #d84157eb
 def chambers(p):
     "Centre, radii and axes of the four chambers: left and right ventricle and atrium."
-    d = np.array([.72, -.45, .52]); d /= np.linalg.norm(d)
-    e = np.cross(d, [0, 0, 1.]); e /= np.linalg.norm(e)
+    d = np.array([0.72, -0.45, 0.52])
+    d /= np.linalg.norm(d)
+    e = np.cross(d, [0, 0, 1.0])
+    e /= np.linalg.norm(e)
     long, turn = np.stack([d, e, np.cross(d, e)]), rotation(p.heart_turn)
-    o, drop = np.array([14., -16, 22]), np.array([0, 0, .7 * p.inspiration + 10])
-    spec = dict(lv=((42, -22, 34), (47, 31, 30), long), rv=((12, -46, 34), (44, 24, 30), long),
-                ra=((-27, -18, 24), (24, 27, 33), np.eye(3)), la=((6, 16, 6), (35, 20, 25), np.eye(3)))
-    p.chambers = {n: (o + turn @ (np.array(c) - o) * p.heart + drop, np.array(r) * p.heart, ax @ turn.T) for n, (c, r, ax) in spec.items()}
+    o, drop = np.array([14.0, -16, 22]), np.array([0, 0, 0.7 * p.inspiration + 10])
+    spec = dict(
+        lv=((42, -22, 34), (47, 31, 30), long),
+        rv=((12, -46, 34), (44, 24, 30), long),
+        ra=((-27, -18, 24), (24, 27, 33), np.eye(3)),
+        la=((6, 16, 6), (35, 20, 25), np.eye(3)),
+    )
+    p.chambers = {
+        n: (o + turn @ (np.array(c) - o) * p.heart + drop, np.array(r) * p.heart, ax @ turn.T)
+        for n, (c, r, ax) in spec.items()
+    }
     return p
 
 # %% ../nbs/00c_phantom.ipynb #ccc9fba6
-LABELS = dict(air=0, body=1, fat=2, lung_right=3, lung_left=4, trachea=5, heart=6, vessels=7, bone=8,
-              liver=9, spleen=10, stomach=11, kidney=12, nodule=13)  # body: muscle, skin, cartilage and all other soft tissue; stomach: with bowel
+LABELS = dict(
+    air=0,
+    body=1,
+    fat=2,
+    lung_right=3,
+    lung_left=4,
+    trachea=5,
+    heart=6,
+    vessels=7,
+    bone=8,
+    liver=9,
+    spleen=10,
+    stomach=11,
+    kidney=12,
+    nodule=13,
+)  # body: muscle, skin, cartilage and all other soft tissue; stomach: with bowel
 
 WOBBLE, WOBBLE_MM = 1.6, 60  # deviation and spacing of the smooth deformation, mm
+
 
 def to_patient(
     p,  # patient
@@ -225,7 +284,15 @@ def canvas(
     wobble = np.clip(WOBBLE * on_grid(lattice([p.seed, 1], WOBBLE_MM, 3), WOBBLE_MM, v), -6, 6)
     x, y, z = v[None, None, :] - p.shift[0], v[None, :, None] - p.shift[1], v[:, None, None] - p.shift[2]
     g = np.stack([((m[i, 0] * x + m[i, 1] * y) + m[i, 2] * z).astype(np.float32) + wobble[i] for i in range(3)])
-    c = SimpleNamespace(g=g, size=size, mm=mm, v=v, voxel=np.float32(mm / p.scale.mean()), inverse=p.rotation @ np.diag(p.scale), shift=p.shift)
+    c = SimpleNamespace(
+        g=g,
+        size=size,
+        mm=mm,
+        v=v,
+        voxel=np.float32(mm / p.scale.mean()),
+        inverse=p.rotation @ np.diag(p.scale),
+        shift=p.shift,
+    )
     c.hu, c.labels, c.all = np.full((size,) * 3, -1000, np.float32), np.zeros((size,) * 3, np.uint8), (slice(None),) * 3
     c.coarse, c.fine = (on_grid(lattice([p.seed, k], s), s, v)[0] for k, s in ((2, 17), (3, 7)))
     return c
@@ -233,7 +300,8 @@ def canvas(
 # %% ../nbs/00c_phantom.ipynb #c91b74ab
 def boxes(
     c,  # canvas
-    lo, hi,  # (n, 3) corners in patient coordinates, mm
+    lo,
+    hi,  # (n, 3) corners in patient coordinates, mm
     pad=0,  # mm around
 ):  # (n, 3) first voxel and the voxel after the last one, along x, y, z
     "The voxels that may lie between pairs of corners; 6 mm are for the wobble."
@@ -241,6 +309,7 @@ def boxes(
     w, r = (lo + hi) / 2 @ c.inverse.T + c.shift, (hi - lo) / 2 @ np.abs(c.inverse).T
     a, b = np.floor((w - r) / c.mm + (c.size - 1) / 2), np.ceil((w + r) / c.mm + (c.size - 1) / 2) + 1
     return np.clip(a, 0, c.size).astype(int), np.clip(b, 0, c.size).astype(int)
+
 
 def box(c, lo, hi, pad=0):
     "The same for one pair, as slices over D, H, W."
@@ -250,7 +319,8 @@ def box(c, lo, hi, pad=0):
 # %% ../nbs/00c_phantom.ipynb #1b7c6629
 def cover(c, sd):
     "The fraction of each voxel inside a surface."
-    return np.minimum(np.maximum(np.float32(.5) - sd / c.voxel, 0), 1)
+    return np.minimum(np.maximum(np.float32(0.5) - sd / c.voxel, 0), 1)
+
 
 def blend(
     c,  # canvas
@@ -262,7 +332,9 @@ def blend(
     "Mix `hu` into the canvas."
     h = c.hu[bx]
     h += a * (hu - h)
-    if label: c.labels[bx][a > .5] = LABELS[label]
+    if label:
+        c.labels[bx][a > 0.5] = LABELS[label]
+
 
 def paint(c, bx, sd, hu, label=None):
     "Fill a surface."
@@ -273,6 +345,7 @@ def blank(c, n=1):
     "`n` empty maps of covered fractions."
     return [np.zeros_like(c.hu) for _ in range(n)]
 
+
 def near(c, bx):
     "Patient coordinates in a box."
     return c.g[(slice(None),) + bx]
@@ -281,8 +354,10 @@ def near(c, bx):
 def capsules(
     c,  # canvas
     out: list,  # one map, or two: bone and its marrow
-    p, q,  # (n, 3) ends of the pieces, mm
-    rp, rq,  # (n,) radii at the ends, mm
+    p,
+    q,  # (n, 3) ends of the pieces, mm
+    rp,
+    rq,  # (n,) radii at the ends, mm
     flat=None,  # (n, 3) thin direction of ribbons
     ratio: float = 1.0,  # width over thickness of ribbons
     shell: float = 0.0,  # thickness of the shell for the second map, mm
@@ -290,7 +365,7 @@ def capsules(
     "Draw pieces of tube into maps of covered fractions."
     p, q, rp, rq = (np.asarray(v, np.float32) for v in (p, q, rp, rq))
     lo, hi = boxes(c, np.minimum(p, q), np.maximum(p, q), (np.maximum(rp, rq) + c.voxel)[:, None])
-    soft, v2 = np.float32(1 / ratio ** .5), c.voxel ** 2
+    soft, v2 = np.float32(1 / ratio**0.5), c.voxel**2
     for i in np.flatnonzero((hi > lo).all(1)):
         bx = tuple(slice(lo[i, k], hi[i, k]) for k in (2, 1, 0))
         d, t = segment(near(c, bx), p[i], q[i], None if flat is None else flat[i], ratio)
@@ -305,13 +380,16 @@ def tube(
     out: list,  # one map, or two: bone and its marrow
     line,  # (n, 3) centreline, mm
     radius,  # one, or several spread along the line, mm
-    flat=None, ratio: float = 1.0, shell: float = 0.0,  # as in `capsules`
+    flat=None,
+    ratio: float = 1.0,
+    shell: float = 0.0,  # as in `capsules`
 ) -> list:
     "Draw a chain of capsules; returns `out`."
     line, radius = np.asarray(line), np.broadcast_to(radius, max(np.size(radius), 2))
     r = np.interp(np.linspace(0, 1, len(line)), np.linspace(0, 1, len(radius)), radius)
     capsules(c, out, line[:-1], line[1:], r[:-1], r[1:], flat, ratio, shell)
     return out
+
 
 def bone(c, p, out):
     "Paint cortical bone where the first map covers and the second does not, marrow where both do."
@@ -327,11 +405,11 @@ def skin_surfaces(c, p):
     end = (158, 26, -185) if p.arms_up else (112, 20, -92)
     for s in (-1, 1):
         d, _ = segment(g, np.float32([s * 100, 16, -100]), np.float32([s * end[0], *end[1:]]))
-        trunk = smin(trunk, d - np.float32(40 + .35 * p.muscle + .55 * p.fat), 26)
+        trunk = smin(trunk, d - np.float32(40 + 0.35 * p.muscle + 0.55 * p.fat), 26)
     skin = trunk = smax(trunk, g[1] - flat, 36)
     front = float(at(p, np.float32([15]), "F")[0][0])
     for s in (-1, 1) if p.breast else ():
-        skin = smin(skin, ellipsoid(g, (s * 80, front + 14, 16), p.breast * np.array([58, 26 + .7 * p.fat, 58])), 24)
+        skin = smin(skin, ellipsoid(g, (s * 80, front + 14, 16), p.breast * np.array([58, 26 + 0.7 * p.fat, 58])), 24)
     return trunk, skin
 
 # %% ../nbs/00c_phantom.ipynb #210c7b3a
@@ -340,11 +418,12 @@ def body(c, p):
     trunk, c.skin = skin_surfaces(c, p)
     paint(c, c.all, c.skin, 20, "body")
     paint(c, c.all, c.skin + 2, -102, "fat")
-    if p.breast: paint(c, c.all, np.maximum(c.skin + 8, 8 - 14 * c.coarse), 10)
-    muscle = trunk + np.float32(2) + np.float32(p.fat) * (1 + np.float32(.18) * c.coarse)
+    if p.breast:
+        paint(c, c.all, np.maximum(c.skin + 8, 8 - 14 * c.coarse), 10)
+    muscle = trunk + np.float32(2) + np.float32(p.fat) * (1 + np.float32(0.18) * c.coarse)
     paint(c, c.all, muscle, 52, "body")
-    paint(c, c.all, np.maximum(np.abs(c.coarse) * 14 - np.float32(.8 + .05 * p.fat), muscle + 3), -85, "fat")
-    for s in (-1, 1):                                                                      # the armpits
+    paint(c, c.all, np.maximum(np.abs(c.coarse) * 14 - np.float32(0.8 + 0.05 * p.fat), muscle + 3), -85, "fat")
+    for s in (-1, 1):  # the armpits
         bx = box(c, (s * 112 - 35, -30, -125), (s * 112 + 35, 60, -30))
         paint(c, bx, ellipsoid(near(c, bx), (s * 116, 2, -84), (17, 30, 36)) + 4 * c.coarse[bx], -95, "fat")
 
@@ -353,12 +432,16 @@ def cage(p, g):
     "Distance to the inner chest wall."
     return section(g, *at(p, g[2], "a", "b", "yc"))
 
+
 def diaphragm(p, g):
     "Height above (negative) or below the diaphragm, mm."
     y = ((g[1] + 28) / np.float32(104)) ** 2
-    right = np.float32(p.dome[0]) + 70 * (((g[0] + 62) / np.where(g[0] > -62, np.float32(125), np.float32(82))) ** 2 + y)
+    right = np.float32(p.dome[0]) + 70 * (
+        ((g[0] + 62) / np.where(g[0] > -62, np.float32(125), np.float32(82))) ** 2 + y
+    )
     left = np.float32(p.dome[1]) + 70 * (((g[0] - 68) / np.where(g[0] < 68, np.float32(125), np.float32(82))) ** 2 + y)
     return (g[2] - smin(right, left, 22)) / np.float32(1.25)
+
 
 def heart_surface(p, g):
     "Distance to the union of the chambers."
@@ -373,8 +456,10 @@ def lung_surface(p, g, wall=None):
     sd = smax(sd, ellipsoid([np.abs(g[0] + 2), g[1], g[2]], (64, 6, 60), (90, 118, 188)), 12)
     t = np.clip((g[1] - front) / 55, 0, 1)
     column = np.abs(g[0] - 3) - (2.5 + med * t * t * (3 - 2 * t) * np.clip(1.5 - (g[1] + 5) / 45, 0.2, 1))
-    spine = np.sqrt((g[0] - sx) ** 2 + ((g[1] - sy - 2) * np.float32(.95)) ** 2) - 22
-    aorta = np.sqrt((g[0] - sx - 23) ** 2 + (g[1] - sy + 20) ** 2) - np.where(g[2] > -60, np.float32(14.5), np.float32(-20))
+    spine = np.sqrt((g[0] - sx) ** 2 + ((g[1] - sy - 2) * np.float32(0.95)) ** 2) - 22
+    aorta = np.sqrt((g[0] - sx - 23) ** 2 + (g[1] - sy + 20) ** 2) - np.where(
+        g[2] > -60, np.float32(14.5), np.float32(-20)
+    )
     return smax(sd, -smin(smin(column, spine, 8), smin(aorta, heart_surface(p, g) - 5, 6), 8), 5)
 
 # %% ../nbs/00c_phantom.ipynb #5d4dcea5
@@ -382,12 +467,24 @@ def cavities(c, p):
     "Paint the fat of the mediastinum and belly, the diaphragm and the lungs."
     g = c.g
     c.cage, c.below = cage(p, g), diaphragm(p, g)
-    paint(c, c.all, smax(c.cage - 1.5, -118 - g[2], 6), -100 + 45 * np.clip(np.abs(c.coarse) - np.float32(.35), 0, np.float32(1.2)), "fat")
+    paint(
+        c,
+        c.all,
+        smax(c.cage - 1.5, -118 - g[2], 6),
+        -100 + 45 * np.clip(np.abs(c.coarse) - np.float32(0.35), 0, np.float32(1.2)),
+        "fat",
+    )
     paint(c, c.all, np.maximum(c.cage, np.abs(c.below - 3) - 2), 50, "body")
-    bx = box(c, (-140, -110, -145), (140, 105, 160)); g = near(c, bx)
-    fissure = np.abs(g[2] + np.float32(1.1) * g[1] - 21 - 6 * c.coarse[bx]) * np.float32(.67)
-    hu = np.float32(p.lung_hu) + np.float32(.55) * (g[1] + 10) + 10 * c.coarse[bx] + 110 * cover(c, fissure - np.float32(.2))
-    c.lung, = blank(c)
+    bx = box(c, (-140, -110, -145), (140, 105, 160))
+    g = near(c, bx)
+    fissure = np.abs(g[2] + np.float32(1.1) * g[1] - 21 - 6 * c.coarse[bx]) * np.float32(0.67)
+    hu = (
+        np.float32(p.lung_hu)
+        + np.float32(0.55) * (g[1] + 10)
+        + 10 * c.coarse[bx]
+        + 110 * cover(c, fissure - np.float32(0.2))
+    )
+    (c.lung,) = blank(c)
     c.lung[bx] = a = cover(c, lung_surface(p, g, c.cage[bx]))
     blend(c, bx, a * (g[0] < 0), hu, "lung_right")
     blend(c, bx, a * (g[0] >= 0), hu, "lung_left")
@@ -395,9 +492,14 @@ def cavities(c, p):
 # %% ../nbs/00c_phantom.ipynb #141bfc18
 def liver(c, p):
     "Paint the liver and its veins, then the organs beside it."
-    bx = box(c, (-150, -110, 20), (150, 110, 220)); g = near(c, bx)
+    bx = box(c, (-150, -110, 20), (150, 110, 220))
+    g = near(c, bx)
     inside = np.maximum(c.cage[bx] + 3, 5 - c.below[bx])
-    sd = smin(ellipsoid(g, (-66, -8, 106), (82, 100, 82)), ellipsoid(g, (6, -50, 98), (62, 36, 44), rotation((0, .25, 0))), 25)
+    sd = smin(
+        ellipsoid(g, (-66, -8, 106), (82, 100, 82)),
+        ellipsoid(g, (6, -50, 98), (62, 36, 44), rotation((0, 0.25, 0))),
+        25,
+    )
     sd = smax(smax(sd, inside, 4), -ellipsoid(g, (30, 70, 130), (62, 52, 200)), 10)
     paint(c, bx, sd, p.liver_hu, "liver")
     veins, root = blank(c), np.array([-14, 28, 82 + p.inspiration])
@@ -410,14 +512,24 @@ def liver(c, p):
 # %% ../nbs/00c_phantom.ipynb #deb8e96f
 def left_belly(c, p, bx, g, inside, liver_sd):
     "Paint spleen, stomach and bowel."
-    low = p.inspiration * .7
-    spleen = smax(smax(ellipsoid(g, (100, 42, 122 + low), (34, 48, 52), rotation((.3, 0, .25))), inside, 4), -ellipsoid(g, (48, 10, 125), (58, 60, 80)), 8)
+    low = p.inspiration * 0.7
+    spleen = smax(
+        smax(ellipsoid(g, (100, 42, 122 + low), (34, 48, 52), rotation((0.3, 0, 0.25))), inside, 4),
+        -ellipsoid(g, (48, 10, 125), (58, 60, 80)),
+        8,
+    )
     paint(c, bx, spleen, p.liver_hu + (10 if p.contrast else -8), "spleen")
-    sd = smax(smax(ellipsoid(g, (66, -22, 120 + low), (50, 44, 56), rotation((-.2, .35, 0))), inside, 6), 2 - np.minimum(liver_sd, spleen), 3)
+    sd = smax(
+        smax(ellipsoid(g, (66, -22, 120 + low), (50, 44, 56), rotation((-0.2, 0.35, 0))), inside, 6),
+        2 - np.minimum(liver_sd, spleen),
+        3,
+    )
     paint(c, bx, sd, 45, "stomach")
     paint(c, bx, sd + 4, 15)
     paint(c, bx, smax(sd + 4, g[1] - np.float32(p.stomach), 2), -960)
-    room = np.maximum(np.maximum(inside, np.maximum(142 - g[2], g[1] - 28)), 6 - np.minimum(np.minimum(liver_sd, spleen), sd))
+    room = np.maximum(
+        np.maximum(inside, np.maximum(142 - g[2], g[1] - 28)), 6 - np.minimum(np.minimum(liver_sd, spleen), sd)
+    )
     n = 11 * c.coarse[bx]
     paint(c, bx, np.maximum(room, 3 - np.abs(n)), 40, "stomach")
     paint(c, bx, np.maximum(room + 4, 7 - np.abs(n)), 10)
@@ -427,7 +539,9 @@ def left_belly(c, p, bx, g, inside, liver_sd):
 def kidneys(c, p, bx, g):
     "Paint the kidneys in their fat."
     for s in (-1, 1):
-        k = np.maximum(ellipsoid(g, (s * 56, 52, 165 - 8 * s), (26, 27, 48), rotation((.2, s * -.2, 0))), 4 - c.below[bx])
+        k = np.maximum(
+            ellipsoid(g, (s * 56, 52, 165 - 8 * s), (26, 27, 48), rotation((0.2, s * -0.2, 0))), 4 - c.below[bx]
+        )
         paint(c, bx, k - 6, -100, "fat")
         paint(c, bx, k, 150 if p.contrast else 35, "kidney")
         paint(c, bx, smax(k + 13, s * g[0] - 56, 3), 10 if p.contrast else -60)
@@ -435,11 +549,12 @@ def kidneys(c, p, bx, g):
 # %% ../nbs/00c_phantom.ipynb #7770d515
 def paint_heart(c, p):
     "Paint pericardial fat, myocardium and the blood of four chambers."
-    bx = box(c, (-75, -95, -50), (125, 60, 125)); g = near(c, bx)
+    bx = box(c, (-75, -95, -50), (125, 60, 125))
+    g = near(c, bx)
     sd, above, wall = heart_surface(p, g), c.below[bx] - 1, 95 if p.contrast else 52
     paint(c, bx, np.maximum(sd - 4, above), -85, "fat")
     paint(c, bx, np.maximum(sd + 1 + np.float32(1.2) * c.coarse[bx], above), wall, "heart")
-    for name, thick, k in (("ra", 3, .92), ("la", 3, 1.04), ("rv", 4, .88), ("lv", 0, 0), ("lv", 11, 1)):
+    for name, thick, k in (("ra", 3, 0.92), ("la", 3, 1.04), ("rv", 4, 0.88), ("lv", 0, 0), ("lv", 11, 1)):
         e = ellipsoid(g, *p.chambers[name]) + thick * p.heart + c.coarse[bx]
         paint(c, bx, np.maximum(e, above), p.blood * k if k else wall, "heart")
     groove = np.maximum(np.abs(ellipsoid(g, *p.chambers["lv"]) - 1.5) - 1.2, np.abs(sd + 9) - 5)
@@ -448,28 +563,61 @@ def paint_heart(c, p):
 # %% ../nbs/00c_phantom.ipynb #80c2a5b5
 def vessel_lines(p):
     "Centreline and radii of every great vessel."
-    z = np.linspace(-52, 200, 16); sx, sy = at(p, z, "sx", "sy")
+    z = np.linspace(-52, 200, 16)
+    sx, sy = at(p, z, "sx", "sy")
     top, low, la = -70 + p.lean, p.inspiration, p.chambers["la"][0]
     desc = np.stack([sx + 23 - 8 * ((z - 40) / 160).clip(0, 1), sy - 20, z], 1)
-    arch = [(8, -14, la[2] - 7), (-12, -28, -18), (-15, -27, -45), (-5, -12, top), (12, 12, top - 1), (22, 31, top + 9), desc[0]]
-    spec = [(arch, 14, (16, 15, 13.5, 12.5)), (desc, 16, (12.5, 10.5)),                                        # aorta
-        ([(-6, -14, top + 4), (-14, -8, -105), (-20, -2, -165)], 6, (7, 5)), ([(4, 0, top), (12, 2, -110), (18, 4, -165)], 6, (5, 4)),   # carotids
-        ([(14, 14, top + 2), (24, 14, -100), (50, 4, -118), (95, 5, -112)], 8, (6, 5)), ([(-14, -8, -105), (-45, 2, -118), (-95, 5, -110)], 6, (5.5, 5)),
-        ([(-27, -16, 16), (-26, -18, -25), (-25, -20, -62), (-26, -16, -90), (-30, -6, -160)], 10, (10, 9, 7)),         # upper vena cava
+    arch = [
+        (8, -14, la[2] - 7),
+        (-12, -28, -18),
+        (-15, -27, -45),
+        (-5, -12, top),
+        (12, 12, top - 1),
+        (22, 31, top + 9),
+        desc[0],
+    ]
+    spec = [
+        (arch, 14, (16, 15, 13.5, 12.5)),
+        (desc, 16, (12.5, 10.5)),  # aorta
+        ([(-6, -14, top + 4), (-14, -8, -105), (-20, -2, -165)], 6, (7, 5)),
+        ([(4, 0, top), (12, 2, -110), (18, 4, -165)], 6, (5, 4)),  # carotids
+        ([(14, 14, top + 2), (24, 14, -100), (50, 4, -118), (95, 5, -112)], 8, (6, 5)),
+        ([(-14, -8, -105), (-45, 2, -118), (-95, 5, -110)], 6, (5.5, 5)),
+        (
+            [(-27, -16, 16), (-26, -18, -25), (-25, -20, -62), (-26, -16, -90), (-30, -6, -160)],
+            10,
+            (10, 9, 7),
+        ),  # upper vena cava
         ([(-26, -20, -72), (2, -34, -82), (24, -22, -95), (32, -6, -160)], 8, (8, 6.5)),
-        ([(-20, 2, 46), (-20, 10, 72 + low), (-16, 26, 104), (-14, 32, 190)], 10, (13, 12, 11)),                      # lower vena cava
-        ([(14, -38, 10), (16, -32, -15), (18, -14, -28)], 6, (14, 13)),                                                # pulmonary trunk and its branches
-        ([(18, -14, -28), (-4, 2, -26), (-28, 8, -20), (-44, 10, -12)], 8, (11, 9, 7)), ([(18, -14, -28), (32, 6, -30), (44, 22, -22), (50, 26, -8)], 8, (11, 9, 7))]
-    spec += [([la + (s * 24, 2, dz), (s * 36 + 6, 10, la[2] - 6 + dz), (s * 52 + 4, 6 + 12 * (dz > 0), la[2] - 6 + dz * 2)], 5, (6.5, 5)) for s in (-1, 1) for dz in (-8, 12)]
+        ([(-20, 2, 46), (-20, 10, 72 + low), (-16, 26, 104), (-14, 32, 190)], 10, (13, 12, 11)),  # lower vena cava
+        ([(14, -38, 10), (16, -32, -15), (18, -14, -28)], 6, (14, 13)),  # pulmonary trunk and its branches
+        ([(18, -14, -28), (-4, 2, -26), (-28, 8, -20), (-44, 10, -12)], 8, (11, 9, 7)),
+        ([(18, -14, -28), (32, 6, -30), (44, 22, -22), (50, 26, -8)], 8, (11, 9, 7)),
+    ]
+    spec += [
+        (
+            [
+                la + (s * 24, 2, dz),
+                (s * 36 + 6, 10, la[2] - 6 + dz),
+                (s * 52 + 4, 6 + 12 * (dz > 0), la[2] - 6 + dz * 2),
+            ],
+            5,
+            (6.5, 5),
+        )
+        for s in (-1, 1)
+        for dz in (-8, 12)
+    ]
     return [(smooth_line(line, n), np.array(r)) for line, n, r in spec]
 
 # %% ../nbs/00c_phantom.ipynb #db73b332
 def great_vessels(c, p):
     "Paint aorta, venae cavae, pulmonary arteries and veins, and the branches to head and arms."
     sleeve, lumen = blank(c), blank(c)
-    for line, r in vessel_lines(p): tube(c, lumen, line, r); tube(c, sleeve, line, r + 2.2)
+    for line, r in vessel_lines(p):
+        tube(c, lumen, line, r)
+        tube(c, sleeve, line, r + 2.2)
     blend(c, c.all, sleeve[0], -60)
-    c.labels[(sleeve[0] > .5) & (c.lung > .5)] = LABELS["fat"]
+    c.labels[(sleeve[0] > 0.5) & (c.lung > 0.5)] = LABELS["fat"]
     c.lung *= 1 - sleeve[0]
     blend(c, c.all, lumen[0], p.blood, "vessels")
 
@@ -486,13 +634,14 @@ def tree(
     while todo:
         start, q, r = todo.pop()
         mean = q.mean(0)
-        end = mean if len(q) <= 2 else start + rng.uniform(.35, .5) * (mean - start)
-        bend = (start + end) / 2 + rng.normal(0, .05, 3) * np.sqrt(((end - start) ** 2).sum())
+        end = mean if len(q) <= 2 else start + rng.uniform(0.35, 0.5) * (mean - start)
+        bend = (start + end) / 2 + rng.normal(0, 0.05, 3) * np.sqrt(((end - start) ** 2).sum())
         out += [(start, bend, r), (bend, end, r)] if r > 2 else [(start, end, r)]
-        if len(q) <= 2: continue
+        if len(q) <= 2:
+            continue
         off = q - mean
         order = (off @ np.linalg.eigh(off.T @ off)[1][:, -1]).argsort()
-        k = min(max(int(len(q) * rng.uniform(.38, .62)), 1), len(q) - 1)
+        k = min(max(int(len(q) * rng.uniform(0.38, 0.62)), 1), len(q) - 1)
         todo += [(end, q[half], r * (len(half) / len(q)) ** (1 / 2.7)) for half in (order[:k], order[k:])]
     return out
 
@@ -507,44 +656,60 @@ def pulmonary(c, p):
     start, end, r = (np.array(v) for v in zip(*pieces))
     out = blank(c)
     capsules(c, out, start, end, r, r)
-    blend(c, c.all, out[0], p.blood * (.9 if p.contrast else 1))
-    c.labels[(out[0] > .5) & (c.lung > .5)] = LABELS["vessels"]
+    blend(c, c.all, out[0], p.blood * (0.9 if p.contrast else 1))
+    c.labels[(out[0] > 0.5) & (c.lung > 0.5)] = LABELS["vessels"]
 
 # %% ../nbs/00c_phantom.ipynb #176fac0a
-AIRWAYS = [([(0, 2, -175), (0, 8, -110), (2, 14, -75), (2, 19, -48)], (9, 8.5, 8.5)),
-           ([(2, 19, -48), (-14, 22, -36), (-30, 22, -24)], (7.5, 6.5)), ([(2, 19, -48), (20, 24, -32), (40, 28, -16)], (7, 6)),
-           ([(-30, 22, -24), (-46, 18, -40), (-56, 10, -62)], (4.5, 2.5)), ([(-30, 22, -24), (-40, 24, 0), (-55, 34, 28), (-66, 46, 60)], (5.5, 4, 2)),
-           ([(-38, 22, -4), (-54, 4, 12), (-66, -30, 30)], (3.8, 2)), ([(40, 28, -16), (54, 16, -34), (60, 2, -58)], (4.5, 2.3)),
-           ([(44, 22, -20), (58, 0, -10), (66, -25, 4)], (3.8, 2)), ([(40, 28, -16), (52, 38, 8), (64, 48, 36), (72, 52, 62)], (5.2, 4, 2))]
+AIRWAYS = [
+    ([(0, 2, -175), (0, 8, -110), (2, 14, -75), (2, 19, -48)], (9, 8.5, 8.5)),
+    ([(2, 19, -48), (-14, 22, -36), (-30, 22, -24)], (7.5, 6.5)),
+    ([(2, 19, -48), (20, 24, -32), (40, 28, -16)], (7, 6)),
+    ([(-30, 22, -24), (-46, 18, -40), (-56, 10, -62)], (4.5, 2.5)),
+    ([(-30, 22, -24), (-40, 24, 0), (-55, 34, 28), (-66, 46, 60)], (5.5, 4, 2)),
+    ([(-38, 22, -4), (-54, 4, 12), (-66, -30, 30)], (3.8, 2)),
+    ([(40, 28, -16), (54, 16, -34), (60, 2, -58)], (4.5, 2.3)),
+    ([(44, 22, -20), (58, 0, -10), (66, -25, 4)], (3.8, 2)),
+    ([(40, 28, -16), (52, 38, 8), (64, 48, 36), (72, 52, 62)], (5.2, 4, 2)),
+]
+
 
 def airways(c, p):
     "Paint trachea, bronchi and oesophagus."
     wall, lumen = blank(c), blank(c)
     for points, r in AIRWAYS:
         line = smooth_line(points, 4 * len(points) - 5)
-        tube(c, wall, line, np.array(r) * 1.12 + .9); tube(c, lumen, line, r)
+        tube(c, wall, line, np.array(r) * 1.12 + 0.9)
+        tube(c, lumen, line, r)
     blend(c, c.all, wall[0], 20)
-    z = np.linspace(-170, 110, 14); sx, sy = at(p, z, "sx", "sy")
-    gullet = tube(c, blank(c), np.stack([sx + 6 + 5 * (z > 40), np.minimum(sy - 22, 34 + .1 * z), z], 1), 7)[0] * (1 - wall[0])
+    z = np.linspace(-170, 110, 14)
+    sx, sy = at(p, z, "sx", "sy")
+    gullet = tube(c, blank(c), np.stack([sx + 6 + 5 * (z > 40), np.minimum(sy - 22, 34 + 0.1 * z), z], 1), 7)[0] * (
+        1 - wall[0]
+    )
     blend(c, c.all, gullet, 38, "body")
     blend(c, c.all, lumen[0], -985, "trachea")
 
 # %% ../nbs/00c_phantom.ipynb #9be6e207
 def level(p, i):
     "Height z of the vertebra `i` (0 is the first thoracic); they grow downwards."
-    return p.top + p.pitch * i + .28 * i * i - .7 * i
+    return p.top + p.pitch * i + 0.28 * i * i - 0.7 * i
+
 
 def vertebral_body(c, p, i, out, disc):
     "Draw one vertebral body and the disc below it."
-    z, f = level(p, i), np.clip(.72 + .035 * i, .6, 1.15)
+    z, f = level(p, i), np.clip(0.72 + 0.035 * i, 0.6, 1.15)
     (sx, _), (sy, up), (_, down) = at(p, np.float32([z, z - 8]), "sx", "sy") + [at(p, np.float32([z, z + 8]), "sy")[0]]
-    h, rx, ry = .42 * p.pitch * min(1, .86 + .02 * i), np.float32(17.5 * f), np.float32(14.5 * f)
-    bx = box(c, (sx - rx, sy - ry, z - 16), (sx + rx, sy + ry, z + 16), 3); g = near(c, bx)
+    h, rx, ry = 0.42 * p.pitch * min(1, 0.86 + 0.02 * i), np.float32(17.5 * f), np.float32(14.5 * f)
+    bx = box(c, (sx - rx, sy - ry, z - 16), (sx + rx, sy + ry, z + 16), 3)
+    g = near(c, bx)
     t = g[2] - np.float32(z) + (down - up) / 16 * (g[1] - sy)
     q = np.sqrt(((g[0] - sx) / rx) ** 2 + ((g[1] - sy) / ry) ** 2)
-    sd = smax((q - 1 + np.float32(.1) * (1 - np.clip(t / np.float32(h), -1, 1) ** 2)) * ry, np.abs(t) - np.float32(h), 3)
-    for o, shell in zip(out, (0, np.float32(.9))): np.maximum(o[bx], cover(c, sd + shell), out=o[bx])
-    sd = smax((q - np.float32(.98)) * ry, np.abs(t - p.pitch / 2) - np.float32(p.pitch / 2 - h + 1), 2)
+    sd = smax(
+        (q - 1 + np.float32(0.1) * (1 - np.clip(t / np.float32(h), -1, 1) ** 2)) * ry, np.abs(t) - np.float32(h), 3
+    )
+    for o, shell in zip(out, (0, np.float32(0.9))):
+        np.maximum(o[bx], cover(c, sd + shell), out=o[bx])
+    sd = smax((q - np.float32(0.98)) * ry, np.abs(t - p.pitch / 2) - np.float32(p.pitch / 2 - h + 1), 2)
     np.maximum(disc[0][bx], cover(c, sd), out=disc[0][bx])
     return float(sx), float(sy + ry), z, f
 
@@ -555,20 +720,39 @@ def spine(c, p):
     for i in range(-2, 14):
         x, b, z, f = vertebral_body(c, p, i, out, disc)
         for s in (-1, 1):
-            for line, r in (([(x + s * 9 * f, b - 4, z - 3), (x + s * 11 * f, b + 9, z - 1)], 4.5), ([(x + s * 11 * f, b + 9, z - 1), (x, b + 19, z + 6)], (5, 4.5)),
-                            ([(x + s * 12 * f, b + 8, z - 1), (x + s * (31 - .9 * i), b + 14, z - 1)], (5, 4.5)),
-                            ([(x + s * 11 * f, b + 10, z - 11), (x + s * 11 * f, b + 10, z + 9)], 4.2)): tube(c, out, line, r, shell=1.5)
+            for line, r in (
+                ([(x + s * 9 * f, b - 4, z - 3), (x + s * 11 * f, b + 9, z - 1)], 4.5),
+                ([(x + s * 11 * f, b + 9, z - 1), (x, b + 19, z + 6)], (5, 4.5)),
+                ([(x + s * 12 * f, b + 8, z - 1), (x + s * (31 - 0.9 * i), b + 14, z - 1)], (5, 4.5)),
+                ([(x + s * 11 * f, b + 10, z - 11), (x + s * 11 * f, b + 10, z + 9)], 4.2),
+            ):
+                tube(c, out, line, r, shell=1.5)
         tube(c, out, [(x, b + 18, z + 5), (x, b + 31, z + (20 if 2 < i < 10 else 12))], (4, 4.5), shell=1.5)
     blend(c, c.all, disc[0], 85, "body")
     bone(c, p, out)
-    z = np.linspace(-190, 200, 20); sx, sy = at(p, z, "sx", "sy")
-    canal = np.stack([sx, sy + 14.5 * np.clip(.72 + .035 * (z - p.top) / p.pitch, .6, 1.15) + 8, z], 1)
+    z = np.linspace(-190, 200, 20)
+    sx, sy = at(p, z, "sx", "sy")
+    canal = np.stack([sx, sy + 14.5 * np.clip(0.72 + 0.035 * (z - p.top) / p.pitch, 0.6, 1.15) + 8, z], 1)
     blend(c, c.all, tube(c, blank(c), canal, 8)[0], -10, "body")
     blend(c, c.all, tube(c, blank(c), canal, 5.5)[0], 32)
 
 # %% ../nbs/00c_phantom.ipynb #0065baaa
 DROP = [30, 52, 70, 84, 95, 103, 106, 103, 92, 76, 48, 28]  # how far each rib sinks, mm
-END = [2.62, 2.62, 2.6, 2.56, 2.5, 2.44, 2.36, 2.2, 2.05, 1.9, 1.45, 1.0]  # direction of its front end, radians from the back
+END = [
+    2.62,
+    2.62,
+    2.6,
+    2.56,
+    2.5,
+    2.44,
+    2.36,
+    2.2,
+    2.05,
+    1.9,
+    1.45,
+    1.0,
+]  # direction of its front end, radians from the back
+
 
 def rib_line(
     p,  # patient
@@ -577,14 +761,18 @@ def rib_line(
     n: int = 18,  # points
 ):  # (n + 2, 3)
     "Centreline of a rib from its head to the cartilage."
-    t = np.linspace(0, 1, n); phi = .34 + (END[i] - .34) * t
-    z = level(p, i) - 3 + DROP[i] * (.25 * t + .75 * np.sin(t * np.pi / 2) ** 2)
+    t = np.linspace(0, 1, n)
+    phi = 0.34 + (END[i] - 0.34) * t
+    z = level(p, i) - 3 + DROP[i] * (0.25 * t + 0.75 * np.sin(t * np.pi / 2) ** 2)
     a, b, yc = at(p, z, "a", "b", "yc")
     si, co = np.sin(phi), np.cos(phi)
-    tau = (si ** 4 + SQUARE * si ** 2 * co ** 2 + co ** 4) ** -.25
+    tau = (si**4 + SQUARE * si**2 * co**2 + co**4) ** -0.25
     (sx,), (sy,) = at(p, np.float32([level(p, i)]), "sx", "sy")
     pts = np.stack([s * (a + 4.5) * tau * si + sx * np.exp(-4 * t), yc + (b + 4.5) * tau * co, z], -1)
-    return smooth_line(np.concatenate([[[sx + s * 15, sy + 8, level(p, i) - 8], [sx + s * 26, sy + 22, level(p, i) - 5]], pts[1:]]), n + 2)
+    return smooth_line(
+        np.concatenate([[[sx + s * 15, sy + 8, level(p, i) - 8], [sx + s * 26, sy + 22, level(p, i) - 5]], pts[1:]]),
+        n + 2,
+    )
 
 # %% ../nbs/00c_phantom.ipynb #66539445
 def ribs(c, p):
@@ -592,14 +780,23 @@ def ribs(c, p):
     out, cartilage = blank(c, 2), blank(c)
     for i, s in ((i, s) for i in range(12) for s in (-1, 1)):
         line = rib_line(p, i, s)
-        normal, tangent = np.stack([line[:, 0], line[:, 1] - at(p, line[:, 2], "yc")[0], 0 * line[:, 0]], 1), np.gradient(line, axis=0)
-        normal -= tangent * (normal * tangent).sum(1, keepdims=True) / (tangent ** 2).sum(1, keepdims=True)
+        normal, tangent = (
+            np.stack([line[:, 0], line[:, 1] - at(p, line[:, 2], "yc")[0], 0 * line[:, 0]], 1),
+            np.gradient(line, axis=0),
+        )
+        normal -= tangent * (normal * tangent).sum(1, keepdims=True) / (tangent**2).sum(1, keepdims=True)
         normal = (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32)
-        tube(c, out, line, 6.3 if i else 7.5, normal, 1.8, shell=.95)
-        if i > 9: continue
-        z = -78 + 17.5 * min(i, 6); (front,), = at(p, np.float32([z]), "front")
-        tip = np.array((s * (15 + 3 * max(0, i - 5)), front - 5, z)) if i < 7 else rib_line(p, i - 1, s)[-1] + (-s * 14, -2, 8)
-        tube(c, cartilage, smooth_line([line[-1], line[-1] * .55 + tip * .45 + (s * 5, -3, 6), tip], 6), 5.5)
+        tube(c, out, line, 6.3 if i else 7.5, normal, 1.8, shell=0.95)
+        if i > 9:
+            continue
+        z = -78 + 17.5 * min(i, 6)
+        ((front,),) = at(p, np.float32([z]), "front")
+        tip = (
+            np.array((s * (15 + 3 * max(0, i - 5)), front - 5, z))
+            if i < 7
+            else rib_line(p, i - 1, s)[-1] + (-s * 14, -2, 8)
+        )
+        tube(c, cartilage, smooth_line([line[-1], line[-1] * 0.55 + tip * 0.45 + (s * 5, -3, 6), tip], 6), 5.5)
     blend(c, c.all, cartilage[0], 110, "body")
     bone(c, p, out)
 
@@ -607,25 +804,53 @@ def ribs(c, p):
 def girdle(c, p):
     "Paint sternum, clavicles, scapulae and the upper ends of the arms."
     out, up = blank(c, 2), float(p.arms_up)
-    z = np.float32([-92, -72, -50, -30, 0, 30, 48, 64]); front, = at(p, z, "front")
-    tube(c, out, np.stack([0 * z, front - 6, z], 1), (19, 23, 16, 14, 17, 18, 12, 5), np.tile(np.float32([0, 1, 0]), (7, 1)), 3., shell=1.6)
+    z = np.float32([-92, -72, -50, -30, 0, 30, 48, 64])
+    (front,) = at(p, z, "front")
+    tube(
+        c,
+        out,
+        np.stack([0 * z, front - 6, z], 1),
+        (19, 23, 16, 14, 17, 18, 12, 5),
+        np.tile(np.float32([0, 1, 0]), (7, 1)),
+        3.0,
+        shell=1.6,
+    )
     for s in (-1, 1):
-        tip, head = np.array([s * (128 - 6 * up), 12, -112 - 16 * up]), np.array([s * (138 - 3 * up), 20, -98 - 14 * up])
-        tube(c, out, smooth_line([(s * 20, front[0] - 6, -92), (s * 55, front[0] - 8, -104), (s * 95, -18, -112 - 8 * up), tip], 9), (8, 6, 5.5, 6.5), shell=1.8)
-        tube(c, out, [head - (0, 0, .1), head], 22, shell=1.6)
-        if p.arms_up: tube(c, out, [head, head + (s * 40, 4, -90)], (13, 11), shell=4.5)
+        tip, head = (
+            np.array([s * (128 - 6 * up), 12, -112 - 16 * up]),
+            np.array([s * (138 - 3 * up), 20, -98 - 14 * up]),
+        )
+        tube(
+            c,
+            out,
+            smooth_line(
+                [(s * 20, front[0] - 6, -92), (s * 55, front[0] - 8, -104), (s * 95, -18, -112 - 8 * up), tip], 9
+            ),
+            (8, 6, 5.5, 6.5),
+            shell=1.8,
+        )
+        tube(c, out, [head - (0, 0, 0.1), head], 22, shell=1.6)
+        if p.arms_up:
+            tube(c, out, [head, head + (s * 40, 4, -90)], (13, 11), shell=4.5)
         scapula(c, p, s, head, tip, out)
     bone(c, p, out)
 
 # %% ../nbs/00c_phantom.ipynb #ba7e600f
 def scapula(c, p, s, head, tip, out):
     "Draw one shoulder blade."
-    bx = box(c, (s * 105 - 48, -10, -125), (s * 105 + 48, 130, 50)); g = near(c, bx)
+    bx = box(c, (s * 105 - 48, -10, -125), (s * 105 + 48, 130, 50))
+    g = near(c, bx)
     x, z, corners = s * g[0], g[2], ((70, -100), (head[0] * s - 16, head[2] + 4), (98, 26))
-    edge = lambda P, Q: ((x - np.float32(P[0])) * np.float32(Q[1] - P[1]) - (z - np.float32(P[1])) * np.float32(Q[0] - P[0])) / np.float32(np.hypot(Q[0] - P[0], Q[1] - P[1]))
-    triangle = np.maximum(np.maximum(edge(corners[0], corners[1]), edge(corners[1], corners[2])), edge(corners[2], corners[0]))
+    edge = lambda P, Q: (
+        ((x - np.float32(P[0])) * np.float32(Q[1] - P[1]) - (z - np.float32(P[1])) * np.float32(Q[0] - P[0]))
+        / np.float32(np.hypot(Q[0] - P[0], Q[1] - P[1]))
+    )
+    triangle = np.maximum(
+        np.maximum(edge(corners[0], corners[1]), edge(corners[1], corners[2])), edge(corners[2], corners[0])
+    )
     sd = smax(smax(np.abs(c.cage[bx] - 16) - np.float32(2.2), triangle, 2), 8 - g[1], 2)
-    for o, shell in zip(out, (0, np.float32(1.3))): np.maximum(o[bx], cover(c, sd + shell), out=o[bx])
+    for o, shell in zip(out, (0, np.float32(1.3))):
+        np.maximum(o[bx], cover(c, sd + shell), out=o[bx])
     neck = head + (-s * 20, 6, 2)
     tube(c, out, [neck, neck + (s * 5, 0, 0)], (13, 14), shell=1.6)
     tube(c, out, smooth_line([neck, (s * 104, 62, -60), (s * 99, 74, 20)], 7), (6, 4, 4), shell=1.5)
@@ -635,10 +860,13 @@ def scapula(c, p, s, head, tip, out):
 # %% ../nbs/00c_phantom.ipynb #f08ee185
 def nodule(c, rng, w, diameter, hu):
     "Paint one nodule at `w` (3,) mm from the centre of the cube."
-    bx = tuple(slice(*np.searchsorted(c.v, [w[i] - diameter / 2 - 2 * c.mm - 2, w[i] + diameter / 2 + 2 * c.mm + 2])) for i in (2, 1, 0))
+    bx = tuple(
+        slice(*np.searchsorted(c.v, [w[i] - diameter / 2 - 2 * c.mm - 2, w[i] + diameter / 2 + 2 * c.mm + 2]))
+        for i in (2, 1, 0)
+    )
     z, y, x = (c.v[b] - w[i] for b, i in zip(bx, (2, 1, 0)))
     z, y, x = z[:, None, None], y[None, :, None], x[None, None, :]
-    r, lobes = np.sqrt(x * x + y * y + z * z), rng.uniform(-.27, .27, 3)
+    r, lobes = np.sqrt(x * x + y * y + z * z), rng.uniform(-0.27, 0.27, 3)
     bump = (lobes[0] * x * y + lobes[1] * y * z + lobes[2] * x * z) / np.maximum(r, 1e-3) ** 2
     sd = (r - diameter / 2 * (1 + bump)) * c.voxel / c.mm
     blend(c, bx, cover(c, sd).astype(np.float32), np.float32(hu), "nodule")
@@ -650,23 +878,35 @@ def nodules(c, p) -> list[dict]:
     world = rng.uniform(-130, 130, (3, 400)) * p.scale[:, None]
     depth = -lung_surface(p, to_patient(p, world).astype(np.float32))
     for _ in range(int(rng.integers(0, 5))):
-        d = float(np.clip(6 + rng.gamma(1.6, 4.), 6, 24))
-        kind = str(rng.choice(["solid", "calcified", "ground-glass"], p=[.7, .15, .15]))
+        d = float(np.clip(6 + rng.gamma(1.6, 4.0), 6, 24))
+        kind = str(rng.choice(["solid", "calcified", "ground-glass"], p=[0.7, 0.15, 0.15]))
         hu = float(rng.uniform(*dict(solid=(10, 60), calcified=(250, 500)).get(kind, (-560, -420))))
         fits = np.flatnonzero(depth > d / 2 + 1)
-        if not len(fits): continue
+        if not len(fits):
+            continue
         w = world[:, fits[0]]
         depth[np.linalg.norm(world - w[:, None], axis=0) < 45] = -1
         nodule(c, rng, w, d, hu)
-        found.append(dict(centre_mm=[round(float(w[i]) + c.size * c.mm / 2, 2) for i in (2, 1, 0)], diameter_mm=round(d, 2), hu=round(hu), kind=kind, label=LABELS["nodule"]))
+        found.append(
+            dict(
+                centre_mm=[round(float(w[i]) + c.size * c.mm / 2, 2) for i in (2, 1, 0)],
+                diameter_mm=round(d, 2),
+                hu=round(hu),
+                kind=kind,
+                label=LABELS["nodule"],
+            )
+        )
     return found
 
 # %% ../nbs/00c_phantom.ipynb #e75dbcc0
 GRAIN = np.float32([0, 9, 6, 22, 22, 3, 6, 4, 35, 7, 7, 5, 8, 10])  # deviation of the texture by label, HU
 
+
 def texture(c, p):
     "Add the grain of each tissue and the noise of the scan."
-    noise = np.random.default_rng([p.seed, 6, c.size]).standard_normal(c.hu.shape, dtype=np.float32) * np.float32(p.noise)
+    noise = np.random.default_rng([p.seed, 6, c.size]).standard_normal(c.hu.shape, dtype=np.float32) * np.float32(
+        p.noise
+    )
     c.hu += cover(c, c.skin) * (GRAIN[c.labels] * c.fine + noise)
     np.clip(c.hu, -1024, 3000, out=c.hu)
 
@@ -677,16 +917,31 @@ def phantom(
     mm: float | None = None,  # voxel edge; default: a cube of 320 mm
 ) -> tuple[Tensor, Tensor, dict]:  # HU (D, H, W) float32, labels (D, H, W) uint8, and what is known of the patient
     "Compute the CT of one invented patient; axes D head to feet, H front to back, W patient's right to left."
-    if not (isinstance(seed, (int, np.integer)) and seed >= 0): raise UserError(f"phantom seed {seed!r} must be a whole number of 0 or more")
-    if size < 4: raise UserError(f"phantom size {size} is too small; use 16 or more voxels along an edge")
+    if not (isinstance(seed, (int, np.integer)) and seed >= 0):
+        raise UserError(f"phantom seed {seed!r} must be a whole number of 0 or more")
+    if size < 4:
+        raise UserError(f"phantom size {size} is too small; use 16 or more voxels along an edge")
     seed, mm = int(seed), float(mm or 320 / size)
-    if not mm > 0: raise UserError(f"phantom voxel edge {mm} mm must be positive")
+    if not mm > 0:
+        raise UserError(f"phantom voxel edge {mm} mm must be positive")
     p = draw_patient(seed)
     c = canvas(p, size, mm)
-    for painter in (body, cavities, liver, paint_heart, great_vessels, pulmonary, airways, spine, ribs, girdle): painter(c, p)
+    for painter in (body, cavities, liver, paint_heart, great_vessels, pulmonary, airways, spine, ribs, girdle):
+        painter(c, p)
     found = nodules(c, p)
     texture(c, p)
-    litres = [round(float(c.lung[(c.g[0] < 0) == right].sum()) * mm ** 3 / 1e6, 3) for right in (True, False)]
-    info = dict(seed=seed, size=size, mm=mm, sex=p.sex, contrast=p.contrast, arms="up" if p.arms_up else "absent", scale=[round(float(s), 3) for s in p.scale],
-                fat_mm=round(p.fat, 1), heart=round(p.heart, 3), lung_litres=dict(right=litres[0], left=litres[1]), nodules=found)
+    litres = [round(float(c.lung[(c.g[0] < 0) == right].sum()) * mm**3 / 1e6, 3) for right in (True, False)]
+    info = dict(
+        seed=seed,
+        size=size,
+        mm=mm,
+        sex=p.sex,
+        contrast=p.contrast,
+        arms="up" if p.arms_up else "absent",
+        scale=[round(float(s), 3) for s in p.scale],
+        fat_mm=round(p.fat, 1),
+        heart=round(p.heart, 3),
+        lung_litres=dict(right=litres[0], left=litres[1]),
+        nodules=found,
+    )
     return torch.from_numpy(c.hu), torch.from_numpy(c.labels), info

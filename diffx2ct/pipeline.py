@@ -22,28 +22,46 @@ def in_line(
     n: int,  # ranks
 ) -> dict[str, int]:  # block name -> rank
     "The plan of n runs in a line whose largest is as small as can be."
-    if n > len(costs): raise UserError(f"a pipeline of {n} ranks needs as many blocks, and this network has {len(costs)}")
+    if n > len(costs):
+        raise UserError(f"a pipeline of {n} ranks needs as many blocks, and this network has {len(costs)}")
     _, ends = cut_line(list(costs.values()), n)
     return {b: sum(end <= i for end in ends) for i, b in enumerate(costs)}
 
 # %% ../nbs/03c_pipeline.ipynb #9a3e000a
 class Contiguous(torch.autograd.Function):
     "The identity; its gradient can be sent."
+
     @staticmethod
-    def forward(ctx, v: Tensor) -> Tensor: return v.view_as(v)
+    def forward(ctx, v: Tensor) -> Tensor:
+        return v.view_as(v)
+
     @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor: return g.contiguous()
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g.contiguous()
+
 
 class Part(nn.Module):
     "A run of blocks: the tensors named in `takes` come in, those named in `gives` go out."
-    def __init__(self,
-        unet: UNet, blocks: Mapping[str, nn.Module],  # the network, and those of its blocks that are here
+
+    def __init__(
+        self,
+        unet: UNet,
+        blocks: Mapping[str, nn.Module],  # the network, and those of its blocks that are here
         flow: Mapping[str, tuple[list[str], list[str]]],  # of `flow_of`, with the encoder
-        takes: Sequence[str], gives: Sequence[str],
+        takes: Sequence[str],
+        gives: Sequence[str],
         lift: Callable[[list[Tensor]], list[Tensor]],  # the encoder's maps as features of every level's grid
     ):
         super().__init__()
-        self.blocks, self.flow, self.takes, self.gives, self.lift, self.at_half, self.cin = nn.ModuleDict(blocks), flow, takes, gives, lift, unet.at_half, unet.cin
+        self.blocks, self.flow, self.takes, self.gives, self.lift, self.at_half, self.cin = (
+            nn.ModuleDict(blocks),
+            flow,
+            takes,
+            gives,
+            lift,
+            unet.at_half,
+            unet.cin,
+        )
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
         s = dict(zip(self.takes, map(Contiguous.apply, values), strict=True))
@@ -52,24 +70,36 @@ class Part(nn.Module):
                 maps, s["tokens"] = block(s["views"])
                 s |= {f"lifted{l}": v for l, v in enumerate(self.lift(maps))}
                 continue
-            if name == "first": s["x"] = enter(s["x"], self.at_half, self.cin)
+            if name == "first":
+                s["x"] = enter(s["x"], self.at_half, self.cin)
             run_block(block, *self.flow[name], s)
-            if name == "last": s["h"] = leave(s["h"], self.at_half)
+            if name == "last":
+                s["h"] = leave(s["h"], self.at_half)
         out = tuple(s[k].contiguous() for k in self.gives)
         return out if len(out) > 1 else out[0]
 
 # %% ../nbs/03c_pipeline.ipynb #cd886aba
 def parts_of(
-    unet: UNet, encoder: Encoder,
+    unet: UNet,
+    encoder: Encoder,
     plan: Mapping[str, int],  # block name -> rank, complete; of `in_line` or `read_plan`
-    lift: Callable[[list[Tensor]], list[Tensor]],  # such as `lambda maps: denoiser.condition(base, (maps, None), origin).lifted`
+    lift: Callable[
+        [list[Tensor]], list[Tensor]
+    ],  # such as `lambda maps: denoiser.condition(base, (maps, None), origin).lifted`
 ) -> list[Part]:  # one a rank, sharing the blocks of the network
     "Cut a network into parts that take and give tensors."
     ranks, names = [plan[b] for b in plan], list(plan)
     for a, b in zip(names, names[1:]):
-        if plan[b] < plan[a]: raise UserError(f"a pipeline is a line, but in this plan rank {plan[a]} with {a} is followed by rank {plan[b]} with {b}; use `in_line` or seed3")
-    if empty := set(range(max(ranks) + 1)) - set(ranks): raise UserError(f"the plan leaves rank {min(empty)} without a block")
+        if plan[b] < plan[a]:
+            raise UserError(
+                f"a pipeline is a line, but in this plan rank {plan[a]} with {a} is followed by rank {plan[b]} with {b}; use `in_line` or seed3"
+            )
+    if empty := set(range(max(ranks) + 1)) - set(ranks):
+        raise UserError(f"the plan leaves rank {min(empty)} without a block")
     flow = {"encoder": (["views"], [*(f"lifted{l}" for l in range(len(encoder.levels))), "tokens"])} | flow_of(unet)
     alive = [needs(flow, [b for b in names if plan[b] >= r]) for r in range(max(ranks) + 1)] + [["h"]]
     blocks = blocks_of(unet, encoder)
-    return [Part(unet, {b: blocks[b] for b in names if plan[b] == r}, flow, alive[r], alive[r + 1], lift) for r in range(max(ranks) + 1)]
+    return [
+        Part(unet, {b: blocks[b] for b in names if plan[b] == r}, flow, alive[r], alive[r + 1], lift)
+        for r in range(max(ranks) + 1)
+    ]

@@ -7,7 +7,9 @@ __all__ = ['rank', 'ranks', 'join', 'leave', 'lost', 'here', 'own_devices', 'sha
            'whole', 'sliced']
 
 # %% ../nbs/03a_ranks.ipynb #ef306489
-import json, os, warnings
+import json
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,34 +29,52 @@ def rank() -> int:
     "The number of this process."
     return dist.get_rank() if dist.is_initialized() else 0
 
+
 def ranks() -> int:
     "How many processes train together."
     return dist.get_world_size() if dist.is_initialized() else 1
 
+
 def join() -> None:
     "Become a member of what torchrun has started; alone, nothing."
-    if "RANK" in os.environ and not dist.is_initialized(): dist.init_process_group(timeout=timedelta(minutes=10))
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group(timeout=timedelta(minutes=10))
+
 
 def leave() -> None:
     "Be alone again."
-    if dist.is_initialized(): dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 
 def lost(e: BaseException) -> bool:
     "Whether an error says that another process of the group has gone: a type of torch's own, or what gloo, which has none, writes."
-    return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and any(words in str(e) for words in ("gloo/transport", "caused pair closure"))
+    return (
+        isinstance(e, dist.DistError)
+        or isinstance(e, RuntimeError)
+        and any(words in str(e) for words in ("gloo/transport", "caused pair closure"))
+    )
+
 
 def here() -> tuple[int, int]:
     "How many processes of the group are on this machine, and which of them this is."
     return (int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))) if ranks() > 1 else (1, 0)
 
+
 def own_devices(
     devices: Sequence[torch.device],  # of the machine, from `devices_of`
-    processes: int, number: int,  # from `here`
+    processes: int,
+    number: int,  # from `here`
 ) -> list[torch.device]:
     "A process's share of the machine's GPUs; a CPU is everybody's."
-    if devices[0].type == "cpu": return list(devices)
-    if len(devices) % processes: raise UserError(f"{len(devices)} devices cannot be shared by {processes} processes; start a number that divides them, or name them in DEVICES")
-    return list(devices[number * len(devices) // processes:(number + 1) * len(devices) // processes])
+    if devices[0].type == "cpu":
+        return list(devices)
+    if len(devices) % processes:
+        raise UserError(
+            f"{len(devices)} devices cannot be shared by {processes} processes; start a number that divides them, or name them in DEVICES"
+        )
+    return list(devices[number * len(devices) // processes : (number + 1) * len(devices) // processes])
+
 
 def share(
     n: int,  # things to do
@@ -65,62 +85,89 @@ def share(
 # %% ../nbs/03a_ranks.ipynb #7553317e
 def first(do: Callable[[], Any]) -> Any:
     "What `do` returns or raises on rank 0, on every rank; it runs nowhere else."
-    if ranks() == 1: return do()
+    if ranks() == 1:
+        return do()
     told: list[Any] = [None]
     if rank() == 0:
-        try: told = [(do(), None)]
-        except Exception as e: told = [(None, e)]
+        try:
+            told = [(do(), None)]
+        except Exception as e:
+            told = [(None, e)]
     dist.broadcast_object_list(told)
     value, error = told[0]
-    if error is not None: raise error
+    if error is not None:
+        raise error
     return value
+
 
 def total(
     values: dict[str, float],  # the same keys on every rank
 ) -> dict[str, float]:
     "Sums over the ranks."
-    if ranks() == 1: return values
+    if ranks() == 1:
+        return values
     t = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(t)
     return dict(zip(values, t.tolist()))
+
 
 def same(
     facts: dict[str, Any],  # dotted key -> value that JSON can hold
 ) -> None:
     "Refuse to go on where a rank stands on other facts than rank 0."
-    if ranks() == 1: return
+    if ranks() == 1:
+        return
     all_of: list[Any] = [None] * ranks()
     dist.all_gather_object(all_of, {k: json.dumps(v, default=str) for k, v in facts.items()})
     for r, other in enumerate(all_of):
         for k in all_of[0].keys() | other.keys():
-            if other.get(k) != all_of[0].get(k): raise UserError(f"process {r} has {k} = {other.get(k)}, process 0 has {all_of[0].get(k)}; start all processes with the same settings and the same data")
+            if other.get(k) != all_of[0].get(k):
+                raise UserError(
+                    f"process {r} has {k} = {other.get(k)}, process 0 has {all_of[0].get(k)}; start all processes with the same settings and the same data"
+                )
 
 # %% ../nbs/03a_ranks.ipynb #e82aec8c
 def shard(denoiser: Denoiser) -> None:
     "Cut the weights of a denoiser, and of a coarse one in it, over the ranks, in place (FSDP2)."
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # of concern to in-place arithmetic, which there is none of
-    if denoiser.coarse: shard(denoiser.coarse)
-    for part in (*denoiser.unet.stages.values(), denoiser.unet, denoiser.encoder): fully_shard(part, reshard_after_forward=True)  # a root too: the average, and a frozen network, never come to a backward pass
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view"
+    )  # of concern to in-place arithmetic, which there is none of
+    if denoiser.coarse:
+        shard(denoiser.coarse)
+    for part in (*denoiser.unet.stages.values(), denoiser.unet, denoiser.encoder):
+        fully_shard(
+            part, reshard_after_forward=True
+        )  # a root too: the average, and a frozen network, never come to a backward pass
+
 
 def wrap(
     loss: nn.Module,  # with the denoiser in it
     c: Config,  # reads PARALLEL, and what leaves weights without a gradient
 ) -> nn.Module:
     "The module to call in a training step."
-    if ranks() == 1 or c.PARALLEL == "fsdp": return loss
+    if ranks() == 1 or c.PARALLEL == "fsdp":
+        return loss
     idle = c.MODEL.CONDITIONING_ENCODER.LIFT == "none" or not any(c.MODEL.UNET.CROSS_ATTENTION_LEVELS)
     return nn.parallel.DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=idle)
 
+
 def whole(state: Any) -> Any:
     "A nested state with full tensors; all ranks must call it."
-    if isinstance(state, DTensor): return state.full_tensor()
-    if isinstance(state, dict): return {k: whole(v) for k, v in state.items()}
+    if isinstance(state, DTensor):
+        return state.full_tensor()
+    if isinstance(state, dict):
+        return {k: whole(v) for k, v in state.items()}
     return [whole(v) for v in state] if isinstance(state, list) else state
+
 
 def sliced(
     state: dict,  # of an optimiser, with full tensors
     params: Sequence[nn.Parameter],  # its parameters, in order
 ) -> dict:
     "An optimiser's state as its parameters are cut."
-    cut = lambda v, p: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and isinstance(v, Tensor) and v.shape == p.shape else v
+    cut = lambda v, p: (
+        distribute_tensor(v.to(p.device), p.device_mesh, p.placements)
+        if isinstance(p, DTensor) and isinstance(v, Tensor) and v.shape == p.shape
+        else v
+    )
     return state | {"state": {i: {k: cut(v, params[i]) for k, v in s.items()} for i, s in state["state"].items()}}

@@ -28,11 +28,15 @@ def settled(
     amp: torch.dtype | None = None,  # precision of the network's arithmetic
 ) -> Callable[[Tensor, float], Tensor]:
     "`denoise(x_t, t)` over the whole cube, in windows, with the answer made consistent."
-    with torch.autocast(base.device.type, amp, enabled=amp is not None): encoded = denoiser.encode(views)
+    with torch.autocast(base.device.type, amp, enabled=amp is not None):
+        encoded = denoiser.encode(views)
     raw = windowed(denoiser, base, encoded, patch, c.OVERLAP, c.BLEND)
+
     def denoise(x: Tensor, t: float) -> Tensor:
-        with torch.autocast(base.device.type, amp, enabled=amp is not None): state = raw(x, t)
+        with torch.autocast(base.device.type, amp, enabled=amp is not None):
+            state = raw(x, t)
         return denoiser.to_state(denoiser.settle(denoiser.to_volume(state, base), views, c.CONSISTENCY), base)
+
     return denoise
 
 # %% ../nbs/02b_reconstruct.ipynb #2ee6c8f0
@@ -42,6 +46,7 @@ def noise_of(
 ) -> Tensor:  # (1, 1, D, H, W)
     "Standard Gaussian noise that depends on its seed alone."
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None]
+
 
 @torch.no_grad()
 def samples(
@@ -59,9 +64,12 @@ def samples(
     out = []
     for seed in tqdm(seeds, desc="sampling", unit="sample", leave=False, disable=None if len(seeds) > 1 else True):
         noise = noise_of(base.shape[1:], seed).to(base)
-        state = SAMPLERS[c.SAMPLER](denoise, noise, times_of(c.STEPS), denoiser.diffusion, torch.Generator().manual_seed(seed + 2 ** 32))
+        state = SAMPLERS[c.SAMPLER](
+            denoise, noise, times_of(c.STEPS), denoiser.diffusion, torch.Generator().manual_seed(seed + 2**32)
+        )
         out.append(denoiser.to_volume(state, base))
     return finish(denoiser, torch.cat(out), views, c.CONSISTENCY)
+
 
 def finish(
     denoiser: Denoiser,
@@ -70,15 +78,25 @@ def finish(
     consistency: str,  # on, soft or off
 ) -> Tensor:  # (B, 1, D, H, W) in [0, 1]
     "Into the HU range, and onto the views as far as that allows; soft is a single damped step towards them."
-    if consistency == "off" or not denoiser.line_integrals: return x.clamp(0, 1)
-    return consistent(x, views.expand(len(x), -1, -1, -1), denoiser.A, denoiser.window, rounds=1 if consistency == "soft" else 10, damping=DAMPING[consistency])
+    if consistency == "off" or not denoiser.line_integrals:
+        return x.clamp(0, 1)
+    return consistent(
+        x,
+        views.expand(len(x), -1, -1, -1),
+        denoiser.A,
+        denoiser.window,
+        rounds=1 if consistency == "soft" else 10,
+        damping=DAMPING[consistency],
+    )
 
 # %% ../nbs/02b_reconstruct.ipynb #78537583
 METHODS = ("mean", "consistent_mean", "expected", "sample", "mean_of_k")
 
+
 def methods_of(denoiser: Denoiser) -> tuple[str, ...]:
     "The methods a model has: nothing can be made consistent with display images, whose tone curve is unknown."
     return tuple(m for m in METHODS if denoiser.line_integrals or m != "consistent_mean")
+
 
 @torch.no_grad()
 def reconstruct(
@@ -92,13 +110,18 @@ def reconstruct(
     amp: torch.dtype | None = None,  # precision of the network's arithmetic
 ) -> Tensor:  # (1, D, H, W) in [0, 1]
     "One volume from two views."
-    if method not in methods_of(denoiser): raise UserError(f"method {method!r} is not one this model has; use one of {', '.join(methods_of(denoiser))}")
-    if method == "mean": return denoiser.mean[0].clone()
+    if method not in methods_of(denoiser):
+        raise UserError(f"method {method!r} is not one this model has; use one of {', '.join(methods_of(denoiser))}")
+    if method == "mean":
+        return denoiser.mean[0].clone()
     v = views[None].to(denoiser.mean.device)
-    if method == "consistent_mean": return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=DAMPING[c.CONSISTENCY])[0]
+    if method == "consistent_mean":
+        return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=DAMPING[c.CONSISTENCY])[0]
     if method == "expected":
         base = denoiser.base(v, c.CONSISTENCY, amp)
-        x = denoiser.to_volume(settled(denoiser, v, base, patch or base.shape[-1], c, amp)(torch.zeros_like(base), 1.0), base)
+        x = denoiser.to_volume(
+            settled(denoiser, v, base, patch or base.shape[-1], c, amp)(torch.zeros_like(base), 1.0), base
+        )
         return finish(denoiser, x, v, c.CONSISTENCY)[0]
     many = samples(denoiser, views, list(range(seed, seed + (1 if method == "sample" else k))), c, patch, amp)
     return finish(denoiser, many.mean(0, keepdim=True), v, c.CONSISTENCY)[0]
@@ -111,9 +134,11 @@ def careful(
     name: str,  # of the case, for the warning
 ) -> DiffusionConfig:
     "The settings to reconstruct a case with: `soft` and a warning on stderr where its views are doubtful."
-    if not denoiser.line_integrals or c.CONSISTENCY != "on": return c
+    if not denoiser.line_integrals or c.CONSISTENCY != "on":
+        return c
     why = doubt(views[None].to(denoiser.mean.device), denoiser.A, denoiser.window)
-    if why is None: return c
+    if why is None:
+        return c
     print(f"diffx2ct: {name}: {why}; consistency is soft for this case", file=sys.stderr)
     return c.model_copy(update=dict(CONSISTENCY="soft"))
 
@@ -127,4 +152,6 @@ def picture(
 ) -> plt.Figure:
     "MPR of truth, generated volume and difference, with the input views."
     x, truth = to_hu(x[0].float().cpu(), window), to_hu(case.volume[0], window)
-    return show_mpr({"truth": truth, "generated": x, "difference (HU)": x - truth}, show, views=case.views.cpu(), path=path)
+    return show_mpr(
+        {"truth": truth, "generated": x, "difference (HU)": x - truth}, show, views=case.views.cpu(), path=path
+    )

@@ -12,7 +12,18 @@ __all__ = ['LPI', 'SUFFIXES', 'X2CT_MM', 'AIR', 'orient', 'as_image', 'as_tensor
            'parser', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
-import argparse, contextlib, functools, gzip, hashlib, math, os, re, shlex, struct, sys, zlib
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import math
+import os
+import re
+import shlex
+import struct
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,21 +37,46 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import UserError, command, density, cases_in, hold, read_manifest, save_case, show_mpr, to_hu, to_unit, unpacked, write_manifest
+from diffx2ct.data import (
+    UserError,
+    cases_in,
+    command,
+    density,
+    hold,
+    read_manifest,
+    save_case,
+    show_mpr,
+    to_hu,
+    to_unit,
+    unpacked,
+    write_manifest,
+)
 from .drr import Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what a file lacks is said by us, in a sentence
 
 # %% ../nbs/00b_scans.ipynb #3bbcb9eb
-LPI = (1.0, 0, 0, 0, 1, 0, 0, 0, -1)  # directions of W, H, D (to the left, to the back, to the feet) in patient coordinates, as columns
+LPI = (
+    1.0,
+    0,
+    0,
+    0,
+    1,
+    0,
+    0,
+    0,
+    -1,
+)  # directions of W, H, D (to the left, to the back, to the feet) in patient coordinates, as columns
+
 
 def orient(
     img: sitk.Image,  # any three-dimensional scan
 ) -> sitk.Image:  # the same voxels with axes W, H, D to the left, the back and the feet
     "Permute and flip the axes so that the array is (D, H, W)."
     img = sitk.DICOMOrient(img, "LPI")
-    if np.abs(np.subtract(img.GetDirection(), LPI)).max() < 1e-4: img.SetDirection(LPI)
+    if np.abs(np.subtract(img.GetDirection(), LPI)).max() < 1e-4:
+        img.SetDirection(LPI)
     img.SetOrigin([round(v, 3) for v in img.GetOrigin()])
     img.SetSpacing([max(round(v, 6), 1e-6) for v in img.GetSpacing()])
     return img
@@ -57,6 +93,7 @@ def as_image(
     img.SetOrigin([-(n - 1) / 2 * mm * s for n, s in zip(img.GetSize(), (1, 1, -1))])
     return img
 
+
 def as_tensor(
     img: sitk.Image,  # an oriented scan
 ) -> Tensor:  # (D, H, W) float32
@@ -71,25 +108,41 @@ def check_hu(
     "Refuse values that cannot be Hounsfield units."
     a = sitk.GetArrayViewFromImage(img)
     if a.dtype.kind == "f" and not np.isfinite(a).all():
-        raise UserError(f"{name} has {int((~np.isfinite(a)).sum())} voxels that are NaN or infinite; replace them (air is -1000 HU) and try again")
+        raise UserError(
+            f"{name} has {int((~np.isfinite(a)).sum())} voxels that are NaN or infinite; replace them (air is -1000 HU) and try again"
+        )
     low, high = float(a.min()), float(a.max())
-    if low == high: raise UserError(f"{name} holds the value {low:g} in every voxel; this is no CT")
-    if high < -500: raise UserError(f"{name} holds nothing denser than {high:g} HU, so nothing but air; check the file and its rescale slope")
-    if low > -500: raise UserError(f"{name} has values from {low:g} to {high:g}, which are not Hounsfield units (air is -1000); subtract the offset, often 1024, and save it again")
+    if low == high:
+        raise UserError(f"{name} holds the value {low:g} in every voxel; this is no CT")
+    if high < -500:
+        raise UserError(
+            f"{name} holds nothing denser than {high:g} HU, so nothing but air; check the file and its rescale slope"
+        )
+    if low > -500:
+        raise UserError(
+            f"{name} has values from {low:g} to {high:g}, which are not Hounsfield units (air is -1000); subtract the offset, often 1024, and save it again"
+        )
     return img
 
 # %% ../nbs/00b_scans.ipynb #c2e47d70
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")  # volume files; any capitalisation
 
+
 def suffix_of(path: Path) -> str:
     "The suffix, `.nii.gz` as one."
     return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
+
 def called(path: Path) -> Path:
     "Refuse a name whose bytes are no text: ITK dies of it."
-    try: str(path).encode()
-    except UnicodeEncodeError: raise UserError(f"{os.fsencode(path)!r} is a name that is no text in UTF-8; rename the file or folder") from None
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{os.fsencode(path)!r} is a name that is no text in UTF-8; rename the file or folder"
+        ) from None
     return path
+
 
 def whole_nifti(
     path: Path,  # .nii or .nii.gz
@@ -98,23 +151,48 @@ def whole_nifti(
     try:
         with (gzip.open if suffix_of(path) == ".nii.gz" else open)(path, "rb") as f:
             head, there = f.read(348), 348
-            if len(head) < 348: raise UserError(f"{path} is truncated: not even its header is whole; copy or download it again")
+            if len(head) < 348:
+                raise UserError(f"{path} is truncated: not even its header is whole; copy or download it again")
             order = "<" if struct.unpack_from("<h", head, 40)[0] in range(1, 8) else ">"
             dims = struct.unpack_from(order + "8h", head, 40)
-            (kind, bits), offset, holes = struct.unpack_from(order + "2h", head, 70), struct.unpack_from(order + "f", head, 108)[0], False
-            if struct.unpack_from(order + "i", head)[0] != 348: return
-            if not 0 <= offset < 1 << 24: raise UserError(f"{path} says that its voxels begin at byte {offset:g}; it is damaged, so copy or download it again")
-            need = int(offset) * (head[344:347] == b"n+1") + math.prod(max(n, 1) for n in dims[1:dims[0] + 1]) * bits // 8
+            (kind, bits), offset, holes = (
+                struct.unpack_from(order + "2h", head, 70),
+                struct.unpack_from(order + "f", head, 108)[0],
+                False,
+            )
+            if struct.unpack_from(order + "i", head)[0] != 348:
+                return
+            if not 0 <= offset < 1 << 24:
+                raise UserError(
+                    f"{path} says that its voxels begin at byte {offset:g}; it is damaged, so copy or download it again"
+                )
+            need = (
+                int(offset) * (head[344:347] == b"n+1")
+                + math.prod(max(n, 1) for n in dims[1 : dims[0] + 1]) * bits // 8
+            )
             unpacked(path, need)
             there += len(f.read(max(int(offset) - 348, 0)))
             while block := f.read(1 << 22):
                 there += len(block)
-                if kind in (16, 64) and not np.isfinite(np.frombuffer(block[:len(block) // 8 * 8], order + {16: "f4", 64: "f8"}[kind])).all(): holes = True
-                if there > need + (1 << 28): raise UserError(f"{path} goes on far beyond the {need} bytes that it needs; it is damaged or made to fill the memory, so use another file")
+                if (
+                    kind in (16, 64)
+                    and not np.isfinite(
+                        np.frombuffer(block[: len(block) // 8 * 8], order + {16: "f4", 64: "f8"}[kind])
+                    ).all()
+                ):
+                    holes = True
+                if there > need + (1 << 28):
+                    raise UserError(
+                        f"{path} goes on far beyond the {need} bytes that it needs; it is damaged or made to fill the memory, so use another file"
+                    )
     except (EOFError, OSError, zlib.error) as e:
-        raise UserError(f"{path} cannot be read to its end ({e}); it is truncated or no {suffix_of(path)} file, so copy or download it again") from None
-    if there < need and head[344:347] == b"n+1": raise UserError(f"{path} is truncated: {there} of {need} bytes are there; copy or download it again")
-    if holes: raise UserError(f"{path} holds voxels that are NaN or infinite; replace them (air is -1000 HU) and try again")
+        raise UserError(
+            f"{path} cannot be read to its end ({e}); it is truncated or no {suffix_of(path)} file, so copy or download it again"
+        ) from None
+    if there < need and head[344:347] == b"n+1":
+        raise UserError(f"{path} is truncated: {there} of {need} bytes are there; copy or download it again")
+    if holes:
+        raise UserError(f"{path} holds voxels that are NaN or infinite; replace them (air is -1000 HU) and try again")
 
 # %% ../nbs/00b_scans.ipynb #a5e7dbda
 @contextlib.contextmanager
@@ -123,17 +201,26 @@ def hushed():
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
-    try: yield
+    try:
+        yield
     finally:
-        os.dup2(saved, 2); os.close(saved); os.close(null)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
 
 def placed(
     path: Path,  # the file
     info: sitk.ImageFileReader,  # its header, already read
 ) -> bool:
     "Whether the header says how the voxels lie in the patient."
-    if suffix_of(path).startswith(".nii"): return any(info.HasMetaDataKey(k) and info.GetMetaData(k).strip() not in ("", "0") for k in ("qform_code", "sform_code"))
-    if suffix_of(path) == ".nrrd": return info.HasMetaDataKey("NRRD_space")
+    if suffix_of(path).startswith(".nii"):
+        return any(
+            info.HasMetaDataKey(k) and info.GetMetaData(k).strip() not in ("", "0")
+            for k in ("qform_code", "sform_code")
+        )
+    if suffix_of(path) == ".nrrd":
+        return info.HasMetaDataKey("NRRD_space")
     head = path.open("rb").read(8192).split(b"ElementDataFile")[0]
     return re.search(rb"^(TransformMatrix|Orientation|Rotation) *=", head, re.M) is not None
 
@@ -142,14 +229,33 @@ def held_by(
     path: Path,  # NIfTI, NRRD or MetaImage
 ) -> int:  # bytes on the disk, of header and voxels
     "Refuse a header that names a file elsewhere as its voxels: it could be any file."
-    try: held, head = path.stat().st_size, path.open("rb").read(8192)
-    except OSError as e: raise UserError(f"{path} cannot be read ({e.strerror}); check the file and its rights") from None
-    if suffix_of(path) in (".mhd", ".mha") and (m := re.search(rb"^ElementDataFile *= *(.*?)\s*$", head, re.M)) and m[1] != b"LOCAL" or suffix_of(path) == ".nrrd" and (m := re.search(rb"^data ?file: *(.*?)\s*$", head.split(b"\n\n")[0], re.M | re.I)):
-        data = path.parent/os.fsdecode(m[1])
-        if b"/" in m[1] or b"\0" in m[1] or not data.is_file(): raise UserError(f"{path} names {os.fsdecode(m[1])!r} as the file of its voxels, which is no file beside it; put it there, or save the scan as one file")
+    try:
+        held, head = path.stat().st_size, path.open("rb").read(8192)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); check the file and its rights") from None
+    if (
+        suffix_of(path) in (".mhd", ".mha")
+        and (m := re.search(rb"^ElementDataFile *= *(.*?)\s*$", head, re.M))
+        and m[1] != b"LOCAL"
+        or suffix_of(path) == ".nrrd"
+        and (m := re.search(rb"^data ?file: *(.*?)\s*$", head.split(b"\n\n")[0], re.M | re.I))
+    ):
+        data = path.parent / os.fsdecode(m[1])
+        if b"/" in m[1] or b"\0" in m[1] or not data.is_file():
+            raise UserError(
+                f"{path} names {os.fsdecode(m[1])!r} as the file of its voxels, which is no file beside it; put it there, or save the scan as one file"
+            )
         held += data.stat().st_size
-    if suffix_of(path) in (".mhd", ".mha") and (m := re.search(rb"^NDims *= *(.*?)\s*$", head, re.M)) and m[1] not in (b"3", b"4"): raise UserError(f"{path} has {os.fsdecode(m[1])} dimensions; one three-dimensional volume is needed")  # ITK dies of -1 and of 99
+    if (
+        suffix_of(path) in (".mhd", ".mha")
+        and (m := re.search(rb"^NDims *= *(.*?)\s*$", head, re.M))
+        and m[1] not in (b"3", b"4")
+    ):
+        raise UserError(
+            f"{path} has {os.fsdecode(m[1])} dimensions; one three-dimensional volume is needed"
+        )  # ITK dies of -1 and of 99
     return held
+
 
 def check_file(
     path: Path,  # NIfTI, NRRD or MetaImage
@@ -158,19 +264,39 @@ def check_file(
     held, info = held_by(path), sitk.ImageFileReader()
     info.SetFileName(str(path))
     try:
-        with hushed(): info.ReadImageInformation()
+        with hushed():
+            info.ReadImageInformation()
     except RuntimeError as e:
-        if "orthonormal" in str(e): raise UserError(f"{path} has a sheared affine (a tilted gantry?); resample it to straight axes first") from None
-        if suffix_of(path) == ".nii.gz": whole_nifti(path)
-        raise UserError(f"{path} is not a readable {suffix_of(path)} file; it is damaged, truncated or of another kind") from None
+        if "orthonormal" in str(e):
+            raise UserError(
+                f"{path} has a sheared affine (a tilted gantry?); resample it to straight axes first"
+            ) from None
+        if suffix_of(path) == ".nii.gz":
+            whole_nifti(path)
+        raise UserError(
+            f"{path} is not a readable {suffix_of(path)} file; it is damaged, truncated or of another kind"
+        ) from None
     size = info.GetSize()
     unpacked(path, math.prod(size) * info.GetNumberOfComponents() * 4, held)
     if info.GetDimension() != 3 and not (info.GetDimension() == 4 and size[3] == 1):
-        raise UserError(f"{path} has {info.GetDimension()} dimensions {tuple(size)}; one three-dimensional volume is needed, so save one of its volumes to a file of its own")
-    if info.GetNumberOfComponents() != 1: raise UserError(f"{path} has {info.GetNumberOfComponents()} values a voxel; a CT has one")
-    if min(size[:3]) < 4: raise UserError(f"{path} has {tuple(size[:3])} voxels; at least 4 along every axis are needed")
-    if not np.isfinite([*info.GetSpacing(), *info.GetOrigin(), *info.GetDirection()]).all() or min(info.GetSpacing()) <= 0: raise UserError(f"{path} says its voxels are {' x '.join(f'{v:g}' for v in info.GetSpacing()[:3])} mm, or lies nowhere; it is damaged, so convert the original again")
-    if not placed(path, info): raise UserError(f"{path} does not say how it lies in the patient (no affine: qform, sform, space or TransformMatrix); left and right cannot be told, so convert the original again")
+        raise UserError(
+            f"{path} has {info.GetDimension()} dimensions {tuple(size)}; one three-dimensional volume is needed, so save one of its volumes to a file of its own"
+        )
+    if info.GetNumberOfComponents() != 1:
+        raise UserError(f"{path} has {info.GetNumberOfComponents()} values a voxel; a CT has one")
+    if min(size[:3]) < 4:
+        raise UserError(f"{path} has {tuple(size[:3])} voxels; at least 4 along every axis are needed")
+    if (
+        not np.isfinite([*info.GetSpacing(), *info.GetOrigin(), *info.GetDirection()]).all()
+        or min(info.GetSpacing()) <= 0
+    ):
+        raise UserError(
+            f"{path} says its voxels are {' x '.join(f'{v:g}' for v in info.GetSpacing()[:3])} mm, or lies nowhere; it is damaged, so convert the original again"
+        )
+    if not placed(path, info):
+        raise UserError(
+            f"{path} does not say how it lies in the patient (no affine: qform, sform, space or TransformMatrix); left and right cannot be told, so convert the original again"
+        )
 
 # %% ../nbs/00b_scans.ipynb #1f009e48
 def read_file(
@@ -178,11 +304,17 @@ def read_file(
 ) -> sitk.Image:  # oriented
     "Read one volume file."
     check_file(path)
-    if suffix_of(path).startswith(".nii"): whole_nifti(path)
+    if suffix_of(path).startswith(".nii"):
+        whole_nifti(path)
     try:
-        with hushed(): img = sitk.ReadImage(str(path))
-    except RuntimeError: raise UserError(f"{path} cannot be read to its end; it is truncated or damaged, so copy or download it again") from None
-    if img.GetDimension() == 4: img = img[:, :, :, 0]
+        with hushed():
+            img = sitk.ReadImage(str(path))
+    except RuntimeError:
+        raise UserError(
+            f"{path} cannot be read to its end; it is truncated or damaged, so copy or download it again"
+        ) from None
+    if img.GetDimension() == 4:
+        img = img[:, :, :, 0]
     return orient(check_hu(img, str(path)))
 
 # %% ../nbs/00b_scans.ipynb #271e1378
@@ -191,59 +323,105 @@ def slice_header(
 ) -> dict | None:  # path, modality and, of a slice that is placed, position, normal, size, spacing
     "What the geometry check needs of one slice, and nothing about the patient."
     info = sitk.ImageFileReader()
-    info.SetFileName(path); info.SetImageIO("GDCMImageIO")
+    info.SetFileName(path)
+    info.SetImageIO("GDCMImageIO")
     try:
-        with hushed(): info.ReadImageInformation()
-    except RuntimeError: return None
+        with hushed():
+            info.ReadImageInformation()
+    except RuntimeError:
+        return None
     unpacked(path, math.prod(info.GetSize()) * info.GetNumberOfComponents() * 4)
-    found = dict(path=path, modality=info.GetMetaData("0008|0060").strip() if info.HasMetaDataKey("0008|0060") else "unknown")
+    found = dict(
+        path=path, modality=info.GetMetaData("0008|0060").strip() if info.HasMetaDataKey("0008|0060") else "unknown"
+    )
     try:
         numbers = lambda tag: np.array([float(v) for v in info.GetMetaData(tag).split("\\")])
         rows, spacing = numbers("0020|0037").reshape(2, 3), numbers("0028|0030")
-        if not all(np.isfinite(v).all() for v in (rows, spacing, numbers("0020|0032"))) or len(spacing) != 2 or len(numbers("0020|0032")) != 3 or min(spacing) <= 0: return found
-        return found | dict(position=numbers("0020|0032"), normal=np.cross(*rows), size=tuple(info.GetSize()), spacing=tuple(spacing))
-    except (RuntimeError, ValueError): return found
+        if (
+            not all(np.isfinite(v).all() for v in (rows, spacing, numbers("0020|0032")))
+            or len(spacing) != 2
+            or len(numbers("0020|0032")) != 3
+            or min(spacing) <= 0
+        ):
+            return found
+        return found | dict(
+            position=numbers("0020|0032"), normal=np.cross(*rows), size=tuple(info.GetSize()), spacing=tuple(spacing)
+        )
+    except (RuntimeError, ValueError):
+        return found
 
 # %% ../nbs/00b_scans.ipynb #31f89fa0
 def is_dicom(path: Path, ct: bool = False) -> bool:
     "Whether a file begins as DICOM files do, and as those of a CT slice."
     try:
-        if not path.is_file(): return False  # a pipe would wait for ever
-        with open(path, "rb") as f: head = f.read(1024)
-    except OSError: return False
+        if not path.is_file():
+            return False  # a pipe would wait for ever
+        with open(path, "rb") as f:
+            head = f.read(1024)
+    except OSError:
+        return False
     return head[128:132] == b"DICM" and (not ct or b"1.2.840.10008.5.1.4.1.1.2\0" in head)
+
 
 def find_series(
     folder: Path,  # a folder with DICOM files, not looked into deeper
 ) -> dict[str, list[str]]:
     "Series UID -> its files; a damaged file is an error, because it would be missing silently."
     try:
-        with hushed(): found = {uid: list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)) for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))}
-    except RuntimeError: raise UserError(f"{folder} has a DICOM file whose header cannot be (its sizes or values a pixel); copy the series again") from None
+        with hushed():
+            found = {
+                uid: list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid))
+                for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+            }
+    except RuntimeError:
+        raise UserError(
+            f"{folder} has a DICOM file whose header cannot be (its sizes or values a pixel); copy the series again"
+        ) from None
     listed = {Path(f).name for files in found.values() for f in files}
     for f in sorted(folder.iterdir()):
-        if f.name not in listed and (is_dicom(f, ct=True) or f.suffix.lower() == ".dcm" and not is_dicom(f)): raise UserError(f"{f} is a damaged or truncated DICOM file; copy it again, or take it out of the folder")
+        if f.name not in listed and (is_dicom(f, ct=True) or f.suffix.lower() == ".dcm" and not is_dicom(f)):
+            raise UserError(f"{f} is a damaged or truncated DICOM file; copy it again, or take it out of the folder")
     return found
 
 # %% ../nbs/00b_scans.ipynb #21c4a940
 class NoCT(UserError):
     "A folder of DICOM files without a CT series."
 
+
 def pick_series(
     folder: Path,  # a DICOM folder
-    series: str | None = None,  # `--series`: a number from the list, or a series UID; not asked where there is one series only
+    series: str
+    | None = None,  # `--series`: a number from the list, or a series UID; not asked where there is one series only
 ) -> list[dict]:  # headers of the slices, unsorted
     "The slices of the one CT series that is meant."
     found = {uid: [h for h in map(slice_header, files) if h] for uid, files in sorted(find_series(folder).items())}
-    cts = {uid: hs for uid, hs in found.items() if hs and hs[0]["modality"] == "CT" and sum("position" in h for h in hs) > 2}
+    cts = {
+        uid: hs
+        for uid, hs in found.items()
+        if hs and hs[0]["modality"] == "CT" and sum("position" in h for h in hs) > 2
+    }
     if not cts:
         kinds = sorted({h["modality"] for hs in found.values() for h in hs})
-        raise NoCT(f"{folder} holds no CT series of three slices or more (" + (f"its modality is {', '.join(kinds)})" if kinds and kinds != ["CT"] else "its files lack positions; multi-frame files are not read)"))
-    if len(cts) == 1: return next(iter(cts.values()))
-    if series in cts: return cts[series]
-    if series is not None and series.isdigit() and 1 <= int(series) <= len(cts): return list(cts.values())[int(series) - 1]
-    listing = "; ".join(f"{i}: {len(hs)} slices of {hs[0]['size'][0]}x{hs[0]['size'][1]}, {hs[0]['spacing'][0]:.2f} mm a pixel, {slice_gap(hs):.2f} mm apart" for i, hs in enumerate(([h for h in hs if "position" in h] for hs in cts.values()), 1))
-    if series is not None: raise UserError(f"{folder} has no series {series!r}; --series takes a UID or one of these numbers: {listing}")
+        raise NoCT(
+            f"{folder} holds no CT series of three slices or more ("
+            + (
+                f"its modality is {', '.join(kinds)})"
+                if kinds and kinds != ["CT"]
+                else "its files lack positions; multi-frame files are not read)"
+            )
+        )
+    if len(cts) == 1:
+        return next(iter(cts.values()))
+    if series in cts:
+        return cts[series]
+    if series is not None and series.isdigit() and 1 <= int(series) <= len(cts):
+        return list(cts.values())[int(series) - 1]
+    listing = "; ".join(
+        f"{i}: {len(hs)} slices of {hs[0]['size'][0]}x{hs[0]['size'][1]}, {hs[0]['spacing'][0]:.2f} mm a pixel, {slice_gap(hs):.2f} mm apart"
+        for i, hs in enumerate(([h for h in hs if "position" in h] for hs in cts.values()), 1)
+    )
+    if series is not None:
+        raise UserError(f"{folder} has no series {series!r}; --series takes a UID or one of these numbers: {listing}")
     raise UserError(f"{folder} holds {len(cts)} CT series; pick one with --series N, from {listing}")
 
 # %% ../nbs/00b_scans.ipynb #cf821c1f
@@ -260,22 +438,40 @@ def sort_slices(
     "Order the slices by position and refuse gaps, doubles, tilts and mixtures."
     first = headers[0]
     for h in headers:
-        if "position" not in h: raise UserError(f"{h['path']} does not say where its slice lies; export the series again")
+        if "position" not in h:
+            raise UserError(f"{h['path']} does not say where its slice lies; export the series again")
     for what in ("size", "spacing", "normal", "modality"):
-        if any(not np.allclose(h[what], first[what], atol=1e-3) if what != "modality" else h[what] != first[what] for h in headers):
-            raise UserError(f"{folder} mixes slices of different {what} in one series; keep the slices of one reconstruction only")
+        if any(
+            not np.allclose(h[what], first[what], atol=1e-3) if what != "modality" else h[what] != first[what]
+            for h in headers
+        ):
+            raise UserError(
+                f"{folder} mixes slices of different {what} in one series; keep the slices of one reconstruction only"
+            )
     headers = sorted(headers, key=lambda h: float(h["position"] @ first["normal"]))
     steps = np.diff([h["position"] for h in headers], axis=0)
     along, step = steps @ first["normal"], slice_gap(headers)
-    if (along < 0.01).any(): raise UserError(f"{folder} has two slices at the same place ({headers[int(along.argmin())]['position'] @ first['normal']:.1f} mm along the slice axis); keep one of the phases")
+    if (along < 0.01).any():
+        raise UserError(
+            f"{folder} has two slices at the same place ({headers[int(along.argmin())]['position'] @ first['normal']:.1f} mm along the slice axis); keep one of the phases"
+        )
     off = np.abs(along - step)
     if off.max() > max(0.05 * step, 0.02):
         i = int(off.argmax())
-        a, b = (float(h["position"] @ first["normal"]) for h in headers[i:i + 2])
-        raise UserError(f"{folder} lacks a slice between {a:.1f} and {b:.1f} mm along the slice axis (slices {i + 1} and {i + 2} of {len(headers)}): they lie {along[i]:.2f} mm apart, the others {step:.2f}; copy the series again")
-    if (np.linalg.norm(steps - along[:, None] * first["normal"], axis=1) > 0.02 * step).any(): raise UserError(f"{folder} was scanned with a tilted gantry; correct the tilt first (dcm2niix does) and give the NIfTI file")
-    if len(headers) < 4 or min(first["size"][:2]) < 4: raise UserError(f"{folder} has {len(headers)} slices of {first['size'][:2]}; at least 4 along every axis are needed")
+        a, b = (float(h["position"] @ first["normal"]) for h in headers[i : i + 2])
+        raise UserError(
+            f"{folder} lacks a slice between {a:.1f} and {b:.1f} mm along the slice axis (slices {i + 1} and {i + 2} of {len(headers)}): they lie {along[i]:.2f} mm apart, the others {step:.2f}; copy the series again"
+        )
+    if (np.linalg.norm(steps - along[:, None] * first["normal"], axis=1) > 0.02 * step).any():
+        raise UserError(
+            f"{folder} was scanned with a tilted gantry; correct the tilt first (dcm2niix does) and give the NIfTI file"
+        )
+    if len(headers) < 4 or min(first["size"][:2]) < 4:
+        raise UserError(
+            f"{folder} has {len(headers)} slices of {first['size'][:2]}; at least 4 along every axis are needed"
+        )
     return [h["path"] for h in headers]
+
 
 def read_dicom(
     folder: Path,  # a DICOM folder
@@ -283,26 +479,47 @@ def read_dicom(
 ) -> sitk.Image:  # oriented, in HU
     "Read one DICOM series; slope and intercept of each slice are applied."
     reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO"); reader.SetFileNames(files)
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileNames(files)
     try:
-        with hushed(): img = reader.Execute()
-    except RuntimeError: raise UserError(f"{folder} has a slice that cannot be read to its end or is compressed in an unknown way; copy it again") from None
+        with hushed():
+            img = reader.Execute()
+    except RuntimeError:
+        raise UserError(
+            f"{folder} has a slice that cannot be read to its end or is compressed in an unknown way; copy it again"
+        ) from None
     return orient(check_hu(img, str(folder)))
 
 # %% ../nbs/00b_scans.ipynb #adec3050
 X2CT_MM = 320.0  # edge of an X2CT-GAN cube
 
+
 def check_h5(path: Path) -> int:  # voxels along an edge
     "Refuse an HDF5 file without a cube `ct`."
     try:
         with h5py.File(path, "r") as f:
-            if "ct" not in f: raise UserError(f"{path} has no dataset 'ct' (it has {', '.join(sorted(f)[:6]) or 'nothing'}); it is not a file of the X2CT-GAN data")
-            if not isinstance(f.get("ct", getlink=True), h5py.HardLink) or not isinstance(f["ct"], h5py.Dataset) or f["ct"].external or f["ct"].is_virtual or f["ct"].dtype.kind not in "iuf": raise UserError(f"{path}: 'ct' is no array of numbers in this file itself; it is not a file of the X2CT-GAN data")
+            if "ct" not in f:
+                raise UserError(
+                    f"{path} has no dataset 'ct' (it has {', '.join(sorted(f)[:6]) or 'nothing'}); it is not a file of the X2CT-GAN data"
+                )
+            if (
+                not isinstance(f.get("ct", getlink=True), h5py.HardLink)
+                or not isinstance(f["ct"], h5py.Dataset)
+                or f["ct"].external
+                or f["ct"].is_virtual
+                or f["ct"].dtype.kind not in "iuf"
+            ):
+                raise UserError(
+                    f"{path}: 'ct' is no array of numbers in this file itself; it is not a file of the X2CT-GAN data"
+                )
             shape = f["ct"].shape
             unpacked(path, math.prod(shape or ()) * 4)
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError): raise UserError(f"{path} is truncated or not an HDF5 file; copy or download it again") from None
-    if not shape or len(shape) != 3 or len(set(shape)) != 1 or shape[0] < 4: raise UserError(f"{path}: 'ct' has shape {shape}; a cube is needed")
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError):
+        raise UserError(f"{path} is truncated or not an HDF5 file; copy or download it again") from None
+    if not shape or len(shape) != 3 or len(set(shape)) != 1 or shape[0] < 4:
+        raise UserError(f"{path}: 'ct' has shape {shape}; a cube is needed")
     return shape[0]
+
 
 def read_h5(
     path: Path,  # an X2CT-GAN file
@@ -311,8 +528,10 @@ def read_h5(
     "Read the cube of an X2CT-GAN file."
     n = check_h5(path)
     try:
-        with h5py.File(path, "r") as f: hu = f["ct"][()].astype(np.float32) - offset
-    except (OSError, RuntimeError, ValueError, MemoryError): raise UserError(f"{path} cannot be read to its end; copy or download it again") from None
+        with h5py.File(path, "r") as f:
+            hu = f["ct"][()].astype(np.float32) - offset
+    except (OSError, RuntimeError, ValueError, MemoryError):
+        raise UserError(f"{path} cannot be read to its end; copy or download it again") from None
     return check_hu(as_image(hu, X2CT_MM / n), str(path))
 
 # %% ../nbs/00b_scans.ipynb #bd31ab1f
@@ -322,14 +541,33 @@ def open_npz(
     "The contents of a packed array, without running any code in it."
     try:
         packed = np.load(path, allow_pickle=False)
-        if isinstance(packed, np.lib.npyio.NpzFile) and packed.zip: unpacked(path, sum(i.file_size for i in packed.zip.infolist()))
-    except UserError: raise
-    except Exception: raise UserError(f"{path} is truncated or not an .npz file; copy or download it again") from None
+        if isinstance(packed, np.lib.npyio.NpzFile) and packed.zip:
+            unpacked(path, sum(i.file_size for i in packed.zip.infolist()))
+    except UserError:
+        raise
+    except Exception:
+        raise UserError(f"{path} is truncated or not an .npz file; copy or download it again") from None
     lacking = {"volumes_hu_zyx", "ids", "spacing_mm"} - set(getattr(packed, "files", ()))
-    if lacking: raise UserError(f"{path} has no key {sorted(lacking)[0]!r}; it needs volumes_hu_zyx (cases, z, y, x), ids and spacing_mm")
-    try: volumes, ids, mm = packed["volumes_hu_zyx"], [str(i) for i in packed["ids"]], float(packed["spacing_mm"])
-    except Exception: raise UserError(f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again") from None
-    if volumes.ndim != 4 or len(set(volumes.shape[1:])) != 1 or len(ids) != len(volumes) or not 0 < mm < math.inf or volumes.dtype.kind not in "iuf": raise UserError(f"{path} holds volumes {volumes.shape} for {len(ids)} ids at {mm:g} mm; one cube for each id is needed")
+    if lacking:
+        raise UserError(
+            f"{path} has no key {sorted(lacking)[0]!r}; it needs volumes_hu_zyx (cases, z, y, x), ids and spacing_mm"
+        )
+    try:
+        volumes, ids, mm = packed["volumes_hu_zyx"], [str(i) for i in packed["ids"]], float(packed["spacing_mm"])
+    except Exception:
+        raise UserError(
+            f"{path} cannot be read to its end, or spacing_mm is not one number; copy or download it again"
+        ) from None
+    if (
+        volumes.ndim != 4
+        or len(set(volumes.shape[1:])) != 1
+        or len(ids) != len(volumes)
+        or not 0 < mm < math.inf
+        or volumes.dtype.kind not in "iuf"
+    ):
+        raise UserError(
+            f"{path} holds volumes {volumes.shape} for {len(ids)} ids at {mm:g} mm; one cube for each id is needed"
+        )
     return volumes, ids, mm
 
 # %% ../nbs/00b_scans.ipynb #5be33f62
@@ -338,8 +576,10 @@ def case_name(
 ) -> str:  # letters, digits, . _ -
     "A safe case name."
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:64]
-    if name and not re.fullmatch(r"[\d.]{20,}", name): return name
+    if name and not re.fullmatch(r"[\d.]{20,}", name):
+        return name
     return "scan_" + hashlib.sha256(os.fsencode(text)).hexdigest()[:10]
+
 
 def fingerprint(
     files: list[Path],  # the files of one scan
@@ -348,15 +588,19 @@ def fingerprint(
 ) -> str:
     "A short hash that tells whether a case comes from the same files; it is quick, since it reads only the ends and the middle of the first."
     h = hashlib.sha256(part.encode())
-    for f in files: h.update(os.fsencode(f"{f.name} {f.stat().st_size};"))
+    for f in files:
+        h.update(os.fsencode(f"{f.name} {f.stat().st_size};"))
     with open(files[0], "rb") as first:
-        for p in places: first.seek(int(p * max(0, files[0].stat().st_size - 4096))); h.update(first.read(4096))
+        for p in places:
+            first.seek(int(p * max(0, files[0].stat().st_size - 4096)))
+            h.update(first.read(4096))
     return h.hexdigest()[:16]
 
 # %% ../nbs/00b_scans.ipynb #c69b0bda
 @dataclass
 class Scan:
     "One scan that can be read."
+
     case: str  # its name
     source: str  # base name of the file or folder
     kind: str  # nifti, nrrd, mha, dicom, x2ct, npz
@@ -364,26 +608,51 @@ class Scan:
     read: Callable[..., sitk.Image]  # gives it oriented, in HU; of an X2CT-GAN file it takes the offset
     cube: tuple[int, float] | None = None  # (voxels, mm) where it is a finished cube
     part: str = ""  # which case of its file
+
     @functools.cached_property
-    def mark(self) -> str: return fingerprint(self.files, self.part)
+    def mark(self) -> str:
+        return fingerprint(self.files, self.part)
+
 
 def file_scans(
     path: Path,  # one file
 ) -> list[Scan]:
     "The scans in one file."
     kind = suffix_of(path)
-    if not path.is_file(): raise UserError(f"{path} is no file that can be read to an end; give a scan file or a folder of scans")
+    if not path.is_file():
+        raise UserError(f"{path} is no file that can be read to an end; give a scan file or a folder of scans")
     if kind in SUFFIXES:
         check_file(path)
-        return [Scan(case_name(path.name[:-len(kind)]), path.name, {".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd"}.get(kind, "mha"), [path], lambda: read_file(path))]
+        return [
+            Scan(
+                case_name(path.name[: -len(kind)]),
+                path.name,
+                {".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd"}.get(kind, "mha"),
+                [path],
+                lambda: read_file(path),
+            )
+        ]
     if kind in (".h5", ".hdf5"):
         n, name = check_h5(path), path.resolve().parent.name if path.name == "ct_xray_data.h5" else path.stem
-        return [Scan(case_name(name), f"{name}/{path.name}" if name != path.stem else path.name, "x2ct", [path], functools.partial(read_h5, path), (n, X2CT_MM / n))]
+        return [
+            Scan(
+                case_name(name),
+                f"{name}/{path.name}" if name != path.stem else path.name,
+                "x2ct",
+                [path],
+                functools.partial(read_h5, path),
+                (n, X2CT_MM / n),
+            )
+        ]
     if kind == ".npz":
         volumes, ids, mm = open_npz(path)
         one = lambda i: lambda: check_hu(as_image(volumes[i][::-1].astype(np.float32), mm), f"{path} ({ids[i]})")
-        return [Scan(case_name(ids[i]), path.name, "npz", [path], one(i), (volumes.shape[1], mm), ids[i]) for i in range(len(ids))]
-    if kind in (".dcm", ".ima"): raise UserError(f"{path} is one DICOM slice; give the folder that holds the series")
+        return [
+            Scan(case_name(ids[i]), path.name, "npz", [path], one(i), (volumes.shape[1], mm), ids[i])
+            for i in range(len(ids))
+        ]
+    if kind in (".dcm", ".ima"):
+        raise UserError(f"{path} is one DICOM slice; give the folder that holds the series")
     raise UserError(f"{path} is of no kind that can be read; give {' '.join(SUFFIXES)} .h5 .npz or a DICOM folder")
 
 # %% ../nbs/00b_scans.ipynb #9e37cdf1
@@ -395,20 +664,39 @@ def folder_scans(
     scans, skipped, seen = [], [], Counter[str]()
     for where, folders, names in os.walk(root):
         folders.sort()
-        for n in names: called(Path(where, n))
+        for n in names:
+            called(Path(where, n))
         at, names = Path(where), sorted(n for n in names if not n.startswith("."))
         for n in names:
-            if suffix_of(at/n) in SUFFIXES or n == "ct_xray_data.h5": scans += file_scans(at/n)
-        slices = [at/n for n in names if is_dicom(at/n)]
-        if not slices: continue
+            if suffix_of(at / n) in SUFFIXES or n == "ct_xray_data.h5":
+                scans += file_scans(at / n)
+        slices = [at / n for n in names if is_dicom(at / n)]
+        if not slices:
+            continue
         base = (at.relative_to(root).parts or (root.resolve().name,))[0]
-        try: files = sort_slices(pick_series(at, series), at)
-        except NoCT as e: skipped.append(e); continue
+        try:
+            files = sort_slices(pick_series(at, series), at)
+        except NoCT as e:
+            skipped.append(e)
+            continue
         seen[base] += 1
-        scans.append(Scan(case_name(base) + (f"__{seen[base]}" if seen[base] > 1 else ""), base, "dicom", [Path(f) for f in files], functools.partial(read_dicom, at, files)))
-    if not scans and skipped: raise skipped[0]
-    for note in skipped: print(f"note: {note}; it is left out")
-    if not scans: raise UserError(f"{root} holds no scan; give a folder with DICOM slices, {' '.join(SUFFIXES)} files or X2CT-GAN cases")
+        scans.append(
+            Scan(
+                case_name(base) + (f"__{seen[base]}" if seen[base] > 1 else ""),
+                base,
+                "dicom",
+                [Path(f) for f in files],
+                functools.partial(read_dicom, at, files),
+            )
+        )
+    if not scans and skipped:
+        raise skipped[0]
+    for note in skipped:
+        print(f"note: {note}; it is left out")
+    if not scans:
+        raise UserError(
+            f"{root} holds no scan; give a folder with DICOM slices, {' '.join(SUFFIXES)} files or X2CT-GAN cases"
+        )
     return scans
 
 # %% ../nbs/00b_scans.ipynb #1d6461a4
@@ -417,10 +705,19 @@ def whose(
 ) -> set[str]:
     "The words, in small letters, that would tell whose scan this is; none where the file says it is de-identified, or has no name beside the id."
     info = sitk.ImageFileReader()
-    info.SetFileName(str(path)); info.SetImageIO("GDCMImageIO")
-    with hushed(): info.ReadImageInformation()
-    name, number, removed, *dates = (info.GetMetaData(tag).strip() if info.HasMetaDataKey(tag) else "" for tag in ("0010|0010", "0010|0020", "0012|0062", "0010|0030", "0008|0020"))
-    return set(re.findall(r"[^\W_]{3,}", " ".join([name, number, *dates]).lower())) if name not in ("", number) and removed != "YES" else set()
+    info.SetFileName(str(path))
+    info.SetImageIO("GDCMImageIO")
+    with hushed():
+        info.ReadImageInformation()
+    name, number, removed, *dates = (
+        info.GetMetaData(tag).strip() if info.HasMetaDataKey(tag) else ""
+        for tag in ("0010|0010", "0010|0020", "0012|0062", "0010|0030", "0008|0020")
+    )
+    return (
+        set(re.findall(r"[^\W_]{3,}", " ".join([name, number, *dates]).lower()))
+        if name not in ("", number) and removed != "YES"
+        else set()
+    )
 
 # %% ../nbs/00b_scans.ipynb #07d343fa
 def find_scans(
@@ -430,19 +727,30 @@ def find_scans(
     "All scans that the paths name, each with a name of its own."
     scans = []
     for path in map(called, map(Path, paths)):
-        if not path.exists(): raise UserError(f"{path} does not exist; give a scan file or a folder of scans")
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give a scan file or a folder of scans")
         scans += folder_scans(path, series) if path.is_dir() else file_scans(path)
     count = Counter(s.case.lower() for s in scans)
     for s in scans:
-        if count[s.case.lower()] > 1 and s.kind != "npz": s.case = case_name(f"{s.files[0].resolve().parent.parent.name if s.kind in ('dicom', 'x2ct') else s.files[0].resolve().parent.name}_{s.case}")
+        if count[s.case.lower()] > 1 and s.kind != "npz":
+            s.case = case_name(
+                f"{s.files[0].resolve().parent.parent.name if s.kind in ('dicom', 'x2ct') else s.files[0].resolve().parent.name}_{s.case}"
+            )
     count = Counter(s.case.lower() for s in scans)
     for s in scans:
-        if count[s.case.lower()] > 1: raise UserError(f"{s.source} and another scan would both be called {s.case!r}; rename one, or prepare them into two folders")
+        if count[s.case.lower()] > 1:
+            raise UserError(
+                f"{s.source} and another scan would both be called {s.case!r}; rename one, or prepare them into two folders"
+            )
     aliases: dict[str, str] = {}
     for s in scans:
-        if s.kind != "dicom" or not any(w in f"{s.case} {s.source}".lower() for w in whose(s.files[0])): continue
+        if s.kind != "dicom" or not any(w in f"{s.case} {s.source}".lower() for w in whose(s.files[0])):
+            continue
         base, number, which = s.case.partition("__")
-        if base not in aliases: print(f"note: a folder bears its patient's name, id or date; its case is called {aliases.setdefault(base, 'scan_' + fingerprint(s.files, places=(0, 1))[:10])}")
+        if base not in aliases:
+            print(
+                f"note: a folder bears its patient's name, id or date; its case is called {aliases.setdefault(base, 'scan_' + fingerprint(s.files, places=(0, 1))[:10])}"
+            )
         s.case, s.source = aliases[base] + number + which, aliases[base]
     return scans
 
@@ -451,13 +759,18 @@ def fill_slices(
     mask: np.ndarray,  # (D, H, W) bool
 ) -> np.ndarray:
     "Fill the holes of every axial slice."
-    return np.stack([sitk.GetArrayFromImage(sitk.BinaryFillhole(sitk.GetImageFromArray(s.astype(np.uint8)))) for s in mask]).astype(bool)
+    return np.stack(
+        [sitk.GetArrayFromImage(sitk.BinaryFillhole(sitk.GetImageFromArray(s.astype(np.uint8)))) for s in mask]
+    ).astype(bool)
+
 
 def pieces(
     mask: np.ndarray,  # (D, H, W) bool
 ) -> tuple[np.ndarray, np.ndarray]:  # labels from 1, the largest first; their sizes in voxels
     "The connected pieces of a mask."
-    labels = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)))))
+    labels = sitk.GetArrayFromImage(
+        sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8))))
+    )
     return labels, np.bincount(labels.ravel())[1:]
 
 # %% ../nbs/00b_scans.ipynb #6f3078fe
@@ -484,17 +797,30 @@ def body_mask(
 ) -> Tensor:  # (D, H, W) bool, lungs inside
     "The patient without table, clothes and air."
     dense = (hu > threshold).numpy()
-    core = sitk.GetArrayFromImage(sitk.BinaryMorphologicalOpening(sitk.GetImageFromArray(dense.astype(np.uint8)), [radius] * 3, sitk.sitkBall)) > 0
+    core = (
+        sitk.GetArrayFromImage(
+            sitk.BinaryMorphologicalOpening(sitk.GetImageFromArray(dense.astype(np.uint8)), [radius] * 3, sitk.sitkBall)
+        )
+        > 0
+    )
     labels, sizes = pieces(core if core.any() else dense)
-    if not len(sizes): return torch.zeros(hu.shape, dtype=torch.bool)
+    if not len(sizes):
+        return torch.zeros(hu.shape, dtype=torch.bool)
     core = (labels > 0) & (labels <= (sizes >= 0.2 * sizes[0]).sum())
     holes, _ = pieces(fill_slices(dense) & ~dense)
     body = core | np.concatenate([[False], surface_share(holes, core) > 0.5])[holes]
-    for step in [sitk.sitkCross] * radius + [sitk.sitkBox]: body |= sitk.GetArrayFromImage(sitk.BinaryDilate(sitk.GetImageFromArray(body.astype(np.uint8)), [1] * 3, step)).astype(bool) & dense
+    for step in [sitk.sitkCross] * radius + [sitk.sitkBox]:
+        body |= (
+            sitk.GetArrayFromImage(
+                sitk.BinaryDilate(sitk.GetImageFromArray(body.astype(np.uint8)), [1] * 3, step)
+            ).astype(bool)
+            & dense
+        )
     return torch.from_numpy(fill_slices(body))
 
 # %% ../nbs/00b_scans.ipynb #6b4f8ebf
 AIR = -1000.0  # HU
+
 
 def smooth(
     img: sitk.Image,  # oriented, float
@@ -502,9 +828,11 @@ def smooth(
 ) -> sitk.Image:
     "Widen each voxel to `mm`, so that resampling averages instead of picking."
     for axis, s in enumerate(img.GetSpacing()):
-        sigma = math.sqrt(max(mm ** 2 - s ** 2, 0)) / (2 * math.sqrt(2 * math.log(2)))
-        if sigma > 0.1 * s and img.GetSize()[axis] >= 4: img = sitk.RecursiveGaussian(img, sigma, False, sitk.RecursiveGaussianImageFilter.ZeroOrder, axis)
+        sigma = math.sqrt(max(mm**2 - s**2, 0)) / (2 * math.sqrt(2 * math.log(2)))
+        if sigma > 0.1 * s and img.GetSize()[axis] >= 4:
+            img = sitk.RecursiveGaussian(img, sigma, False, sitk.RecursiveGaussianImageFilter.ZeroOrder, axis)
     return img
+
 
 def resample(
     img: sitk.Image,  # oriented
@@ -516,7 +844,13 @@ def resample(
     "The scan on a straight grid of cubic voxels around a centre."
     size = shape[::-1]
     origin = [float(c - (n - 1) / 2 * mm * s) for c, n, s in zip(centre, size, (1, 1, -1))]
-    if size == img.GetSize() and np.allclose(origin, img.GetOrigin(), atol=1e-3) and np.allclose(img.GetSpacing(), mm, rtol=1e-4) and img.GetDirection() == LPI: return img
+    if (
+        size == img.GetSize()
+        and np.allclose(origin, img.GetOrigin(), atol=1e-3)
+        and np.allclose(img.GetSpacing(), mm, rtol=1e-4)
+        and img.GetDirection() == LPI
+    ):
+        return img
     return sitk.Resample(img, size, sitk.Transform(), sitk.sitkLinear, origin, [mm] * 3, LPI, outside, img.GetPixelID())
 
 # %% ../nbs/00b_scans.ipynb #ddd2327a
@@ -524,7 +858,14 @@ def extent(
     img: sitk.Image,  # oriented, perhaps tilted
 ) -> tuple[np.ndarray, np.ndarray]:  # (3,) centre and (3,) edges in mm of the straight box around it
     "The straight box that holds a scan."
-    corners = np.array([img.TransformContinuousIndexToPhysicalPoint([-0.5 if bit == "0" else n - 0.5 for bit, n in zip(f"{i:03b}", img.GetSize())]) for i in range(8)])
+    corners = np.array(
+        [
+            img.TransformContinuousIndexToPhysicalPoint(
+                [-0.5 if bit == "0" else n - 0.5 for bit, n in zip(f"{i:03b}", img.GetSize())]
+            )
+            for i in range(8)
+        ]
+    )
     return (corners.min(0) + corners.max(0)) / 2, np.ptp(corners, axis=0)
 
 # %% ../nbs/00b_scans.ipynb #fa7a2a9e
@@ -539,38 +880,67 @@ def to_cube(
     "Centre, clean and resample one scan."
     img = sitk.Clamp(img, sitk.sitkFloat32, AIR)
     middle, edges = extent(img)
-    if not 1 < edges.max() < 5000: raise UserError(f"it measures {edges.max():.3g} mm, which no scanner takes; check the millimetres of its voxels")
-    info: dict[str, Any] = dict(scan_size=list(img.GetSize()[::-1]), scan_mm=[round(s, 4) for s in img.GetSpacing()[::-1]], centre=centre, table=table)
+    if not 1 < edges.max() < 5000:
+        raise UserError(
+            f"it measures {edges.max():.3g} mm, which no scanner takes; check the millimetres of its voxels"
+        )
+    info: dict[str, Any] = dict(
+        scan_size=list(img.GetSize()[::-1]),
+        scan_mm=[round(s, 4) for s in img.GetSpacing()[::-1]],
+        centre=centre,
+        table=table,
+    )
     if centre == "body" or table == "remove":
         step = min(3.0, edges.max() / 32)
         shape = tuple(math.ceil(e / step) for e in edges[::-1])
         mask = body_mask(as_tensor(resample(smooth(img, step), middle, shape, step)), threshold)
-        if not mask.any(): raise UserError(f"no body found above {threshold:g} HU; lower --air_threshold, or use --centre volume --table keep")
+        if not mask.any():
+            raise UserError(
+                f"no body found above {threshold:g} HU; lower --air_threshold, or use --centre volume --table keep"
+            )
         where = mask.nonzero()
-        box = (where.min(0).values + where.max(0).values - torch.tensor(shape) + 1).double().numpy()[::-1] / 2 * step * (1, 1, -1)
+        box = (
+            (where.min(0).values + where.max(0).values - torch.tensor(shape) + 1).double().numpy()[::-1]
+            / 2
+            * step
+            * (1, 1, -1)
+        )
         at = middle + box if centre == "body" else middle
         masked = resample_mask(mask, middle, step, at, size, mm)
         info["body_inside"] = round(inside(mask, middle, step, at, size * mm), 3)
-    else: at = middle
+    else:
+        at = middle
     hu = as_tensor(resample(smooth(img, mm), at, (size,) * 3, mm))
-    if table == "remove": hu[~masked] = AIR
+    if table == "remove":
+        hu[~masked] = AIR
     return hu, info | dict(centre_lps_mm=[round(float(v), 2) for v in at])
 
 # %% ../nbs/00b_scans.ipynb #47c4e3d4
 def resample_mask(
     mask: Tensor,  # (D, H, W) bool
-    middle: np.ndarray, step: float,  # centre (LPS mm) and voxel edge of the mask's grid
-    at: np.ndarray, size: int, mm: float,  # centre, voxels and voxel edge of the cube
+    middle: np.ndarray,
+    step: float,  # centre (LPS mm) and voxel edge of the mask's grid
+    at: np.ndarray,
+    size: int,
+    mm: float,  # centre, voxels and voxel edge of the cube
 ) -> Tensor:  # (size, size, size) bool
     "The body mask, one voxel wider, on the grid of the cube."
-    wide = as_image(sitk.GetArrayFromImage(sitk.BinaryDilate(sitk.GetImageFromArray(mask.numpy().astype(np.uint8)), [1] * 3)).astype(np.float32), step)
+    wide = as_image(
+        sitk.GetArrayFromImage(
+            sitk.BinaryDilate(sitk.GetImageFromArray(mask.numpy().astype(np.uint8)), [1] * 3)
+        ).astype(np.float32),
+        step,
+    )
     wide.SetOrigin([o + float(m) for o, m in zip(wide.GetOrigin(), middle)])
     return as_tensor(resample(smooth(wide, mm), at, (size,) * 3, mm, 0.0)) > (0.5 if mm <= 2 * step else 0.05)
 
+
 def inside(
     mask: Tensor,  # (D, H, W) bool
-    middle: np.ndarray, step: float,  # centre (LPS mm) and voxel edge of its grid
-    at: np.ndarray, edge: float,  # centre and edge of the cube in mm
+    middle: np.ndarray,
+    step: float,  # centre (LPS mm) and voxel edge of its grid
+    at: np.ndarray,
+    edge: float,  # centre and edge of the cube in mm
 ) -> float:  # 0..1
     "The share of the body that lies inside the cube."
     where = (mask.nonzero().double() - (torch.tensor(mask.shape) - 1) / 2) * step
@@ -588,7 +958,8 @@ def prepare_volume(
 ) -> tuple[Tensor, Tensor, dict]:  # unit volume (D, H, W), views (2, P, P) in mm of water, what was done
     "A scan turned into a unit volume and its two views."
     if isinstance(scan, Tensor):
-        if scan_mm is None: raise TypeError("a tensor needs scan_mm, the edge of its voxels")
+        if scan_mm is None:
+            raise TypeError("a tensor needs scan_mm, the edge of its voxels")
         scan = as_image(scan, scan_mm)
     hu, info = to_cube(scan, projector.size, projector.mm, **how)
     unit = to_unit(hu, window)
@@ -606,36 +977,67 @@ def settings(
     first: Callable[..., Any] = lambda *values: next((v for v in values if v is not None), None)
     there = lambda key: old.get(key) if old else None
     size = first(a.size, there("size"), cube and cube[0], 64)
-    if size % 8 or not 8 <= size <= 1024: raise UserError(f"--size {size} must be a multiple of 8 from 8 to 1024")
+    if size % 8 or not 8 <= size <= 1024:
+        raise UserError(f"--size {size} must be a multiple of 8 from 8 to 1024")
     mm = first(a.mm, there("mm"), round((cube[0] * cube[1] if cube else 320) / size, 6))
-    if not 0 < mm < 1000: raise UserError(f"--mm {mm:g} must be a voxel edge in millimetres, such as {320 / size:g}")
+    if not 0 < mm < 1000:
+        raise UserError(f"--mm {mm:g} must be a voxel edge in millimetres, such as {320 / size:g}")
     pixels = first(a.pixels, there("pixels"), size)
-    if not 8 <= pixels <= 4096: raise UserError(f"--pixels {pixels} must be from 8 to 4096")
+    if not 8 <= pixels <= 4096:
+        raise UserError(f"--pixels {pixels} must be from 8 to 4096")
     window = tuple(first(a.window, there("hu_window"), (-1024.0, 1500.0)))
-    if not -math.inf < window[0] < window[1] < math.inf: raise UserError(f"--window {window[0]:g} {window[1]:g} is empty; the first value must be the lower one")
-    if old and old["view_domain"] != "line_integral": raise UserError(f"{a.out} holds views in display units, made by another program; use another --out")
+    if not -math.inf < window[0] < window[1] < math.inf:
+        raise UserError(f"--window {window[0]:g} {window[1]:g} is empty; the first value must be the lower one")
+    if old and old["view_domain"] != "line_integral":
+        raise UserError(f"{a.out} holds views in display units, made by another program; use another --out")
     chosen = asdict(geometry(first(a.geometry, there("geometry"), "parallel"), size * mm))
-    new: dict[str, Any] = dict(size=size, mm=mm, pixels=pixels, hu_window=list(window), geometry=chosen, table=first(a.table, there("table")), centre=first(a.centre, there("centre")),
-                               air_threshold=first(a.air_threshold, there("air_threshold"), -500.0), float16=first(a.float16, there("float16"), True))
+    new: dict[str, Any] = dict(
+        size=size,
+        mm=mm,
+        pixels=pixels,
+        hu_window=list(window),
+        geometry=chosen,
+        table=first(a.table, there("table")),
+        centre=first(a.centre, there("centre")),
+        air_threshold=first(a.air_threshold, there("air_threshold"), -500.0),
+        float16=first(a.float16, there("float16"), True),
+    )
     offset = first(a.h5_offset, there("h5_offset"), 1024.0 if any(s.kind == "x2ct" for s in scans) else None)
-    if offset is not None: new["h5_offset"] = offset
+    if offset is not None:
+        new["h5_offset"] = offset
     for key in ("air_threshold", "h5_offset"):
-        if not math.isfinite(new.get(key, 0)): raise UserError(f"--{key} {new[key]:g} must be a finite number")
+        if not math.isfinite(new.get(key, 0)):
+            raise UserError(f"--{key} {new[key]:g} must be a finite number")
     for key, value in new.items():
-        if old and key in old and not same(old[key], value): raise UserError(f"{a.out} was prepared with {key} {plain(old[key])}, not {plain(value)}; use another --out, or leave that option out")
+        if old and key in old and not same(old[key], value):
+            raise UserError(
+                f"{a.out} was prepared with {key} {plain(old[key])}, not {plain(value)}; use another --out, or leave that option out"
+            )
     return new
 
 # %% ../nbs/00b_scans.ipynb #2318f9d4
 def same(a, b) -> bool:
     "Equal, numbers to a millionth."
-    if isinstance(a, dict): return isinstance(b, dict) and all(same(a.get(k), b.get(k)) for k in a.keys() | b.keys())
-    if isinstance(a, list | tuple): return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and all(same(a.get(k), b.get(k)) for k in a.keys() | b.keys())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
     return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, int | float) and isinstance(b, int | float) else a == b
+
 
 def plain(value) -> str:
     "A value as one would say it."
-    if isinstance(value, dict): return " ".join(plain(v) for v in value.values() if v is not None)
-    return " ".join(map(plain, value)) if isinstance(value, list | tuple) else f"{value:g}" if isinstance(value, float) else "left open" if value is None else str(value)
+    if isinstance(value, dict):
+        return " ".join(plain(v) for v in value.values() if v is not None)
+    return (
+        " ".join(map(plain, value))
+        if isinstance(value, list | tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else "left open"
+        if value is None
+        else str(value)
+    )
 
 # %% ../nbs/00b_scans.ipynb #82372e0c
 def keep_names(
@@ -647,7 +1049,8 @@ def keep_names(
     for s in scans:
         names = [n for n, known in cases.items() if known.get("fingerprint") == s.mark and n == case_name(n)]
         free = [n for n in names if n.lower() not in taken]
-        if s.case in names or not free: continue
+        if s.case in names or not free:
+            continue
         print(f"note: {s.case} is in the folder already, as {free[0]}, and keeps that name")
         s.case = free[0]
         taken.add(s.case.lower())
@@ -660,14 +1063,25 @@ def todo(
     overwrite: bool,  # replace cases that are there
 ) -> list[Scan]:
     "The scans that are not cases of the folder yet."
-    if old is None and cases_in(out/"volumes"): raise UserError(f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out")
-    if old: keep_names(scans, old["cases"])
+    if old is None and cases_in(out / "volumes"):
+        raise UserError(
+            f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out"
+        )
+    if old:
+        keep_names(scans, old["cases"])
     rest = []
     for s in scans:
         known = old["cases"].get(s.case, {}) if old else {}
-        whole = known != {} and all(p.exists() for p in (out/f"volumes/{s.case}.pt", out/f"drrs/{s.case}/AP.pt", out/f"drrs/{s.case}/LAT.pt"))
-        if not whole or overwrite: rest.append(s)
-        elif known.get("fingerprint") not in (s.mark, fingerprint(s.files, s.part, (0, 1))): raise UserError(f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case")
+        whole = known != {} and all(
+            p.exists()
+            for p in (out / f"volumes/{s.case}.pt", out / f"drrs/{s.case}/AP.pt", out / f"drrs/{s.case}/LAT.pt")
+        )
+        if not whole or overwrite:
+            rest.append(s)
+        elif known.get("fingerprint") not in (s.mark, fingerprint(s.files, s.part, (0, 1))):
+            raise UserError(
+                f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case"
+            )
     return rest
 
 # %% ../nbs/00b_scans.ipynb #de465f48
@@ -678,52 +1092,97 @@ def prepare(
     a: argparse.Namespace,  # the command line: overwrite, pictures
 ) -> tuple[int, int]:  # cases written and cases kept
     "Read, clean, project and save."
-    old = read_manifest(out/"drrs")
+    old = read_manifest(out / "drrs")
     cases, rest = dict(old["cases"]) if old else {}, todo(scans, out, old, a.overwrite)
     projector = Projector(geometry(s["geometry"], s["size"] * s["mm"]), s["size"], s["mm"], s["pixels"])
-    for leftover in [*out.glob("volumes/.*.pt"), *out.glob("drrs/**/.*.pt"), *out.glob("drrs/.*.json")]: leftover.unlink(missing_ok=True)  # of a run that was killed
-    list_cases = lambda: write_manifest(out/"drrs", window=tuple(s["hu_window"]), cases=cases, **{k: v for k, v in s.items() if k != "hu_window"})
+    for leftover in [*out.glob("volumes/.*.pt"), *out.glob("drrs/**/.*.pt"), *out.glob("drrs/.*.json")]:
+        leftover.unlink(missing_ok=True)  # of a run that was killed
+    list_cases = lambda: write_manifest(
+        out / "drrs", window=tuple(s["hu_window"]), cases=cases, **{k: v for k, v in s.items() if k != "hu_window"}
+    )
     for scan in tqdm(rest, unit="case", disable=None, leave=False):
         offset = [s["h5_offset"]] if scan.kind == "x2ct" else []
-        how = dict(table=s["table"] or ("keep" if scan.cube else "remove"), centre=s["centre"] or ("volume" if scan.cube else "body"), threshold=s["air_threshold"])
-        try: unit, views, info = prepare_volume(scan.read(*offset), projector, tuple(s["hu_window"]), half=s["float16"], **how)
+        how = dict(
+            table=s["table"] or ("keep" if scan.cube else "remove"),
+            centre=s["centre"] or ("volume" if scan.cube else "body"),
+            threshold=s["air_threshold"],
+        )
+        try:
+            unit, views, info = prepare_volume(
+                scan.read(*offset), projector, tuple(s["hu_window"]), half=s["float16"], **how
+            )
         except UserError as e:
             done = rest.index(scan)
-            raise UserError(f"{e if scan.source in str(e) else f'{scan.source}: {e}'}" + (f" ({done} cases before it are done and stay)" if done else "")) from None
-        if old is None and not cases: list_cases()
-        save_case(scan.case, unit, views, out/"volumes", out/"drrs", s["float16"])
-        cases[scan.case] = dict(source=scan.source, kind=scan.kind, fingerprint=scan.mark, **info) | ({"h5_offset": s["h5_offset"]} if offset else {})
+            raise UserError(
+                f"{e if scan.source in str(e) else f'{scan.source}: {e}'}"
+                + (f" ({done} cases before it are done and stay)" if done else "")
+            ) from None
+        if old is None and not cases:
+            list_cases()
+        save_case(scan.case, unit, views, out / "volumes", out / "drrs", s["float16"])
+        cases[scan.case] = dict(source=scan.source, kind=scan.kind, fingerprint=scan.mark, **info) | (
+            {"h5_offset": s["h5_offset"]} if offset else {}
+        )
         list_cases()
-        if info.get("body_inside", 1) < 0.9: tqdm.write(f"note: {1 - info['body_inside']:.0%} of the body of {scan.case} lies outside the cube of {s['size'] * s['mm']:g} mm; a larger --mm holds more", file=sys.stdout)
-        if a.pictures: show_mpr({scan.case: to_hu(unit.float(), s["hu_window"])}, views=views, path=out/f"pictures/{scan.case}.png")
+        if info.get("body_inside", 1) < 0.9:
+            tqdm.write(
+                f"note: {1 - info['body_inside']:.0%} of the body of {scan.case} lies outside the cube of {s['size'] * s['mm']:g} mm; a larger --mm holds more",
+                file=sys.stdout,
+            )
+        if a.pictures:
+            show_mpr(
+                {scan.case: to_hu(unit.float(), s["hu_window"])}, views=views, path=out / f"pictures/{scan.case}.png"
+            )
     return len(rest), len(scans) - len(rest)
 
 # %% ../nbs/00b_scans.ipynb #97beca21
 def parser() -> argparse.ArgumentParser:
     "The options of `diffx2ct_prepare`."
-    p = argparse.ArgumentParser("diffx2ct_prepare", formatter_class=argparse.RawDescriptionHelpFormatter, description="""Turn CT scans into training cases: a cube of voxels and the two X-ray views it casts.
+    p = argparse.ArgumentParser(
+        "diffx2ct_prepare",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""Turn CT scans into training cases: a cube of voxels and the two X-ray views it casts.
 
   diffx2ct_prepare patient1.nii.gz patient2_dicom/ --out data --pictures
   diffx2ct_train --set DATA.PT_DATA_DIR=data/volumes --set DATA.DRR_DIR=data/drrs
 
 SCAN is a file (.nii .nii.gz .nrrd .mha .mhd, .h5 of the X2CT-GAN data, a packed .npz) or a folder, searched to its depth, of DICOM slices, volume files or
 X2CT-GAN cases. Orientation comes from the file's header. Cases are named after files and folders; nothing of a DICOM header's identity is kept.""",
-        epilog="Run it again with the same --out to add scans: settings are taken over, finished cases are kept, a stopped run goes on. Look at DIR/pictures once: R is the patient's right, A the front, H the head.")
+        epilog="Run it again with the same --out to add scans: settings are taken over, finished cases are kept, a stopped run goes on. Look at DIR/pictures once: R is the patient's right, A the front, H the head.",
+    )
     p.add_argument("scans", nargs="+", metavar="SCAN", help="scan files and folders")
     p.add_argument("--out", required=True, metavar="DIR", help="gets volumes/, drrs/ and drrs/manifest.json")
-    p.add_argument("--size", type=int, metavar="N", help="voxels along an edge of the cube (64; a finished cube keeps its own)")
-    p.add_argument("--mm", type=float, help="voxel edge in mm (320/N, a cube that holds a chest; a finished cube keeps its edge)")
-    p.add_argument("--geometry", choices=("parallel", "x2ct", "x2ct_scaled"), help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data")
+    p.add_argument(
+        "--size", type=int, metavar="N", help="voxels along an edge of the cube (64; a finished cube keeps its own)"
+    )
+    p.add_argument(
+        "--mm", type=float, help="voxel edge in mm (320/N, a cube that holds a chest; a finished cube keeps its edge)"
+    )
+    p.add_argument(
+        "--geometry",
+        choices=("parallel", "x2ct", "x2ct_scaled"),
+        help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data",
+    )
     p.add_argument("--pixels", type=int, metavar="P", help="detector pixels along an edge (N)")
     p.add_argument("--window", type=float, nargs=2, metavar=("MIN", "MAX"), help="HU stored as 0 and 1 (-1024 1500)")
-    p.add_argument("--table", choices=("keep", "remove"), help="what is not patient: set to air or left (remove; keep for finished cubes)")
-    p.add_argument("--centre", choices=("body", "volume"), help="what the cube is centred on (body; volume for finished cubes)")
+    p.add_argument(
+        "--table",
+        choices=("keep", "remove"),
+        help="what is not patient: set to air or left (remove; keep for finished cubes)",
+    )
+    p.add_argument(
+        "--centre", choices=("body", "volume"), help="what the cube is centred on (body; volume for finished cubes)"
+    )
     p.add_argument("--air_threshold", type=float, metavar="HU", help="denser is body (-500)")
     p.add_argument("--series", metavar="UID_OR_NUMBER", help="which CT series of a DICOM folder that holds several")
-    p.add_argument("--h5_offset", type=float, metavar="V", help="stored value minus HU in X2CT-GAN files: 1024 or 1000 (1024)")
+    p.add_argument(
+        "--h5_offset", type=float, metavar="V", help="stored value minus HU in X2CT-GAN files: 1024 or 1000 (1024)"
+    )
     p.add_argument("--float16", action=argparse.BooleanOptionalAction, help="store volumes in half precision (yes)")
     p.add_argument("--overwrite", action="store_true", help="make cases anew that are there already")
-    p.add_argument("--pictures", action="store_true", help="also save DIR/pictures/<case>.png to check orientation by eye")
+    p.add_argument(
+        "--pictures", action="store_true", help="also save DIR/pictures/<case>.png to check orientation by eye"
+    )
     return p
 
 # %% ../nbs/00b_scans.ipynb #b9be8b2d
@@ -732,11 +1191,20 @@ def main(argv: list[str]):
     "Prepare scans: the command `diffx2ct_prepare`."
     a = parser().parse_args(argv)
     out, scans = Path(a.out), find_scans(a.scans, a.series)
-    if out.exists() and not out.is_dir(): raise UserError(f"--out {out} is a file; name a folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
     with hold(out):
-        s = settings(a, scans, read_manifest(out/"drrs"))
+        s = settings(a, scans, read_manifest(out / "drrs"))
         new, kept = prepare(scans, out, s, a)
-    print(f"{new} case{'s' * (new != 1)} written, {kept} kept: {s['size']}^3 voxels of {s['mm']:g} mm, {s['pixels']}x{s['pixels']} pixels, {a.geometry or s['geometry']['kind']} geometry, in {out}")
-    keys = dict(PT_DATA_DIR=out/"volumes", DRR_DIR=out/"drrs") | (dict(TARGET_VOLUME_SIZE=s["size"]) if s["size"] != 64 else {}) | (dict(TARGET_DRR_SIZE=s["pixels"]) if s["pixels"] != 64 else {})
-    sets = " ".join("--set " + shlex.quote(f"DATA.{k}={v}") for k, v in keys.items()) + (f" --set TRAINING.PATCH_SIZE={s['size']}" if s["size"] < 64 else "")
+    print(
+        f"{new} case{'s' * (new != 1)} written, {kept} kept: {s['size']}^3 voxels of {s['mm']:g} mm, {s['pixels']}x{s['pixels']} pixels, {a.geometry or s['geometry']['kind']} geometry, in {out}"
+    )
+    keys = (
+        dict(PT_DATA_DIR=out / "volumes", DRR_DIR=out / "drrs")
+        | (dict(TARGET_VOLUME_SIZE=s["size"]) if s["size"] != 64 else {})
+        | (dict(TARGET_DRR_SIZE=s["pixels"]) if s["pixels"] != 64 else {})
+    )
+    sets = " ".join("--set " + shlex.quote(f"DATA.{k}={v}") for k, v in keys.items()) + (
+        f" --set TRAINING.PATCH_SIZE={s['size']}" if s["size"] < 64 else ""
+    )
     print(f"in config.yml under DATA, or on the command line: {sets}")

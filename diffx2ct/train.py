@@ -15,7 +15,21 @@ __all__ = ['Item', 'AMP', 'Reporter', 'FREE', 'SILENT', 'PATIENCE', 'Data', 'pha
            'train_alone', 'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
-import argparse, fcntl, json, logging, math, os, re, resource, signal, sqlite3, sys, threading, time, uuid, warnings
+import argparse
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import sqlite3
+import sys
+import threading
+import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,36 +41,98 @@ import numpy as np
 import optuna
 import torch
 import torch.nn.functional as F
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, PendingRollbackError, ProgrammingError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    ProgrammingError,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, sown, toned
-from .checkpoint import describe, fill, load_model, load_training, model_file, newest, read_header, read_weights, save_checkpoint, save_model, sweep, tidy
-from .data import (SHIPPED, CTPairs, Case, Config, GeometryConfig, UserError, cases_in, check_config, command, crop, crop_origin, density, explain, hold, load_config, read_manifest, save_case, set_key, split_cases, to_unit, write_atomic, write_manifest)
+from diffx2ct.checkpoint import (
+    describe,
+    fill,
+    load_model,
+    load_training,
+    model_file,
+    newest,
+    read_header,
+    read_weights,
+    save_checkpoint,
+    save_model,
+    sweep,
+    tidy,
+)
+from diffx2ct.data import (
+    SHIPPED,
+    Case,
+    Config,
+    CTPairs,
+    GeometryConfig,
+    UserError,
+    cases_in,
+    check_config,
+    command,
+    crop,
+    crop_origin,
+    density,
+    explain,
+    hold,
+    load_config,
+    read_manifest,
+    save_case,
+    set_key,
+    split_cases,
+    to_unit,
+    write_atomic,
+    write_manifest,
+)
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
 from .metrics import metrics, psnr
 from .parallel import devices_of, distribute
 from .phantom import phantom
-from .ranks import first, here, join, leave, lost, own_devices, rank, ranks, same, shard, share, sliced, total, whole, wrap
+from diffx2ct.ranks import (
+    first,
+    here,
+    join,
+    leave,
+    lost,
+    own_devices,
+    rank,
+    ranks,
+    same,
+    shard,
+    share,
+    sliced,
+    total,
+    whole,
+    wrap,
+)
 from .reconstruct import methods_of, picture, reconstruct
 
 # %% ../nbs/04_train_optuna.ipynb #c4b1f170
 @dataclass
 class Data:
     "Training and validation cases, and what their manifest says of them."
+
     train: CTPairs
     valid: CTPairs
     geometry: Geometry
     mm: float  # voxel edge
     line_integrals: bool  # False: display images
 
+
 def phantom_names(c: Config) -> list[str]:
     "The embedded cases: the number is the seed."
     return [f"phantom{i:04d}" for i in range(c.DATA.PHANTOMS)]
+
 
 def make_phantoms(
     c: Config,  # reads DATA.PHANTOMS and the sizes
@@ -64,48 +140,83 @@ def make_phantoms(
     "Make the embedded phantoms that are not there yet; killed half-way, it goes on."
     d = c.DATA
     g, mm, window = geometry(d.GEOMETRY, d.CUBE_MM), d.CUBE_MM / d.TARGET_VOLUME_SIZE, (d.HU_MIN, d.HU_MAX)
-    kind = d.GEOMETRY if isinstance(d.GEOMETRY, str) else "-".join(f"{v:g}" if isinstance(v, float) else v for v in d.GEOMETRY.model_dump().values())
-    folder = Path("data")/f"phantoms_{d.TARGET_VOLUME_SIZE}_{d.TARGET_DRR_SIZE}_{kind}_{d.CUBE_MM:g}mm_{d.HU_MIN:g}_{d.HU_MAX:g}"
+    kind = (
+        d.GEOMETRY
+        if isinstance(d.GEOMETRY, str)
+        else "-".join(f"{v:g}" if isinstance(v, float) else v for v in d.GEOMETRY.model_dump().values())
+    )
+    folder = (
+        Path("data")
+        / f"phantoms_{d.TARGET_VOLUME_SIZE}_{d.TARGET_DRR_SIZE}_{kind}_{d.CUBE_MM:g}mm_{d.HU_MIN:g}_{d.HU_MAX:g}"
+    )
     A = Projector(g, d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE)
     names = phantom_names(c)
     with hold(folder):
-        missing = [i for i, name in enumerate(names) if not (folder/"volumes"/f"{name}.pt").exists()]
+        missing = [i for i, name in enumerate(names) if not (folder / "volumes" / f"{name}.pt").exists()]
         for i in tqdm(missing, desc="making phantoms", disable=not missing, leave=False):
             x = to_unit(phantom(i, d.TARGET_VOLUME_SIZE, mm)[0], window)
-            save_case(names[i], x, A(density(x[None, None], window))[0], folder/"volumes", folder/"drrs")
-        if missing or not (folder/"drrs/manifest.json").exists():
-            write_manifest(folder/"drrs", asdict(g), d.TARGET_VOLUME_SIZE, mm, d.TARGET_DRR_SIZE, window, {n: dict(source="procedural phantom") for n in cases_in(folder/"volumes")})
+            save_case(names[i], x, A(density(x[None, None], window))[0], folder / "volumes", folder / "drrs")
+        if missing or not (folder / "drrs/manifest.json").exists():
+            write_manifest(
+                folder / "drrs",
+                asdict(g),
+                d.TARGET_VOLUME_SIZE,
+                mm,
+                d.TARGET_DRR_SIZE,
+                window,
+                {n: dict(source="procedural phantom") for n in cases_in(folder / "volumes")},
+            )
     return folder
 
 # %% ../nbs/04_train_optuna.ipynb #d3e8fe28
 def open_data(
     c: Config,  # reads DATA and the split
-    split: dict[str, list[str]] | None = None,  # `cases` of a model file, `train` and `valid`; None: divide those that are there
+    split: dict[str, list[str]]
+    | None = None,  # `cases` of a model file, `train` and `valid`; None: divide those that are there
 ) -> Data:
     "Open the configured cases, or the embedded phantoms."
     d, cases = c.DATA, None
     if d.PT_DATA_DIR is None:
         folder = first(lambda: make_phantoms(c))
-        d, cases = d.model_copy(update=dict(PT_DATA_DIR=str(folder/"volumes"), DRR_DIR=str(folder/"drrs"))), phantom_names(c)
+        d, cases = (
+            d.model_copy(update=dict(PT_DATA_DIR=str(folder / "volumes"), DRR_DIR=str(folder / "drrs"))),
+            phantom_names(c),
+        )
     manifest = read_manifest(d.DRR_DIR)
     g, mm = geometry(d.GEOMETRY, d.CUBE_MM), d.CUBE_MM / d.TARGET_VOLUME_SIZE
     if manifest:
-        for key, want, got in (("TARGET_VOLUME_SIZE", d.TARGET_VOLUME_SIZE, manifest["size"]), ("TARGET_DRR_SIZE", d.TARGET_DRR_SIZE, manifest["pixels"]), ("HU_MIN", d.HU_MIN, manifest["hu_window"][0]), ("HU_MAX", d.HU_MAX, manifest["hu_window"][1])):
-            if want != got: raise UserError(f"{d.DRR_DIR}/manifest.json says {got:g}, but DATA.{key} is {want:g}; set DATA.{key}={got:g} or prepare the data again")
+        for key, want, got in (
+            ("TARGET_VOLUME_SIZE", d.TARGET_VOLUME_SIZE, manifest["size"]),
+            ("TARGET_DRR_SIZE", d.TARGET_DRR_SIZE, manifest["pixels"]),
+            ("HU_MIN", d.HU_MIN, manifest["hu_window"][0]),
+            ("HU_MAX", d.HU_MAX, manifest["hu_window"][1]),
+        ):
+            if want != got:
+                raise UserError(
+                    f"{d.DRR_DIR}/manifest.json says {got:g}, but DATA.{key} is {want:g}; set DATA.{key}={got:g} or prepare the data again"
+                )
         g, mm = geometry(manifest["geometry"], manifest["size"] * manifest["mm"]), manifest["mm"]
     everything = CTPairs(d, cases)
-    if split and (gone := sorted({*split["valid"]} - {*everything.cases})): raise UserError(f"case {gone[0]}, which the model was validated on, is not in {d.PT_DATA_DIR}; put it back, or name other cases")
+    if split and (gone := sorted({*split["valid"]} - {*everything.cases})):
+        raise UserError(
+            f"case {gone[0]}, which the model was validated on, is not in {d.PT_DATA_DIR}; put it back, or name other cases"
+        )
     train, valid = map(everything.only, (split["train"], split["valid"]) if split else split_cases(everything.cases, c))
     return Data(train, valid, g, mm, manifest is not None and manifest["view_domain"] == "line_integral")
 
 # %% ../nbs/04_train_optuna.ipynb #1a925b68
 class Pooled(CTPairs):
     "Cases at half the resolution."
-    def __init__(self, pairs: CTPairs): self.pairs, self.cases = pairs, pairs.cases
+
+    def __init__(self, pairs: CTPairs):
+        self.pairs, self.cases = pairs, pairs.cases
+
     def __getitem__(self, i: int) -> Case:
         k = self.pairs[i]
         return Case(k.name, F.avg_pool3d(k.volume, 2), F.avg_pool2d(k.views, 2))
-    def part(self,
+
+    def part(
+        self,
         i: int,
         origin: tuple[int, int, int],  # pooled voxel (d, h, w) where the crop begins
         patch: int,  # its edge in pooled voxels
@@ -115,6 +226,7 @@ class Pooled(CTPairs):
         k = self.pairs.part(i, (2 * d, 2 * h, 2 * w), 2 * patch)
         return Case(k.name, F.avg_pool3d(k.volume.float(), 2), F.avg_pool2d(k.views, 2))
 
+
 def pooled(data: Data) -> Data:
     "The data of the coarse stage."
     return Data(Pooled(data.train), Pooled(data.valid), data.geometry, 2 * data.mm, data.line_integrals)
@@ -122,33 +234,59 @@ def pooled(data: Data) -> Data:
 # %% ../nbs/04_train_optuna.ipynb #fc342206
 def on_phantoms(c: Config, data: Data) -> Config:
     "The settings of a training on embedded phantoms in the cube and before the machine of these data."
-    if not data.line_integrals: raise UserError("TRAINING.PHANTOM_EPOCHS needs line-integral views; set it to 0 for display images")
+    if not data.line_integrals:
+        raise UserError("TRAINING.PHANTOM_EPOCHS needs line-integral views; set it to 0 for display images")
     c = c.model_copy(deep=True)
     d, t, g = c.DATA, c.TRAINING, data.geometry
-    c.EPOCHS, c.VALIDATION_SPLIT, t.PHANTOM_EPOCHS, t.LOSS_PHASE_EPOCHS = t.PHANTOM_EPOCHS, 0.05, 0, [t.PHANTOM_EPOCHS, 0]
+    c.EPOCHS, c.VALIDATION_SPLIT, t.PHANTOM_EPOCHS, t.LOSS_PHASE_EPOCHS = (
+        t.PHANTOM_EPOCHS,
+        0.05,
+        0,
+        [t.PHANTOM_EPOCHS, 0],
+    )
     t.VALIDATION_FREQ, t.CHECKPOINT_FREQ = max(1, c.EPOCHS // 4), max(1, c.EPOCHS // 10)
-    d.PT_DATA_DIR, d.DRR_DIR, d.VALIDATION_CASES, d.DATA_RATIO, d.CUBE_MM = None, None, [], 1.0, data.mm * d.TARGET_VOLUME_SIZE
-    d.GEOMETRY = "parallel" if g.kind == "parallel" else GeometryConfig(KIND=g.kind, SAD_MM=g.sad_mm, SDD_MM=g.sdd_mm, PANEL_MM=g.panel_mm)
+    d.PT_DATA_DIR, d.DRR_DIR, d.VALIDATION_CASES, d.DATA_RATIO, d.CUBE_MM = (
+        None,
+        None,
+        [],
+        1.0,
+        data.mm * d.TARGET_VOLUME_SIZE,
+    )
+    d.GEOMETRY = (
+        "parallel"
+        if g.kind == "parallel"
+        else GeometryConfig(KIND=g.kind, SAD_MM=g.sad_mm, SDD_MM=g.sdd_mm, PANEL_MM=g.panel_mm)
+    )
     return c
 
-def stages(c: Config, data: Data) -> list[tuple[str, Config, Data]]:  # folder within the next stage's folder, settings, data; the run itself comes last
+
+def stages(
+    c: Config, data: Data
+) -> list[tuple[str, Config, Data]]:  # folder within the next stage's folder, settings, data; the run itself comes last
     "What is trained one after another: phantoms, coarser networks, the run itself."
-    if c.TRAINING.COARSE_EPOCHS: earlier = stages(halved(c), pooled(data)); earlier[-1] = ("coarse", *earlier[-1][1:])
-    elif c.TRAINING.PHANTOM_EPOCHS: earlier = [("phantoms", p := on_phantoms(c, data), open_data(p))]
-    else: earlier = []
+    if c.TRAINING.COARSE_EPOCHS:
+        earlier = stages(halved(c), pooled(data))
+        earlier[-1] = ("coarse", *earlier[-1][1:])
+    elif c.TRAINING.PHANTOM_EPOCHS:
+        earlier = [("phantoms", p := on_phantoms(c, data), open_data(p))]
+    else:
+        earlier = []
     return earlier + [("", c, data)]
 
 # %% ../nbs/04_train_optuna.ipynb #b121a6d3
 @dataclass(frozen=True)
 class Draw:
     "All chance in one micro-batch."
+
     cases: tuple[int, ...]
     origin: tuple[int, int, int]  # of the crop, shared by the batch
     seed: int  # of augmentation, times and noise
 
+
 def steps_per_epoch(c: Config, cases: int) -> int:
     "Optimizer steps in one pass over the cases."
     return math.ceil(cases / (c.BATCH_SIZE * c.TRAINING.GRADIENT_ACCUMULATION_STEPS))
+
 
 def draw(
     c: Config,
@@ -159,41 +297,77 @@ def draw(
     t, per = c.TRAINING, steps_per_epoch(c, cases)
     epoch, within = divmod(step, per)
     size = c.BATCH_SIZE * t.GRADIENT_ACCUMULATION_STEPS
-    order = np.resize(np.random.default_rng((c.SEED, 1, epoch)).permutation(cases), per * size)[within * size:(within + 1) * size]
+    order = np.resize(np.random.default_rng((c.SEED, 1, epoch)).permutation(cases), per * size)[
+        within * size : (within + 1) * size
+    ]
     plans = []
     for i, batch in enumerate(order.reshape(-1, c.BATCH_SIZE)):
-        seed = int(np.random.default_rng((c.SEED, 2, step, i)).integers(2 ** 62))
-        plans.append(Draw(tuple(int(b) for b in batch), crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)), seed))
+        seed = int(np.random.default_rng((c.SEED, 2, step, i)).integers(2**62))
+        plans.append(
+            Draw(
+                tuple(int(b) for b in batch),
+                crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)),
+                seed,
+            )
+        )
     return plans
 
 # %% ../nbs/04_train_optuna.ipynb #26a2f013
 Item = tuple[Draw, Tensor | None, Tensor, Tensor, Tensor | None]  # a micro-batch, see `Crops`
 
+
 class Crops(Dataset):
     "Reads this rank's share of the micro-batches of a list of draws."
-    def __init__(self,
-        pairs: CTPairs, draws: list[Draw], c: Config,
+
+    def __init__(
+        self,
+        pairs: CTPairs,
+        draws: list[Draw],
+        c: Config,
         line_integrals: bool,
         mm: float,  # voxel edge
         still: bool = False,  # leave every case as it was scanned, whatever SHARE says
     ):
-        self.pairs, self.draws, self.patch, self.t, self.mine = pairs, draws, c.TRAINING.PATCH_SIZE, c.TRAINING, share(c.BATCH_SIZE)
+        self.pairs, self.draws, self.patch, self.t, self.mine = (
+            pairs,
+            draws,
+            c.TRAINING.PATCH_SIZE,
+            c.TRAINING,
+            share(c.BATCH_SIZE),
+        )
         self.mm, self.window = mm, (c.DATA.HU_MIN, c.DATA.HU_MAX)
         self.a = self.t.AUGMENT.model_copy(update={"SHARE": 0.0} if still else {})
         self.renders = line_integrals and renders(self.a, self.t.FLIP_AXES)  # display images cannot be rendered
-    def another(self, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]: return sown(augment(x, rng, self.a, self.t.FLIP_AXES), rng, self.a.NODULES, self.mm, self.window)
-    def __len__(self): return len(self.draws)
+
+    def another(self, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return sown(augment(x, rng, self.a, self.t.FLIP_AXES), rng, self.a.NODULES, self.mm, self.window)
+
+    def __len__(self):
+        return len(self.draws)
+
     def __getitem__(self, i: int) -> Item:
         "The draw, whole volumes where views must be rendered, crops, stored views, and where nodules were planted in the crops."
         d = self.draws[i]
         if not self.renders:
-            parts, truth = [self.pairs.part(d.cases[n], d.origin, self.patch) for n in self.mine], torch.empty(len(self.mine), 1, *(self.patch,) * 3)
-            for place, k in zip(truth, parts): place.copy_(k.volume)  # read, converted and put into the batch in one pass
+            parts, truth = (
+                [self.pairs.part(d.cases[n], d.origin, self.patch) for n in self.mine],
+                torch.empty(len(self.mine), 1, *(self.patch,) * 3),
+            )
+            for place, k in zip(truth, parts):
+                place.copy_(k.volume)  # read, converted and put into the batch in one pass
             return d, None, truth, torch.stack([k.views for k in parts]), None
         cases = [(n, self.pairs[d.cases[n]]) for n in self.mine]
-        volumes, planted = map(torch.stack, zip(*[self.another(k.volume, np.random.default_rng((d.seed, n))) for n, k in cases]))
+        volumes, planted = map(
+            torch.stack, zip(*[self.another(k.volume, np.random.default_rng((d.seed, n))) for n, k in cases])
+        )
         cut = lambda x: crop(x, d.origin, self.patch).contiguous()
-        return d, volumes, cut(volumes), torch.stack([k.views for _, k in cases]), cut(planted) if self.a.NODULES else None
+        return (
+            d,
+            volumes,
+            cut(volumes),
+            torch.stack([k.views for _, k in cases]),
+            cut(planted) if self.a.NODULES else None,
+        )
 
 # %% ../nbs/04_train_optuna.ipynb #bcc97c9a
 def clip_threshold(
@@ -202,37 +376,52 @@ def clip_threshold(
 ) -> float:
     "The norm above which this step's gradient is shortened."
     t = c.TRAINING
-    if t.CLIPPING == "fixed" or len(norms) < 10: return c.MAX_GRAD_NORM
-    return float(np.percentile(norms[-t.CLIP_HISTORY:], t.CLIP_PERCENTILE))
+    if t.CLIPPING == "fixed" or len(norms) < 10:
+        return c.MAX_GRAD_NORM
+    return float(np.percentile(norms[-t.CLIP_HISTORY :], t.CLIP_PERCENTILE))
+
 
 def plot_norms(
-    norms: list[float], thresholds: list[float],
+    norms: list[float],
+    thresholds: list[float],
     path: str | Path | None = None,
 ) -> plt.Figure:
     "Gradient norms and the threshold that follows them."
     fig, ax = plt.subplots(figsize=(6, 2.4), dpi=75)
-    ax.semilogy(norms, ".", ms=3, label="norm before clipping"); ax.semilogy(thresholds, lw=1, label="threshold")
-    ax.set_xlabel("step"); ax.legend(fontsize=7); fig.tight_layout()
-    if path: write_atomic(path, lambda p: fig.savefig(p))
+    ax.semilogy(norms, ".", ms=3, label="norm before clipping")
+    ax.semilogy(thresholds, lw=1, label="threshold")
+    ax.set_xlabel("step")
+    ax.legend(fontsize=7)
+    fig.tight_layout()
+    if path:
+        write_atomic(path, lambda p: fig.savefig(p))
     plt.close(fig)
     return fig
 
 # %% ../nbs/04_train_optuna.ipynb #de055bd6
 def lr_factor(
-    step: int, total: int,
+    step: int,
+    total: int,
     warmup: int,  # TRAINING.WARMUP_STEPS
 ) -> float:  # in (0, 1]
     "Share of LEARNING_RATE at a step."
-    if step < warmup: return (step + 1) / warmup
+    if step < warmup:
+        return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 # %% ../nbs/04_train_optuna.ipynb #f17f63e5
 class Diverged(Exception):
     "A loss or a gradient is NaN or infinite."
 
+
 def bf16_pays() -> bool:
     "Whether this machine computes bf16 natively: a GPU, or a CPU whose oneDNN has bf16 convolutions."
-    return torch.cuda.is_available() or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        torch.cuda.is_available()
+        or torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
 
 AMP = {"bf16": torch.bfloat16 if bf16_pays() else None, "fp16": torch.float16, "off": None}
 
@@ -250,17 +439,29 @@ def seen(
     if volumes is not None:
         A = shaken(net.A, np.random.default_rng((d.seed, c.BATCH_SIZE)), a.GEOMETRY) if a.GEOMETRY else net.A
         views = A(density(volumes.to(views.device), net.window))
-    change = (lambda v, rng: grainy(v, rng, a.PHOTONS)) if a.PHOTONS and net.line_integrals else (lambda v, rng: toned(v, rng, a.GAMMA)) if a.GAMMA and not net.line_integrals else None
-    return torch.cat([change(views[i:i + 1], torch.Generator().manual_seed(d.seed + 1 + n)) for i, n in enumerate(mine)]) if change else views
+    change = (
+        (lambda v, rng: grainy(v, rng, a.PHOTONS))
+        if a.PHOTONS and net.line_integrals
+        else (lambda v, rng: toned(v, rng, a.GAMMA))
+        if a.GAMMA and not net.line_integrals
+        else None
+    )
+    return (
+        torch.cat([change(views[i : i + 1], torch.Generator().manual_seed(d.seed + 1 + n)) for i, n in enumerate(mine)])
+        if change
+        else views
+    )
 
 # %% ../nbs/04_train_optuna.ipynb #632792ac
 class Loss(nn.Module):
     "The loss terms of this rank's share of a micro-batch, means over its cases; a module, since that is what a parallel engine wraps."
+
     def __init__(self, denoiser: Denoiser, c: Config):
         super().__init__()
         self.denoiser, self.c = denoiser, c
 
-    def forward(self,
+    def forward(
+        self,
         item: Item,  # from `Crops`
         weights: dict[str, float],  # from `phase_weights`
     ) -> dict[str, Tensor]:
@@ -279,60 +480,94 @@ class Loss(nn.Module):
             cond = net.condition(base, net.encode(views), d.origin)
             state = net(net.diffusion.noisy(net.to_state(truth, base), eps, t), t, cond)
         x, full = net.to_volume(state.float(), base), truth.shape[-1] == net.A.size
-        if full: x = net.settle(x, views, c.DIFFUSION.CONSISTENCY, 2 if net.A.geometry.kind == "parallel" else 4)
+        if full:
+            x = net.settle(x, views, c.DIFFUSION.CONSISTENCY, 2 if net.A.geometry.kind == "parallel" else 4)
         counts = 1.0 if planted is None else 1 + (c.TRAINING.AUGMENT.NODULE_WEIGHT - 1) * planted.to(device)
-        return {k: v.mean() for k, v in loss_terms(x, truth, strength(net.scales) * net.diffusion.reach(t), weights, net.A, counts).items()}
+        return {
+            k: v.mean()
+            for k, v in loss_terms(
+                x, truth, strength(net.scales) * net.diffusion.reach(t), weights, net.A, counts
+            ).items()
+        }
 
 # %% ../nbs/04_train_optuna.ipynb #6d986285
 def train_step(
-    loss: nn.Module, c: Config,  # `Loss`, as `wrap` of chapter 03a returns it
+    loss: nn.Module,
+    c: Config,  # `Loss`, as `wrap` of chapter 03a returns it
     items: Iterable,  # micro-batches of this step, from `Crops`
-    epoch: int, optimizer, scaler,
+    epoch: int,
+    optimizer,
+    scaler,
     norms: list[float],  # history, appended to
 ) -> dict[str, float]:  # loss terms, loss, grad_norm, threshold; of all ranks together
     "Accumulate, check, clip, step."
-    weights, n, log = phase_weights(epoch, c.TRAINING.LOSS_PHASE_EPOCHS, c.TRAINING.LOSS_WEIGHTS.model_dump()), c.TRAINING.GRADIENT_ACCUMULATION_STEPS, dict[str, float]()
+    weights, n, log = (
+        phase_weights(epoch, c.TRAINING.LOSS_PHASE_EPOCHS, c.TRAINING.LOSS_WEIGHTS.model_dump()),
+        c.TRAINING.GRADIENT_ACCUMULATION_STEPS,
+        dict[str, float](),
+    )
     for item in items:
         part = len(item[2]) / len(item[0].cases)  # of the cases of the micro-batch
         terms = loss(item, weights)
         mean = total({k: part * v.item() for k, v in terms.items()})
         bad = [k for k, v in mean.items() if not math.isfinite(v)]
-        if bad: raise Diverged(f"the {bad[0]} loss is {mean[bad[0]]}")
+        if bad:
+            raise Diverged(f"the {bad[0]} loss is {mean[bad[0]]}")
         scaler.scale(sum(weights[k] * v for k, v in terms.items()) * part * ranks() / n).backward()
-        for k, v in (mean | {"loss": sum(weights[k] * v for k, v in mean.items())}).items(): log[k] = log.get(k, 0.0) + v / n
+        for k, v in (mean | {"loss": sum(weights[k] * v for k, v in mean.items())}).items():
+            log[k] = log.get(k, 0.0) + v / n
     scaler.unscale_(optimizer)
     threshold = clip_threshold(norms, c)
     norm = whole(nn.utils.clip_grad_norm_(loss.parameters(), threshold)).item()
-    if not math.isfinite(norm) and not scaler.is_enabled(): raise Diverged(f"the gradient norm is {norm}")
-    if math.isfinite(norm): norms.append(norm)
-    scaler.step(optimizer); scaler.update(); optimizer.zero_grad(set_to_none=True)
+    if not math.isfinite(norm) and not scaler.is_enabled():
+        raise Diverged(f"the gradient norm is {norm}")
+    if math.isfinite(norm):
+        norms.append(norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
     return log | {"grad_norm": norm, "threshold": threshold}
 
 # %% ../nbs/04_train_optuna.ipynb #645a8630
 def validate(
-    ema: Denoiser, data: Data, c: Config,
+    ema: Denoiser,
+    data: Data,
+    c: Config,
     method: str = "expected",
 ) -> float:  # dB, protocol `unit`, mean over cases
     "PSNR of a method on the validation cases, shared by the ranks; all of them make as many volumes, the last ones perhaps for nothing."
     ema.eval()
     n = len(data.valid)
     turns = range(rank(), math.ceil(n / ranks()) * ranks(), ranks())
-    values = [psnr(reconstruct(ema, case.views, method, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP]).float().cpu(), case.volume) for case in (data.valid[i % n] for i in turns)]
+    values = [
+        psnr(
+            reconstruct(ema, case.views, method, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
+            .float()
+            .cpu(),
+            case.volume,
+        )
+        for case in (data.valid[i % n] for i in turns)
+    ]
     return total({"psnr": float(sum(v for i, v in zip(turns, values) if i < n))})["psnr"] / n
 
 # %% ../nbs/04_train_optuna.ipynb #c64f264d
 Reporter = Callable[[dict[str, Any], int | None], None]  # values, step; see above
 
+
 def folder_id(folder: Path) -> str:
     "What a folder is called among all folders: a word in its file `id`."
-    if not (folder/"id").exists(): write_atomic(folder/"id", lambda p: p.write_text(uuid.uuid4().hex))
-    return (folder/"id").read_text(errors="replace")
+    if not (folder / "id").exists():
+        write_atomic(folder / "id", lambda p: p.write_text(uuid.uuid4().hex))
+    return (folder / "id").read_text(errors="replace")
+
 
 def wandb_mode(c: Config) -> str:
     "What the variable WANDB_MODE says, else the setting WANDB."
     mode = os.environ.get("WANDB_MODE") or c.WANDB
-    if mode not in (known := ("auto", "online", "offline", "disabled")): raise UserError(f"the environment variable WANDB_MODE is {mode!r}; use one of {', '.join(known)}")
+    if mode not in (known := ("auto", "online", "offline", "disabled")):
+        raise UserError(f"the environment variable WANDB_MODE is {mode!r}; use one of {', '.join(known)}")
     return mode
+
 
 def start_wandb(
     c: Config,
@@ -342,12 +577,29 @@ def start_wandb(
     folder: Path | None = None,  # of the checkpoints: the same folder is the same run
 ) -> Any:  # a W&B run, or None when disabled
     "Begin a W&B run or go on with it: online with a key or a login, else offline; WANDB_MODE wins."
-    if (mode := wandb_mode(c)) == "disabled": return None
+    if (mode := wandb_mode(c)) == "disabled":
+        return None
     import wandb
-    if mode == "auto": mode = "online" if wandb.api.api_key else "offline"
+
+    if mode == "auto":
+        mode = "online" if wandb.api.api_key else "offline"
     key = re.sub(r"[^\w-]", "-", "-".join([group, name, job, *([folder_id(folder)[:8]] if folder else [])]))
-    try: return wandb.init(project=c.PROJECT_NAME, group=group, name=name, job_type=job, id=key, resume="allow", config=c.model_dump(), mode=cast(Any, mode), settings=wandb.Settings(silent=True, x_disable_meta=True, x_transaction_log_flush_interval=0.1))
-    except Exception as e: raise UserError(f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to online, offline or disabled") from None
+    try:
+        return wandb.init(
+            project=c.PROJECT_NAME,
+            group=group,
+            name=name,
+            job_type=job,
+            id=key,
+            resume="allow",
+            config=c.model_dump(),
+            mode=cast(Any, mode),
+            settings=wandb.Settings(silent=True, x_disable_meta=True, x_transaction_log_flush_interval=0.1),
+        )
+    except Exception as e:
+        raise UserError(
+            f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to online, offline or disabled"
+        ) from None
 
 # %% ../nbs/04_train_optuna.ipynb #c791cbf1
 def to_wandb(
@@ -355,31 +607,43 @@ def to_wandb(
     folder: Path,  # of the checkpoints
 ) -> Reporter | None:
     "Tell a W&B run."
-    if run is None: return None
+    if run is None:
+        return None
     import wandb
-    told = folder/"told"
+
+    told = folder / "told"
+
     def media(v):
-        if isinstance(v, plt.Figure): return wandb.Image(v)
+        if isinstance(v, plt.Figure):
+            return wandb.Image(v)
         return wandb.Table(columns=list(v[0]), data=[list(row.values()) for row in v]) if isinstance(v, list) else v
+
     def tell(values: dict[str, Any], step: int | None) -> None:
         size = told.stat().st_size if told.exists() else 0
-        if step is None: step = size + 1
-        elif step <= size: return
+        if step is None:
+            step = size + 1
+        elif step <= size:
+            return
         else:
-            with open(told, "ab") as f: f.truncate(step)
+            with open(told, "ab") as f:
+                f.truncate(step)
         for key, path in values.items():
-            if not isinstance(path, Path): continue
+            if not isinstance(path, Path):
+                continue
             model = wandb.Artifact(f"{run.id}-{key}", type=key, metadata=read_header(path))
             model.add_reference(path.resolve().as_uri())
             run.log_artifact(model, aliases=["best"])
         run.log({k: media(v) for k, v in values.items() if not isinstance(v, Path)}, step=step, commit=True)
+
     return tell
 
 # %% ../nbs/04_train_optuna.ipynb #60825263
 def peaks() -> dict[str, float]:
     "Most memory held so far, in GB, by this process and on each of its GPUs."
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6} | {f"cuda:{i}": p / 1e9 for i in gpus if (p := torch.cuda.max_memory_allocated(i))}
+    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6} | {
+        f"cuda:{i}": p / 1e9 for i in gpus if (p := torch.cuda.max_memory_allocated(i))
+    }
 
 # %% ../nbs/04_train_optuna.ipynb #fdca3c62
 def measure(
@@ -390,67 +654,109 @@ def measure(
     for case in map(cases.__getitem__, range(len(cases))):
         denoiser.mean += case.volume[None] / len(cases)
         denoiser.usual += case.views / len(cases)
-    squares = [spread(case.volume[None] - denoiser.base(case.views[None]), BANDS).square() for case in map(cases.__getitem__, range(min(32, len(cases))))]
+    squares = [
+        spread(case.volume[None] - denoiser.base(case.views[None]), BANDS).square()
+        for case in map(cases.__getitem__, range(min(32, len(cases))))
+    ]
     return denoiser.mean, denoiser.usual, torch.stack(squares).mean(0).sqrt().clamp(min=1e-3)
 
+
 def prepare_run(
-    c: Config, data: Data,
+    c: Config,
+    data: Data,
     earlier: Path | None = None,  # folder of the stage before: the coarse network, or phantoms
 ) -> Denoiser:
     "A fresh denoiser with the mean and the scales of its training cases."
-    if c.TRAINING.FLIP_AXES and not data.line_integrals: raise UserError("TRAINING.FLIP_AXES needs line-integral views, which can be rendered again; set it to [] for display images")
-    if not data.line_integrals and renders(c.TRAINING.AUGMENT, ()): print("display images cannot be rendered again: of TRAINING.AUGMENT only GAMMA is used")
+    if c.TRAINING.FLIP_AXES and not data.line_integrals:
+        raise UserError(
+            "TRAINING.FLIP_AXES needs line-integral views, which can be rendered again; set it to [] for display images"
+        )
+    if not data.line_integrals and renders(c.TRAINING.AUGMENT, ()):
+        print("display images cannot be rendered again: of TRAINING.AUGMENT only GAMMA is used")
     torch.manual_seed(c.SEED)
     denoiser = build(c, data.geometry, data.mm, data.line_integrals)
     stage = newest(earlier) if earlier else None
-    if denoiser.coarse and stage: fill(denoiser.coarse, read_weights(stage, "ema"), stage); stage = None
+    if denoiser.coarse and stage:
+        fill(denoiser.coarse, read_weights(stage, "ema"), stage)
+        stage = None
     source = model_file(c.TRAINING.START_FROM) if c.TRAINING.START_FROM else stage
-    if source:                                                # weights of another training; mean and scales belong to the data
-        fill(denoiser, {k: v for k, v in read_weights(source, "ema").items() if k.startswith(("unet.", "encoder."))}, source, strict=False)
-    for buffer, value in zip((denoiser.mean, denoiser.usual, denoiser.scales), first(lambda: measure(denoiser.eval(), data.train))): buffer.copy_(value)
+    if source:  # weights of another training; mean and scales belong to the data
+        fill(
+            denoiser,
+            {k: v for k, v in read_weights(source, "ema").items() if k.startswith(("unet.", "encoder."))},
+            source,
+            strict=False,
+        )
+    for buffer, value in zip(
+        (denoiser.mean, denoiser.usual, denoiser.scales), first(lambda: measure(denoiser.eval(), data.train))
+    ):
+        buffer.copy_(value)
     return denoiser
+
 
 def averaging(decay: float) -> Callable:
     "Exponential moving average whose memory grows with the run up to `decay`: after n steps it is at most (1 + n) / (10 + n)."
     return lambda ema, now, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(ema, now, n)
 
-
 # %% ../nbs/04_train_optuna.ipynb #e53371f4
 def train_devices(c: Config) -> list[torch.device]:
     "This process's devices of DEVICES, checked against the machine, AMP and PARALLEL."
     devices = own_devices(devices_of(c.DEVICES), *here())
-    if c.TRAINING.AMP == "fp16" and devices[0].type != "cuda": raise UserError("TRAINING.AMP fp16 needs a GPU; use bf16 or off")
-    if c.PARALLEL == "fsdp" and ranks() > 1 and (len(devices) > 1 or c.TRAINING.AMP == "fp16"): raise UserError("PARALLEL fsdp takes one device a process and no AMP fp16; start more processes, use bf16, or set PARALLEL to ddp")
+    if c.TRAINING.AMP == "fp16" and devices[0].type != "cuda":
+        raise UserError("TRAINING.AMP fp16 needs a GPU; use bf16 or off")
+    if c.PARALLEL == "fsdp" and ranks() > 1 and (len(devices) > 1 or c.TRAINING.AMP == "fp16"):
+        raise UserError(
+            "PARALLEL fsdp takes one device a process and no AMP fp16; start more processes, use bf16, or set PARALLEL to ddp"
+        )
     return devices
 
 # %% ../nbs/04_train_optuna.ipynb #78e8bfde
 def flat(tree: dict, before: str = "") -> dict[str, Any]:
     "Dotted key -> value."
-    return {k: v for name, part in tree.items() for k, v in (flat(part, f"{before}{name}.") if isinstance(part, dict) else {before + name: part}).items()}
+    return {
+        k: v
+        for name, part in tree.items()
+        for k, v in (flat(part, f"{before}{name}.") if isinstance(part, dict) else {before + name: part}).items()
+    }
 
-FREE = re.compile(r"PROJECT_NAME|DEVICES|PLAN|PARALLEL|WANDB|NUM_WORKERS|.*EPOCHS|.*_FREQ|OPTUNA\..*|MODEL\.UNET\.CHECKPOINTING|DATA\.(PT_DATA_DIR|DRR_DIR|VIS_.*|AIR_THRESHOLD)"
-                  r"|BATCH_SIZE|TRAINING\.(GRADIENT_ACCUMULATION_STEPS|START_FROM|BAD_STEPS|CHECKPOINTS_KEPT)|DIFFUSION\.(SAMPLER|STEPS|BLEND|OVERLAP)")  # what may change while a run is under way
+
+FREE = re.compile(
+    r"PROJECT_NAME|DEVICES|PLAN|PARALLEL|WANDB|NUM_WORKERS|.*EPOCHS|.*_FREQ|OPTUNA\..*|MODEL\.UNET\.CHECKPOINTING|DATA\.(PT_DATA_DIR|DRR_DIR|VIS_.*|AIR_THRESHOLD)"
+    r"|BATCH_SIZE|TRAINING\.(GRADIENT_ACCUMULATION_STEPS|START_FROM|BAD_STEPS|CHECKPOINTS_KEPT)|DIFFUSION\.(SAMPLER|STEPS|BLEND|OVERLAP)"
+)  # what may change while a run is under way
+
 
 def kept(c: Config) -> dict[str, Any]:
     "The settings that a run keeps, by dotted key; the batch counts as a whole."
-    return {k: v for k, v in flat(c.model_dump()).items() if not FREE.fullmatch(k)} | {"BATCH_SIZE times TRAINING.GRADIENT_ACCUMULATION_STEPS": c.BATCH_SIZE * c.TRAINING.GRADIENT_ACCUMULATION_STEPS}
+    return {k: v for k, v in flat(c.model_dump()).items() if not FREE.fullmatch(k)} | {
+        "BATCH_SIZE times TRAINING.GRADIENT_ACCUMULATION_STEPS": c.BATCH_SIZE * c.TRAINING.GRADIENT_ACCUMULATION_STEPS
+    }
+
 
 def divided(data: Data) -> dict[str, list[str]]:
     "Which cases a run trains on and which it is judged by."
     return {"train": data.train.cases, "valid": data.valid.cases}
 
+
 def refuse_others(folder: Path, step: int, c: Config, data: Data) -> None:
     "Refuse to go on from a checkpoint with other settings or cases than it was made with."
-    meta = read_header(folder/f"model_{step:06d}.safetensors")
+    meta = read_header(folder / f"model_{step:06d}.safetensors")
     was, now = kept(Config.model_validate(meta["config"])), kept(c)
-    if (there := meta.get("cases") or divided(data)) != divided(data): raise UserError(f"{folder} was trained on {len(there['train'])} cases and judged by {len(there['valid'])}, which are not those of now; restore {c.DATA.PT_DATA_DIR}, use another --study_name, or move {folder} away to begin again")
+    if (there := meta.get("cases") or divided(data)) != divided(data):
+        raise UserError(
+            f"{folder} was trained on {len(there['train'])} cases and judged by {len(there['valid'])}, which are not those of now; restore {c.DATA.PT_DATA_DIR}, use another --study_name, or move {folder} away to begin again"
+        )
     for k in was | now:
-        if was.get(k) != now.get(k): raise UserError(f"{folder} was trained with {k}={was.get(k)}, not {now.get(k)}; restore it, use another --study_name, or move {folder} away to begin again")
+        if was.get(k) != now.get(k):
+            raise UserError(
+                f"{folder} was trained with {k}={was.get(k)}, not {now.get(k)}; restore it, use another --study_name, or move {folder} away to begin again"
+            )
 
 # %% ../nbs/04_train_optuna.ipynb #f9492228
 @dataclass
 class Running:
     "A training between two steps."
+
     denoiser: Denoiser
     average: AveragedModel
     loss: nn.Module  # with the denoiser in it, as `wrap` returns it
@@ -458,11 +764,15 @@ class Running:
     scaler: torch.amp.GradScaler
     history: dict[str, Any]  # norms, thresholds and losses of the steps, validation values, steps left out, best value
     step: int  # optimizer steps made
+
     @property
-    def ema(self) -> Denoiser: return cast(Denoiser, self.average.module)
+    def ema(self) -> Denoiser:
+        return cast(Denoiser, self.average.module)
+
 
 def begin(
-    c: Config, data: Data,
+    c: Config,
+    data: Data,
     folder: Path,  # of the checkpoints
     earlier: Path | None = None,  # as of `prepare_run`
 ) -> Running:
@@ -473,24 +783,36 @@ def begin(
     ema = cast(Denoiser, average.module.requires_grad_(False))
     saved = load_training(folder, denoiser, ema)
     same({"the step to go on from": saved["step"] if saved else 0})
-    if saved: refuse_others(folder, saved["step"], c, data)
+    if saved:
+        refuse_others(folder, saved["step"], c, data)
     for model in (denoiser, ema):
         distribute(model, devices, c.PLAN, c.TRAINING.PATCH_SIZE)
-        if c.PARALLEL == "fsdp" and ranks() > 1: shard(model)
+        if c.PARALLEL == "fsdp" and ranks() > 1:
+            shard(model)
     loss, params = wrap(Loss(denoiser, c), c), [p for p in denoiser.parameters() if p.requires_grad]
     average.n_averaged = average.n_averaged.to(devices[0])
     optimizer = torch.optim.AdamW(params, c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=c.TRAINING.AMP == "fp16")
-    r = Running(denoiser, average, loss, optimizer, scaler, dict(norms=[], thresholds=[], losses=[], values=[], bad=[], best=-math.inf), 0)
+    r = Running(
+        denoiser,
+        average,
+        loss,
+        optimizer,
+        scaler,
+        dict(norms=[], thresholds=[], losses=[], values=[], bad=[], best=-math.inf),
+        0,
+    )
     if saved:
-        optimizer.load_state_dict(sliced(saved["optimizer"], params)); scaler.load_state_dict(saved["scaler"]); average.n_averaged.fill_(saved["averaged"])
+        optimizer.load_state_dict(sliced(saved["optimizer"], params))
+        scaler.load_state_dict(saved["scaler"])
+        average.n_averaged.fill_(saved["averaged"])
         r.history, r.step = r.history | saved["history"], saved["step"]
     return r
 
-
 # %% ../nbs/04_train_optuna.ipynb #89cb99a0
 def make_step(
-    r: Running, c: Config,
+    r: Running,
+    c: Config,
     batch: list,  # micro-batches of the step, from `Crops`
     epoch: int,
     title: str,
@@ -501,41 +823,64 @@ def make_step(
     try:
         log = train_step(r.loss, c, batch, epoch, r.optimizer, r.scaler, h["norms"])
         r.average.update_parameters(r.denoiser)
-        h["losses"].append(log["loss"]); h["thresholds"].append(log["threshold"])
+        h["losses"].append(log["loss"])
+        h["thresholds"].append(log["threshold"])
         return log
     except Diverged as e:
         h["bad"].append(r.step)
-        if len(h["bad"]) > c.TRAINING.BAD_STEPS: raise
+        if len(h["bad"]) > c.TRAINING.BAD_STEPS:
+            raise
         r.optimizer.zero_grad(set_to_none=True)
-        if rank() == 0: tqdm.write(f"{title}: step {r.step} left out, {e} ({len(h['bad'])} of {c.TRAINING.BAD_STEPS} allowed)")
+        if rank() == 0:
+            tqdm.write(f"{title}: step {r.step} left out, {e} ({len(h['bad'])} of {c.TRAINING.BAD_STEPS} allowed)")
         return {"bad_steps": len(h["bad"])}
+
 
 def header(r: Running, c: Config, epoch: int, meta: dict) -> dict:
     "What a model file of this moment says about itself."
-    return describe(r.ema, c, step=r.step, epoch=epoch, metrics=dict(protocol="unit", psnr=r.history["best"], method="expected"), **meta)
+    return describe(
+        r.ema,
+        c,
+        step=r.step,
+        epoch=epoch,
+        metrics=dict(protocol="unit", psnr=r.history["best"], method="expected"),
+        **meta,
+    )
 
 # %% ../nbs/04_train_optuna.ipynb #72fd57ee
 def judge(
-    r: Running, c: Config, data: Data,
-    folder: Path, epoch: int, meta: dict,  # as of `train_stage`
+    r: Running,
+    c: Config,
+    data: Data,
+    folder: Path,
+    epoch: int,
+    meta: dict,  # as of `train_stage`
 ) -> float:  # dB
     "Validate the averaged network; the best one so far is kept as a file of its own."
     value = validate(r.ema, data, c)
-    if not math.isfinite(value): raise Diverged(f"the validation PSNR is {value}")
+    if not math.isfinite(value):
+        raise Diverged(f"the validation PSNR is {value}")
     r.history["values"].append([epoch, value])
     if value > r.history["best"]:
         r.history["best"] = value
-        save_model(folder/"best.safetensors", r.ema, header(r, c, epoch, meta))
+        save_model(folder / "best.safetensors", r.ema, header(r, c, epoch, meta))
     return value
+
 
 def save(r: Running, c: Config, folder: Path, epoch: int, meta: dict) -> None:
     "Write a checkpoint."
-    state = dict(optimizer=whole(r.optimizer.state_dict()), scaler=r.scaler.state_dict(), averaged=int(r.average.n_averaged), history=r.history)
+    state = dict(
+        optimizer=whole(r.optimizer.state_dict()),
+        scaler=r.scaler.state_dict(),
+        averaged=int(r.average.n_averaged),
+        history=r.history,
+    )
     save_checkpoint(folder, r.step, r.denoiser, r.ema, state, header(r, c, epoch, meta), c.TRAINING.CHECKPOINTS_KEPT)
 
 # %% ../nbs/04_train_optuna.ipynb #8670f6ad
 def train_stage(
-    c: Config, data: Data,
+    c: Config,
+    data: Data,
     folder: Path,  # checkpoints go here; what is there is gone on with
     meta: dict,  # goes into the checkpoint beside settings and metrics: study, trial
     earlier: Path | None = None,  # folder of the stage before
@@ -545,36 +890,78 @@ def train_stage(
     still: bool = False,  # as of `Crops`
 ) -> float:  # best validation PSNR, dB
     "Train from the settings, or from where the folder's checkpoint stands, to the last epoch."
-    r, t, per, watched = begin(c, data, folder, earlier), c.TRAINING, steps_per_epoch(c, len(data.train)), first(lambda: report_to is not None)
+    r, t, per, watched = (
+        begin(c, data, folder, earlier),
+        c.TRAINING,
+        steps_per_epoch(c, len(data.train)),
+        first(lambda: report_to is not None),
+    )
     h, start, steps, meta = r.history, r.step, per * c.EPOCHS, meta | {"cases": divided(data)}
-    if start > steps: raise UserError(f"{folder} has been trained for {start} steps already, more than the {steps} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name")
-    if start == steps and rank() == 0: tidy(folder, t.CHECKPOINTS_KEPT)                 # killed after the last checkpoint, before it was done
-    if 0 < start < steps: print(f"{title}: going on from step {start} of {steps}")
-    for epoch, value in h["values"][-1:]: first(lambda: report(value, epoch))  # killed between the checkpoint and the report
+    if start > steps:
+        raise UserError(
+            f"{folder} has been trained for {start} steps already, more than the {steps} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name"
+        )
+    if start == steps and rank() == 0:
+        tidy(folder, t.CHECKPOINTS_KEPT)  # killed after the last checkpoint, before it was done
+    if 0 < start < steps:
+        print(f"{title}: going on from step {start} of {steps}")
+    for epoch, value in h["values"][-1:]:
+        first(lambda: report(value, epoch))  # killed between the checkpoint and the report
     draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
-    items = iter(DataLoader(Crops(data.train, draws, c, data.line_integrals, data.mm, still), batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=deaf))
+    items = iter(
+        DataLoader(
+            Crops(data.train, draws, c, data.line_integrals, data.mm, still),
+            batch_size=None,
+            num_workers=c.NUM_WORKERS,
+            worker_init_fn=deaf,
+        )
+    )
     bar = tqdm(range(start, steps), desc=title, initial=start, total=steps, unit="step", disable=rank() > 0)
     with Stop() as stop, ExitStack() as at_end:
-        at_end.callback(getattr(items, "_shutdown_workers", lambda: None))  # left to the garbage collector it can take ten seconds
+        at_end.callback(
+            getattr(items, "_shutdown_workers", lambda: None)
+        )  # left to the garbage collector it can take ten seconds
         for step in bar:
-            for group in r.optimizer.param_groups: group["lr"] = t.LEARNING_RATE * lr_factor(step, steps, t.WARMUP_STEPS)
+            for group in r.optimizer.param_groups:
+                group["lr"] = t.LEARNING_RATE * lr_factor(step, steps, t.WARMUP_STEPS)
             begun = time.perf_counter()
-            log: dict[str, Any] = make_step(r, c, [next(items) for _ in range(t.GRADIENT_ACCUMULATION_STEPS)], step // per, title)
+            log: dict[str, Any] = make_step(
+                r, c, [next(items) for _ in range(t.GRADIENT_ACCUMULATION_STEPS)], step // per, title
+            )
             r.step = step + 1
             epoch, done = divmod(r.step, per)
-            if watched: log |= {"lr": r.optimizer.param_groups[0]["lr"], "epoch": epoch, "voxels_per_second": t.GRADIENT_ACCUMULATION_STEPS * c.BATCH_SIZE * t.PATCH_SIZE ** 3 / (time.perf_counter() - begun)} | {f"memory/{k}": v for k, v in peaks().items()}
+            if watched:
+                log |= {
+                    "lr": r.optimizer.param_groups[0]["lr"],
+                    "epoch": epoch,
+                    "voxels_per_second": t.GRADIENT_ACCUMULATION_STEPS
+                    * c.BATCH_SIZE
+                    * t.PATCH_SIZE**3
+                    / (time.perf_counter() - begun),
+                } | {f"memory/{k}": v for k, v in peaks().items()}
             due = lambda every: not done and (epoch % every == 0 or epoch == c.EPOCHS)
-            if due(t.VALIDATION_FREQ): log["psnr"] = judge(r, c, data, folder, epoch, meta)
-            if watched: log |= pictures(r.ema, data, c, epoch, done)
-            if report_to: report_to(log, r.step)                       # told before it is saved: what a checkpoint holds, everybody has heard of
-            asked = total({"asked": stop.asked})["asked"] > 0  # may change at any moment; what is saved here is what is left here
-            if due(t.CHECKPOINT_FREQ) or asked: save(r, c, folder, epoch, meta)
-            bar.set_postfix(loss=f"{h['losses'][-1]:.3f}" if h["losses"] else "-", psnr=f"{h['best']:.2f} dB" if h["values"] else "-")
-            if asked: raise KeyboardInterrupt
-            if "psnr" in log: first(lambda: report(log["psnr"], epoch))
-    if rank() == 0: plot_norms(h["norms"], h["thresholds"], folder/"gradients.png")
+            if due(t.VALIDATION_FREQ):
+                log["psnr"] = judge(r, c, data, folder, epoch, meta)
+            if watched:
+                log |= pictures(r.ema, data, c, epoch, done)
+            if report_to:
+                report_to(log, r.step)  # told before it is saved: what a checkpoint holds, everybody has heard of
+            asked = (
+                total({"asked": stop.asked})["asked"] > 0
+            )  # may change at any moment; what is saved here is what is left here
+            if due(t.CHECKPOINT_FREQ) or asked:
+                save(r, c, folder, epoch, meta)
+            bar.set_postfix(
+                loss=f"{h['losses'][-1]:.3f}" if h["losses"] else "-",
+                psnr=f"{h['best']:.2f} dB" if h["values"] else "-",
+            )
+            if asked:
+                raise KeyboardInterrupt
+            if "psnr" in log:
+                first(lambda: report(log["psnr"], epoch))
+    if rank() == 0:
+        plot_norms(h["norms"], h["thresholds"], folder / "gradients.png")
     return h["best"]
-
 
 # %% ../nbs/04_train_optuna.ipynb #de7b36ef
 def behind(
@@ -583,15 +970,21 @@ def behind(
     stage: str = "",  # its name; none for the run itself
 ) -> Reporter:
     "A reporter that hears a stage's steps after those of the stages before."
-    return lambda values, step: report_to({f"{stage}/{k}" if stage else k: v for k, v in values.items()}, None if step is None else before + step)
+    return lambda values, step: report_to(
+        {f"{stage}/{k}" if stage else k: v for k, v in values.items()}, None if step is None else before + step
+    )
+
 
 def as_scanned(c: Config) -> bool:
     "Whether a run makes too few passes over the cases to know one by heart, so that none is changed (chapter 00f)."
     return sum(c.TRAINING.COARSE_EPOCHS) + c.EPOCHS < c.TRAINING.AUGMENT.PASSES
 
+
 def train_run(
-    c: Config, data: Data,
-    folder: Path, meta: dict,  # as of `train_stage`
+    c: Config,
+    data: Data,
+    folder: Path,
+    meta: dict,  # as of `train_stage`
     report: Callable[[float, int], None] = lambda value, epoch: None,  # as of `train_stage`, for the last stage
     report_to: Reporter | None = None,  # hears of each step of every stage
     title: str = "training",
@@ -600,27 +993,47 @@ def train_run(
     plan, before, earlier, still = stages(c, data), 0, None, as_scanned(c)
     for i, (_, s, d) in enumerate(plan[:-1]):
         names = [name for name, *_ in reversed(plan[i:-1])]
-        train_stage(s, d, folder.joinpath(*names), meta, earlier, report_to=report_to and behind(report_to, before, "/".join(names)), title=", ".join([title, *names]), still=still)
+        train_stage(
+            s,
+            d,
+            folder.joinpath(*names),
+            meta,
+            earlier,
+            report_to=report_to and behind(report_to, before, "/".join(names)),
+            title=", ".join([title, *names]),
+            still=still,
+        )
         before, earlier = before + s.EPOCHS * steps_per_epoch(s, len(d.train)), folder.joinpath(*names)
     return train_stage(c, data, folder, meta, earlier, report, report_to and behind(report_to, before), title, still)
-
 
 # %% ../nbs/04_train_optuna.ipynb #1f07703f
 class Stop:
     "Context manager: the first SIGINT or SIGTERM sets `asked`, a second one interrupts; within a second of the first it is an echo, for torchrun passes Ctrl-C on to processes that heard it themselves."
+
     asked, since = False, 0.0
+
     def __enter__(self):
         def handle(number, frame):
-            if self.asked and time.monotonic() < self.since + 1: return
-            if self.asked: raise KeyboardInterrupt
+            if self.asked and time.monotonic() < self.since + 1:
+                return
+            if self.asked:
+                raise KeyboardInterrupt
             self.asked, self.since = True, time.monotonic()
-            if rank() == 0: tqdm.write("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
-        try: self.old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError: self.old = {}  # not in the main thread: signals are somebody else's
+            if rank() == 0:
+                tqdm.write("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
+
+        try:
+            self.old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            self.old = {}  # not in the main thread: signals are somebody else's
         return self
+
     def __exit__(self, kind, *args):
-        for s, old in self.old.items(): signal.signal(s, old)
-        if self.asked and kind in (None, optuna.TrialPruned, Diverged): raise KeyboardInterrupt  # asked too late for the loop, but before the next trial
+        for s, old in self.old.items():
+            signal.signal(s, old)
+        if self.asked and kind in (None, optuna.TrialPruned, Diverged):
+            raise KeyboardInterrupt  # asked too late for the loop, but before the next trial
+
 
 def deaf(worker: int) -> None:
     "Take a reading process out of the group that Ctrl-C goes to: the training process still needs it for the step."
@@ -629,12 +1042,14 @@ def deaf(worker: int) -> None:
 # %% ../nbs/04_train_optuna.ipynb #70bd6d7f
 def pictures(ema: Denoiser, data: Data, c: Config, epoch: int, done: int, most: int = 3) -> dict[str, plt.Figure]:
     "MPR of the first validation cases, at the end of every VISUALIZATION_FREQ-th epoch."
-    if done or epoch % c.TRAINING.VISUALIZATION_FREQ and epoch != c.EPOCHS: return {}
+    if done or epoch % c.TRAINING.VISUALIZATION_FREQ and epoch != c.EPOCHS:
+        return {}
     drawn = {}
     for case in (data.valid[i] for i in range(min(most, len(data.valid)))):
         x = reconstruct(ema, case.views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
         drawn[f"MPR/{case.name}"] = picture(x, case, ema.window, (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX))
     return drawn
+
 
 def case_table(folder: Path, data: Data, device: str | torch.device = "cpu") -> list[dict[str, Any]]:
     "One row a validation case: the best model's figures, beside the PSNR of what needs no learning."
@@ -642,9 +1057,17 @@ def case_table(folder: Path, data: Data, device: str | torch.device = "cpu") -> 
     c, d = model.config, model.denoiser
     floor = "consistent_mean" if "consistent_mean" in methods_of(d) else "mean"
     for case in (data.valid[i] for i in range(len(data.valid))):
-        x, low = (reconstruct(d, case.views, m, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP]).float().cpu() for m in ("expected", floor))
+        x, low = (
+            reconstruct(d, case.views, m, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
+            .float()
+            .cpu()
+            for m in ("expected", floor)
+        )
         m = metrics(x[0], case.volume[0], d.window, air=c.DATA.AIR_THRESHOLD)
-        rows.append({"case": case.name, f"psnr of {floor}": psnr(low, case.volume)} | {k: m[k] for k in ("psnr", "ssim", "mae_hu", "mae_hu_body")})
+        rows.append(
+            {"case": case.name, f"psnr of {floor}": psnr(low, case.volume)}
+            | {k: m[k] for k in ("psnr", "ssim", "mae_hu", "mae_hu_body")}
+        )
     return rows
 
 # %% ../nbs/04_train_optuna.ipynb #6564134f
@@ -653,23 +1076,39 @@ def check_study(
     c: Config,  # reads OPTUNA.STORAGE
 ) -> bool:  # whether there is a file to go on with
     "Refuse a name that is no file name, and a file that is no study; what a killed process has half written there, SQLite takes back."
-    if re.fullmatch(r"best|single|trial_\d+", name): raise UserError(f"checkpoints/{name} leads to the newest run of that name in any study; choose another --study_name")
-    if not re.fullmatch(r"\w[\w.-]*", name): raise UserError(f"study name {name!r} must be letters, digits, '.', '_' and '-', beginning with a letter or digit, since it names a file")
+    if re.fullmatch(r"best|single|trial_\d+", name):
+        raise UserError(
+            f"checkpoints/{name} leads to the newest run of that name in any study; choose another --study_name"
+        )
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(
+            f"study name {name!r} must be letters, digits, '.', '_' and '-', beginning with a letter or digit, since it names a file"
+        )
     file = Path(f"{name}.db")
     if not c.OPTUNA.STORAGE and file.exists():
         try:
-            with closing(sqlite3.connect(f"file:{file}?mode=rw", 60, uri=True)) as db: tables = {row[0] for row in db.execute("select name from sqlite_master where type = 'table'")}
-        except sqlite3.OperationalError as e: raise UserError(f"{file} cannot be opened ({e}); check its rights and that no other program holds it") from None
-        except sqlite3.DatabaseError: raise UserError(f"{file} is not an SQLite database; move it away or choose another --study_name") from None
-        if tables and "studies" not in tables: raise UserError(f"{file} is a database but not an Optuna study; move it away or choose another --study_name")
+            with closing(sqlite3.connect(f"file:{file}?mode=rw", 60, uri=True)) as db:
+                tables = {row[0] for row in db.execute("select name from sqlite_master where type = 'table'")}
+        except sqlite3.OperationalError as e:
+            raise UserError(
+                f"{file} cannot be opened ({e}); check its rights and that no other program holds it"
+            ) from None
+        except sqlite3.DatabaseError:
+            raise UserError(f"{file} is not an SQLite database; move it away or choose another --study_name") from None
+        if tables and "studies" not in tables:
+            raise UserError(
+                f"{file} is a database but not an Optuna study; move it away or choose another --study_name"
+            )
     return file.exists()
 
 # %% ../nbs/04_train_optuna.ipynb #7071f74e
 def journal(path: str) -> optuna.storages.BaseStorage:
     "A study in a log file, safe on network disks."
     from optuna.storages.journal import JournalFileBackend
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return optuna.storages.JournalStorage(JournalFileBackend(path))
+
 
 def open_study(
     name: str,
@@ -677,30 +1116,62 @@ def open_study(
     create: bool = True,  # False: it must be there
 ) -> optuna.Study:
     "Create a study or go on with it."
-    place, patience = c.OPTUNA.STORAGE or f"sqlite:///{name}.db", {"connect_args": {"timeout": 60}}  # s that a worker waits for the others' writes
+    place, patience = (
+        c.OPTUNA.STORAGE or f"sqlite:///{name}.db",
+        {"connect_args": {"timeout": 60}},
+    )  # s that a worker waits for the others' writes
     absent = UserError(f"there is no study {name} yet; run the search first, without --retrain_best")
-    if not check_study(name, c) and not c.OPTUNA.STORAGE and not create: raise absent
-    pruner = {"median": optuna.pruners.MedianPruner(c.OPTUNA.STARTUP_TRIALS), "hyperband": optuna.pruners.HyperbandPruner(max_resource=c.EPOCHS), "none": optuna.pruners.NopPruner()}[c.OPTUNA.PRUNER]
+    if not check_study(name, c) and not c.OPTUNA.STORAGE and not create:
+        raise absent
+    pruner = {
+        "median": optuna.pruners.MedianPruner(c.OPTUNA.STARTUP_TRIALS),
+        "hyperband": optuna.pruners.HyperbandPruner(max_resource=c.EPOCHS),
+        "none": optuna.pruners.NopPruner(),
+    }[c.OPTUNA.PRUNER]
     turn = os.open(".", os.O_RDONLY)  # locked, since two processes that make the same tables at once fail
     try:
         fcntl.flock(turn, fcntl.LOCK_EX)
         for again in (True, True, False):  # another machine does not see the lock
             try:
-                storage = journal(place.removeprefix("journal:")) if place.startswith("journal:") else optuna.storages.RDBStorage(place, dict(pool_pre_ping=True) | (patience if place.startswith("sqlite") else {}))
-                study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True) if create else optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+                storage = (
+                    journal(place.removeprefix("journal:"))
+                    if place.startswith("journal:")
+                    else optuna.storages.RDBStorage(
+                        place, dict(pool_pre_ping=True) | (patience if place.startswith("sqlite") else {})
+                    )
+                )
+                study = (
+                    optuna.create_study(
+                        storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
+                    )
+                    if create
+                    else optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+                )
                 trials = study.get_trials(deepcopy=False)
                 break
             except (IntegrityError, ProgrammingError):
-                if not again: raise
+                if not again:
+                    raise
                 time.sleep(1)
-    except KeyError: raise absent from None
-    except ImportError as e: raise UserError(f"OPTUNA.STORAGE needs the Python package {e.name}, which is not installed (for PostgreSQL: pip install psycopg2-binary)") from None
-    except Exception as e: raise UserError(f"the study's storage {place if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs") from None
-    finally: os.close(turn)
+    except KeyError:
+        raise absent from None
+    except ImportError as e:
+        raise UserError(
+            f"OPTUNA.STORAGE needs the Python package {e.name}, which is not installed (for PostgreSQL: pip install psycopg2-binary)"
+        ) from None
+    except Exception as e:
+        raise UserError(
+            f"the study's storage {place if not c.OPTUNA.STORAGE else 'at OPTUNA.STORAGE'} cannot be opened ({type(e).__name__}); check the URL and that its server runs"
+        ) from None
+    finally:
+        os.close(turn)
     for t in trials:
         for key, d in t.distributions.items():
             r = c.OPTUNA.PARAMS.get(key)
-            if r and getattr(d, "choices", None) != (r.choices and tuple(map(json.dumps, r.choices))): raise UserError(f"OPTUNA.PARAMS.{key}: its choices are not those of trial {t.number} of study {name}; restore them, or use another --study_name")
+            if r and getattr(d, "choices", None) != (r.choices and tuple(map(json.dumps, r.choices))):
+                raise UserError(
+                    f"OPTUNA.PARAMS.{key}: its choices are not those of trial {t.number} of study {name}; restore them, or use another --study_name"
+                )
     return study
 
 # %% ../nbs/04_train_optuna.ipynb #b2cac874
@@ -716,16 +1187,20 @@ def suggest(
             value = json.loads(trial.suggest_categorical(key, text))
         else:
             low, high = float(r.low or 0), float(r.high or 0)
-            if low.is_integer() and high.is_integer() and isinstance(current(c, key), int): value = trial.suggest_int(key, int(low), int(high), step=int(r.step or 1), log=r.log)
-            else: value = trial.suggest_float(key, low, high, step=r.step, log=r.log)
+            if low.is_integer() and high.is_integer() and isinstance(current(c, key), int):
+                value = trial.suggest_int(key, int(low), int(high), step=int(r.step or 1), log=r.log)
+            else:
+                value = trial.suggest_float(key, low, high, step=r.step, log=r.log)
         set_key(c, key, value, f"OPTUNA.PARAMS.{key}")
     return check_config(c)
 
 # %% ../nbs/04_train_optuna.ipynb #4c5e657f
 def current(c: Config, key: str) -> Any:
     "The present value of a dotted key."
-    for part in key.split("."): c = getattr(c, part)
+    for part in key.split("."):
+        c = getattr(c, part)
     return c
+
 
 def taken(
     trial: optuna.trial.FrozenTrial,
@@ -733,30 +1208,43 @@ def taken(
 ) -> Config:
     "The settings with the values of a trial, whatever is searched now."
     c = c.model_copy(deep=True)
-    for key, v in trial.params.items(): set_key(c, key, json.loads(v) if isinstance(v, str) else v, f"trial {trial.number}")
+    for key, v in trial.params.items():
+        set_key(c, key, json.loads(v) if isinstance(v, str) else v, f"trial {trial.number}")
     return check_config(c)
+
 
 def start_values(c: Config) -> dict:
     "The settings' own values where the search space holds them."
     now = {k: current(c, k) for k in c.OPTUNA.PARAMS}
     held = lambda v, r: v in r.choices if r.choices is not None else r.low <= v <= r.high and not r.step
-    return {k: json.dumps(r.choices[r.choices.index(now[k])]) if r.choices is not None else now[k] for k, r in c.OPTUNA.PARAMS.items() if held(now[k], r)}  # 1 for 1.0, as the choice is written
+    return {
+        k: json.dumps(r.choices[r.choices.index(now[k])]) if r.choices is not None else now[k]
+        for k, r in c.OPTUNA.PARAMS.items()
+        if held(now[k], r)
+    }  # 1 for 1.0, as the choice is written
 
 # %% ../nbs/04_train_optuna.ipynb #c9fb23ee
 class Sampler(optuna.samplers.TPESampler):
     "Optuna's TPE for one trial, whose draws can be repeated."
-    def __init__(self,
+
+    def __init__(
+        self,
         c: Config,
         number: int,  # of the trial
     ):
         self.how: dict[str, Any] = dict(seed=c.SEED + number, n_startup_trials=max(4, c.OPTUNA.STARTUP_TRIALS))
         self.start = {} if number else start_values(c)
         super().__init__(**self.how)
-    def infer_relative_search_space(self, study, trial): return {} if self.start else super().infer_relative_search_space(study, trial)
+
+    def infer_relative_search_space(self, study, trial):
+        return {} if self.start else super().infer_relative_search_space(study, trial)
+
     def sample_independent(self, study, trial, param_name, param_distribution):
-        if param_name in self.start: return self.start[param_name]
+        if param_name in self.start:
+            return self.start[param_name]
         draws = optuna.samplers.TPESampler(**self.how)
-        for name, d in trial.distributions.items(): draws.sample_independent(study, trial, name, d)
+        for name, d in trial.distributions.items():
+            draws.sample_independent(study, trial, name, d)
         return draws.sample_independent(study, trial, param_name, param_distribution)
 
 # %% ../nbs/04_train_optuna.ipynb #5ccd3b34
@@ -764,42 +1252,55 @@ def try_lock(folder: Path) -> Any | None:
     "Hold a trial's lock; `None` if a living process has it."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        f = open(folder/"lock", "w")
-    except OSError as e: raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: f.close(); return None
+        f = open(folder / "lock", "w")
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        f.close()
+        return None
     return f
+
 
 def turn(root: Path) -> Any:
     "A study's lock, waited for: what the processes of its folder do one at a time."
-    while not (lock := try_lock(root)): time.sleep(0.05)
+    while not (lock := try_lock(root)):
+        time.sleep(0.05)
     return lock
+
 
 def link(folder: Path) -> None:
     "Point `checkpoints/<name>` at a folder of a study."
-    place, target = folder.parent.parent/folder.name, Path(folder.parent.name)/folder.name
-    if place.exists() and not place.is_symlink(): return
+    place, target = folder.parent.parent / folder.name, Path(folder.parent.name) / folder.name
+    if place.exists() and not place.is_symlink():
+        return
     new = place.with_name(f".{place.name}.{os.getpid()}")
-    try: new.unlink(missing_ok=True); new.symlink_to(target); new.replace(place)
-    except OSError: pass  # a disk without links
-
+    try:
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        new.replace(place)
+    except OSError:
+        pass  # a disk without links
 
 # %% ../nbs/04_train_optuna.ipynb #e029beb6
 def from_queue(
-    study: optuna.Study, trials: list[optuna.trial.FrozenTrial],
+    study: optuna.Study,
+    trials: list[optuna.trial.FrozenTrial],
     home: str,  # `folder_id`
 ) -> int | None:  # its number
     "Begin a trial that was put into the study's queue."
     tell = study._storage.set_trial_user_attr
     for t in trials:
-        if t.state != optuna.trial.TrialState.WAITING: continue
+        if t.state != optuna.trial.TrialState.WAITING:
+            continue
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
-            tell(t._trial_id, "alive", time.time()); tell(t._trial_id, "folder", home)  # before it begins, since a process may die between the two
+            tell(t._trial_id, "alive", time.time())
+            tell(t._trial_id, "folder", home)  # before it begins, since a process may die between the two
             if study._storage.set_trial_state_values(t._trial_id, optuna.trial.TrialState.RUNNING):
-                tell(t._trial_id, "folder", home)                                       # another machine may have written there, before it was refused
+                tell(t._trial_id, "folder", home)  # another machine may have written there, before it was refused
                 return t.number
     return None
-
 
 # %% ../nbs/04_train_optuna.ipynb #0e2306fd
 @contextmanager
@@ -809,85 +1310,155 @@ def alive(
 ) -> Iterator[None]:
     "Let other machines know, ten times in a grace, that somebody works at a trial."
     over = threading.Event()
+
     def tell():
         while not over.wait(grace / 10):
-            with suppress(Exception): trial.set_user_attr("alive", time.time())  # a study that is out of reach is the loop's affair
+            with suppress(Exception):
+                trial.set_user_attr("alive", time.time())  # a study that is out of reach is the loop's affair
+
     trial.set_user_attr("alive", time.time())
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
-    try: yield
-    finally: over.set(); thread.join()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
 
 def give_up(
-    study: optuna.Study, t: optuna.trial.FrozenTrial,
+    study: optuna.Study,
+    t: optuna.trial.FrozenTrial,
     c: Config,  # reads OPTUNA.GRACE
 ) -> None:
     "FAIL a trial whose machine is silent, and put its values into the queue."
     why = f"no sign of life for {c.OPTUNA.GRACE:g} s"
-    with suppress(optuna.exceptions.UpdateFinishedTrialError):                  # another was quicker, or it has just ended
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another was quicker, or it has just ended
         study._storage.set_trial_user_attr(t._trial_id, "failed", why)
         study._storage.set_trial_state_values(t._trial_id, optuna.trial.TrialState.FAIL)
         study.enqueue_trial(t.params, user_attrs={"instead_of": t.number})
         tqdm.write(f"trial {t.number} is given up: its machine gave {why}; its values are tried again")
 
-
 # %% ../nbs/04_train_optuna.ipynb #0cc617ff
 def next_trial(
-    study: optuna.Study, c: Config,
+    study: optuna.Study,
+    c: Config,
     root: Path,  # checkpoints/<study>
 ) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
     "An interrupted trial, else one from the queue, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
-    def ours(t): return t.state == optuna.trial.TrialState.RUNNING and t.user_attrs.get("folder") == home
+
+    def ours(t):
+        return t.state == optuna.trial.TrialState.RUNNING and t.user_attrs.get("folder") == home
+
     with turn(root):
-        home, most, queued, since, said = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False))), set(), time.time(), False
+        home, most, queued, since, said = (
+            folder_id(root),
+            max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False))),
+            set(),
+            time.time(),
+            False,
+        )
         while True:
             trials = study.get_trials(deepcopy=False)
             for t in filter(ours, trials):
-                if not (lock := try_lock(root/f"trial_{t.number}")): continue
-                if not ours(study.get_trials(deepcopy=False)[t.number]): lock.close(); continue  # somebody alive has just ended it
-                if t.number >= most and t.number not in queued: study.tell(t.number, state=optuna.trial.TrialState.FAIL); lock.close(); continue  # another machine was quicker
-                view = optuna.load_study(study_name=study.study_name, storage=study._storage, sampler=Sampler(c, t.number), pruner=study.pruner)
+                if not (lock := try_lock(root / f"trial_{t.number}")):
+                    continue
+                if not ours(study.get_trials(deepcopy=False)[t.number]):
+                    lock.close()
+                    continue  # somebody alive has just ended it
+                if t.number >= most and t.number not in queued:
+                    study.tell(t.number, state=optuna.trial.TrialState.FAIL)
+                    lock.close()
+                    continue  # another machine was quicker
+                view = optuna.load_study(
+                    study_name=study.study_name,
+                    storage=study._storage,
+                    sampler=Sampler(c, t.number),
+                    pruner=study.pruner,
+                )
                 return optuna.trial.Trial(view, t._trial_id), lock
-            there = [t for t in trials if t.state == optuna.trial.TrialState.RUNNING and "alive" in t.user_attrs and t.user_attrs["folder"] != home]
-            if silent := [t for t in there if time.time() > t.user_attrs["alive"] + c.OPTUNA.GRACE]: give_up(study, silent[0], c)
-            elif (number := from_queue(study, trials, home)) is not None: queued.add(number)
-            elif len(trials) < c.OPTUNA.N_TRIALS: study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs={"folder": home, "alive": time.time()}))
+            there = [
+                t
+                for t in trials
+                if t.state == optuna.trial.TrialState.RUNNING
+                and "alive" in t.user_attrs
+                and t.user_attrs["folder"] != home
+            ]
+            if silent := [t for t in there if time.time() > t.user_attrs["alive"] + c.OPTUNA.GRACE]:
+                give_up(study, silent[0], c)
+            elif (number := from_queue(study, trials, home)) is not None:
+                queued.add(number)
+            elif len(trials) < c.OPTUNA.N_TRIALS:
+                study.add_trial(
+                    optuna.trial.create_trial(
+                        state=optuna.trial.TrialState.RUNNING, user_attrs={"folder": home, "alive": time.time()}
+                    )
+                )
             elif waiting := [t.number for t in there if t.user_attrs["alive"] < since]:
-                if not said: said = True; tqdm.write(f"waiting to hear of trial {waiting[0]} of another machine, {c.OPTUNA.GRACE:g} s at most")
-                first(dict)                                   # the other ranks wait with this one, and would lose patience without a word
+                if not said:
+                    said = True
+                    tqdm.write(
+                        f"waiting to hear of trial {waiting[0]} of another machine, {c.OPTUNA.GRACE:g} s at most"
+                    )
+                first(dict)  # the other ranks wait with this one, and would lose patience without a word
                 time.sleep(min(1, c.OPTUNA.GRACE / 10))
-            else: return None
-
+            else:
+                return None
 
 # %% ../nbs/04_train_optuna.ipynb #0dff18fe
-SILENT = (optuna.exceptions.StorageInternalError, DBAPIError, PendingRollbackError)  # what Optuna and SQLAlchemy raise where a storage fails
+SILENT = (
+    optuna.exceptions.StorageInternalError,
+    DBAPIError,
+    PendingRollbackError,
+)  # what Optuna and SQLAlchemy raise where a storage fails
 PATIENCE = 300  # s that a study may be out of reach
+
 
 def passing(e: Exception) -> str:  # its first line; empty where waiting is no use
     "Whether a storage's failure is one that passes: a server that restarts, a file that others are writing; not a full disk."
     cause = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) else e
-    if isinstance(cause, PendingRollbackError): return "a lost connection"  # what a session says that was cut off within a transaction
-    if not isinstance(cause, DBAPIError) or not (cause.connection_invalidated or isinstance(cause, (OperationalError, InterfaceError))): return ""
-    if isinstance(cause.orig, sqlite3.Error) and "locked" not in str(cause.orig): return ""
+    if isinstance(cause, PendingRollbackError):
+        return "a lost connection"  # what a session says that was cut off within a transaction
+    if not isinstance(cause, DBAPIError) or not (
+        cause.connection_invalidated or isinstance(cause, (OperationalError, InterfaceError))
+    ):
+        return ""
+    if isinstance(cause.orig, sqlite3.Error) and "locked" not in str(cause.orig):
+        return ""
     return str(cause.orig).strip().splitlines()[0]
 
 # %% ../nbs/04_train_optuna.ipynb #ba536724
-def lead(c: Config, data: Data, folder: Path, meta: dict, report: Callable, report_to: Reporter | None, title: str) -> float:
+def lead(
+    c: Config, data: Data, folder: Path, meta: dict, report: Callable, report_to: Reporter | None, title: str
+) -> float:
     "`train_run` on rank 0, with the other ranks behind it; at its end the cases and the model are reported."
     first(lambda: dict(c=c.model_dump(), folder=folder, meta=meta, title=title))
     value = train_run(c, data, folder, meta, report, report_to, title)
-    if report_to: report_to({"cases": case_table(folder, data, train_devices(c)[0]), "model": folder/"best.safetensors"}, None)
+    if report_to:
+        report_to({"cases": case_table(folder, data, train_devices(c)[0]), "model": folder / "best.safetensors"}, None)
     return value
+
 
 def follow(data: Data, mine: Config) -> None:
     "What the other ranks do: train what rank 0 trains, until it says that there is no more."
     while (job := first(lambda: None)) is not None:
-        if not job: continue                                  # rank 0 is waiting itself
-        try: train_run(Config.model_validate(job["c"] | {"DEVICES": mine.DEVICES}), data, job["folder"], job["meta"], title=job["title"])
-        except (optuna.TrialPruned, Diverged, optuna.exceptions.UpdateFinishedTrialError, *SILENT): pass
+        if not job:
+            continue  # rank 0 is waiting itself
+        try:
+            train_run(
+                Config.model_validate(job["c"] | {"DEVICES": mine.DEVICES}),
+                data,
+                job["folder"],
+                job["meta"],
+                title=job["title"],
+            )
+        except (optuna.TrialPruned, Diverged, optuna.exceptions.UpdateFinishedTrialError, *SILENT):
+            pass
+
 
 class NoRoom(Exception):
     "A training step does not fit into memory."
+
 
 def fitting(
     c: Config,
@@ -895,69 +1466,121 @@ def fitting(
 ) -> float:
     "Train; where a step does not fit, once more in pieces of half the size (one process only: several would have to agree)."
     for last in (False, True):
-        try: return train(c)
+        try:
+            return train(c)
         except RuntimeError as e:
-            if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)) or ranks() > 1: raise
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU" if torch.cuda.is_available() else f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
-        if last or c.BATCH_SIZE % 2: break
+            if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)) or ranks() > 1:
+                raise
+            peak = (
+                f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
+                if torch.cuda.is_available()
+                else f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+            )
+        if last or c.BATCH_SIZE % 2:
+            break
         c = c.model_copy(deep=True)
-        c.BATCH_SIZE, c.TRAINING.GRADIENT_ACCUMULATION_STEPS = c.BATCH_SIZE // 2, 2 * c.TRAINING.GRADIENT_ACCUMULATION_STEPS
-        tqdm.write(f"out of memory at {peak}; once more with BATCH_SIZE {c.BATCH_SIZE} and GRADIENT_ACCUMULATION_STEPS {c.TRAINING.GRADIENT_ACCUMULATION_STEPS}")
-    raise NoRoom(f"out of memory at {peak} with BATCH_SIZE {c.BATCH_SIZE}; lower TRAINING.PATCH_SIZE or MODEL.SCALE, set MODEL.UNET.CHECKPOINTING=true, or give it more DEVICES")
+        c.BATCH_SIZE, c.TRAINING.GRADIENT_ACCUMULATION_STEPS = (
+            c.BATCH_SIZE // 2,
+            2 * c.TRAINING.GRADIENT_ACCUMULATION_STEPS,
+        )
+        tqdm.write(
+            f"out of memory at {peak}; once more with BATCH_SIZE {c.BATCH_SIZE} and GRADIENT_ACCUMULATION_STEPS {c.TRAINING.GRADIENT_ACCUMULATION_STEPS}"
+        )
+    raise NoRoom(
+        f"out of memory at {peak} with BATCH_SIZE {c.BATCH_SIZE}; lower TRAINING.PATCH_SIZE or MODEL.SCALE, set MODEL.UNET.CHECKPOINTING=true, or give it more DEVICES"
+    )
 
 # %% ../nbs/04_train_optuna.ipynb #00754dc2
 def run_trial(
-    study: optuna.Study, trial: optuna.Trial, c: Config, data: Data,
+    study: optuna.Study,
+    trial: optuna.Trial,
+    c: Config,
+    data: Data,
     folder: Path,
 ) -> None:
     "Train one trial and tell the study."
     now = study.get_trials(deepcopy=False)[trial.number]
+
     def report(value, epoch):
-        if epoch not in now.intermediate_values: trial.report(value, epoch)
-        if trial.should_prune(): raise optuna.TrialPruned(f"{value:.2f} dB after epoch {epoch}, stopped by OPTUNA.PRUNER={c.OPTUNA.PRUNER}")
+        if epoch not in now.intermediate_values:
+            trial.report(value, epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"{value:.2f} dB after epoch {epoch}, stopped by OPTUNA.PRUNER={c.OPTUNA.PRUNER}")
+
     link(folder)
     run, ended = None, dict[str, Any](state=optuna.trial.TrialState.FAIL)
     try:
         try:
             settings = suggest(trial, c)
-            if strange := now.system_attrs.get("fixed_params", {}).keys() - c.OPTUNA.PARAMS.keys(): raise UserError(f"{', '.join(sorted(strange))} is no key of OPTUNA.PARAMS")
-        except (UserError, ValueError) as e: raise optuna.TrialPruned(f"its values cannot be used: {e}") from None
+            if strange := now.system_attrs.get("fixed_params", {}).keys() - c.OPTUNA.PARAMS.keys():
+                raise UserError(f"{', '.join(sorted(strange))} is no key of OPTUNA.PARAMS")
+        except (UserError, ValueError) as e:
+            raise optuna.TrialPruned(f"its values cannot be used: {e}") from None
         run = start_wandb(settings, study.study_name, f"trial_{trial.number}", "trial", folder)
         report_to = to_wandb(run, folder)
-        value = fitting(settings, lambda c: lead(c, data, folder, dict(study=study.study_name, trial=trial.number), report, report_to, f"trial {trial.number}"))
+        value = fitting(
+            settings,
+            lambda c: lead(
+                c,
+                data,
+                folder,
+                dict(study=study.study_name, trial=trial.number),
+                report,
+                report_to,
+                f"trial {trial.number}",
+            ),
+        )
         ended = dict(values=value)
     except NoRoom as e:
-        trial.set_user_attr("failed", str(e)); ended = dict(state=optuna.trial.TrialState.FAIL)
+        trial.set_user_attr("failed", str(e))
+        ended = dict(state=optuna.trial.TrialState.FAIL)
         tqdm.write(f"trial {trial.number} failed: {e}")
     except (optuna.TrialPruned, Diverged) as e:
-        trial.set_user_attr("pruned", str(e)); ended = dict(state=optuna.trial.TrialState.PRUNED)
+        trial.set_user_attr("pruned", str(e))
+        ended = dict(state=optuna.trial.TrialState.PRUNED)
         tqdm.write(f"trial {trial.number} pruned: {e}")
-        if run: run.summary["pruned"] = str(e)
-    except (KeyboardInterrupt, UserError, optuna.exceptions.UpdateFinishedTrialError, *SILENT): ended = {}; raise
+        if run:
+            run.summary["pruned"] = str(e)
+    except (KeyboardInterrupt, UserError, optuna.exceptions.UpdateFinishedTrialError, *SILENT):
+        ended = {}
+        raise
     except Exception as e:
-        if lost(e): ended = {}                                # the trial is as good as before
-        else: trial.set_user_attr("failed", f"{type(e).__name__}: {e}")
+        if lost(e):
+            ended = {}  # the trial is as good as before
+        else:
+            trial.set_user_attr("failed", f"{type(e).__name__}: {e}")
         raise
     finally:
-        if ended: study.tell(trial, **ended, skip_if_finished=True)
-        if run: run.finish()
+        if ended:
+            study.tell(trial, **ended, skip_if_finished=True)
+        if run:
+            run.finish()
 
 # %% ../nbs/04_train_optuna.ipynb #812de447
 def search(
-    study: optuna.Study, c: Config, data: Data,
+    study: optuna.Study,
+    c: Config,
+    data: Data,
     root: Path,  # checkpoints/<study>
 ) -> None:
     "Run trials until the study has OPTUNA.N_TRIALS."
     since = None
     while True:
         try:
-            if (got := next_trial(study, c, root)) is None: return
+            if (got := next_trial(study, c, root)) is None:
+                return
             since, (trial, lock) = None, got
-            with lock, alive(trial, c.OPTUNA.GRACE): run_trial(study, trial, c, data, root/f"trial_{trial.number}")
-        except optuna.exceptions.UpdateFinishedTrialError: tqdm.write("the trial was given up by another machine, which had heard nothing of it; going on with the next")
+            with lock, alive(trial, c.OPTUNA.GRACE):
+                run_trial(study, trial, c, data, root / f"trial_{trial.number}")
+        except optuna.exceptions.UpdateFinishedTrialError:
+            tqdm.write(
+                "the trial was given up by another machine, which had heard nothing of it; going on with the next"
+            )
         except SILENT as e:
-            if not (why := passing(e)) or since and time.monotonic() > since + PATIENCE: raise
-            if not since: tqdm.write(f"the study does not answer ({why}); waiting for it, and going on from the last checkpoint")
+            if not (why := passing(e)) or since and time.monotonic() > since + PATIENCE:
+                raise
+            if not since:
+                tqdm.write(f"the study does not answer ({why}); waiting for it, and going on from the last checkpoint")
             since = since or time.monotonic()
             time.sleep(1)
 
@@ -965,8 +1588,13 @@ def search(
 def save_plots(study: optuna.Study, root: Path) -> list[Path]:
     "Optimisation history and parameter importances, where there are trials enough to draw them."
     from optuna.visualization import matplotlib as draw_with
+
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    plots = {"history": draw_with.plot_optimization_history} | ({"importances": draw_with.plot_param_importances} if len(done) > 1 and len({t.value for t in done}) > 1 and study.best_params else {})
+    plots = {"history": draw_with.plot_optimization_history} | (
+        {"importances": draw_with.plot_param_importances}
+        if len(done) > 1 and len({t.value for t in done}) > 1 and study.best_params
+        else {}
+    )
     saved = []
     with turn(root):
         sweep(root)
@@ -975,9 +1603,10 @@ def save_plots(study: optuna.Study, root: Path) -> list[Path]:
                 warnings.simplefilter("ignore")
                 plot(study)
             fig = plt.gcf()
-            saved.append(write_atomic(root/f"{name}.png", lambda p: fig.savefig(p, dpi=80, bbox_inches="tight")))
+            saved.append(write_atomic(root / f"{name}.png", lambda p: fig.savefig(p, dpi=80, bbox_inches="tight")))
             plt.close(fig)
     return saved
+
 
 def show_result(folder: Path, data: Data, device: str = "cpu", most: int = 4) -> str:
     "Write MPR pictures of validation cases, and say how the model stands against the floors."
@@ -985,16 +1614,32 @@ def show_result(folder: Path, data: Data, device: str = "cpu", most: int = 4) ->
     c, d = model.config, model.denoiser
     names = {"mean": "mean training volume", "consistent_mean": "consistent mean", "expected": "this model"}
     figures = ", ".join(f"{name} {validate(d, data, c, m):.2f} dB" for m, name in names.items() if m in methods_of(d))
-    made = [(case, reconstruct(d, case.views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])) for case in map(data.valid.__getitem__, range(min(most, len(data.valid))))]
+    made = [
+        (
+            case,
+            reconstruct(d, case.views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP]),
+        )
+        for case in map(data.valid.__getitem__, range(min(most, len(data.valid))))
+    ]
     with turn(folder.parent):
-        sweep(folder/"visualizations")
-        for case, x in made: picture(x, case, d.window, (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX), folder/"visualizations"/f"{case.name}_mpr.png")
-    return f"PSNR (unit protocol, {len(data.valid)} validation cases): {figures}\npictures: {folder/'visualizations'}"
+        sweep(folder / "visualizations")
+        for case, x in made:
+            picture(
+                x,
+                case,
+                d.window,
+                (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX),
+                folder / "visualizations" / f"{case.name}_mpr.png",
+            )
+    return f"PSNR (unit protocol, {len(data.valid)} validation cases): {figures}\npictures: {folder / 'visualizations'}"
 
 # %% ../nbs/04_train_optuna.ipynb #22d12077
 def parser() -> argparse.ArgumentParser:
     "Options of `diffx2ct_train`."
-    p = argparse.ArgumentParser(prog="diffx2ct_train", formatter_class=argparse.RawDescriptionHelpFormatter, description="Train a model that makes a CT volume from two X-ray views, with an Optuna search or without.",
+    p = argparse.ArgumentParser(
+        prog="diffx2ct_train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a model that makes a CT volume from two X-ray views, with an Optuna search or without.",
         epilog="""examples:
   ./run_training.sh --study_name my-first-study                 search on embedded phantoms; again: go on
   ./run_training.sh --study_name my-first-study --retrain_best  train its best trial longer
@@ -1002,17 +1647,45 @@ def parser() -> argparse.ArgumentParser:
   ./run_training.sh --study_name quick --no_search --set EPOCHS=2
 
 Data comes from diffx2ct_prepare. Trials are in checkpoints/<study_name>/trial_<n>/, the study in <study_name>.db.
-Ctrl-C saves after the step; the same command goes on from there. Every key is explained in config.yml, and by --explain KEY.""")
-    p.add_argument("--study_name", default="diffx2ct", help="name of the study and of its .db file (default: %(default)s)")
-    p.add_argument("--config", metavar="FILE", help="settings (default: config.yml where there is one, else the one in the package)")
+Ctrl-C saves after the step; the same command goes on from there. Every key is explained in config.yml, and by --explain KEY.""",
+    )
+    p.add_argument(
+        "--study_name", default="diffx2ct", help="name of the study and of its .db file (default: %(default)s)"
+    )
+    p.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings (default: config.yml where there is one, else the one in the package)",
+    )
     p.add_argument("--profile", help="block of PROFILES in the settings, such as demo, lidc128, lidc256")
-    p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="sets", help="change one setting, dotted: --set TRAINING.LEARNING_RATE=0.001; may be repeated")
-    p.add_argument("--explain", metavar="KEY", help="say what a setting or a section does, its range, default and present value, and end")
+    p.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="sets",
+        help="change one setting, dotted: --set TRAINING.LEARNING_RATE=0.001; may be repeated",
+    )
+    p.add_argument(
+        "--explain",
+        metavar="KEY",
+        help="say what a setting or a section does, its range, default and present value, and end",
+    )
     p.add_argument("--n_trials", type=int, help="trials of the study in all (OPTUNA.N_TRIALS)")
-    p.add_argument("--nproc_per_node", type=int, default=1, metavar="N", help="processes on this machine that train together, each with its share of the GPUs and of every batch (default: %(default)s); for several machines: torchrun --nnodes ... -m diffx2ct.train")
+    p.add_argument(
+        "--nproc_per_node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine that train together, each with its share of the GPUs and of every batch (default: %(default)s); for several machines: torchrun --nnodes ... -m diffx2ct.train",
+    )
     how = p.add_mutually_exclusive_group()
     how.add_argument("--no_search", action="store_true", help="train once with the values of the settings")
-    how.add_argument("--retrain_best", action="store_true", help="train with the study's best values, OPTUNA.RETRAIN_FACTOR times as long")
+    how.add_argument(
+        "--retrain_best",
+        action="store_true",
+        help="train with the study's best values, OPTUNA.RETRAIN_FACTOR times as long",
+    )
     return p
 
 # %% ../nbs/04_train_optuna.ipynb #d997524a
@@ -1022,16 +1695,26 @@ def main(argv: list[str]) -> None:
     a = parser().parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = a.config or ("config.yml" if Path("config.yml").exists() else SHIPPED)
-    c = load_config(config, a.profile, [*a.sets, *([f"OPTUNA.N_TRIALS={a.n_trials}"] if a.n_trials is not None else [])])
-    if a.explain is not None: return print(explain(a.explain, c))
-    check_study(a.study_name, c); wandb_mode(c)
-    if a.nproc_per_node > 1 and "RANK" not in os.environ: return start_ranks(a.nproc_per_node, argv, c)
+    c = load_config(
+        config, a.profile, [*a.sets, *([f"OPTUNA.N_TRIALS={a.n_trials}"] if a.n_trials is not None else [])]
+    )
+    if a.explain is not None:
+        return print(explain(a.explain, c))
+    check_study(a.study_name, c)
+    wandb_mode(c)
+    if a.nproc_per_node > 1 and "RANK" not in os.environ:
+        return start_ranks(a.nproc_per_node, argv, c)
     join()
-    try: act(a, c)
+    try:
+        act(a, c)
     except RuntimeError as e:
-        if not lost(e): raise
-        raise UserError("another process has stopped, so this one stops too; the last checkpoint is whole, and the same command goes on from it") from None
-    finally: leave()
+        if not lost(e):
+            raise
+        raise UserError(
+            "another process has stopped, so this one stops too; the last checkpoint is whole, and the same command goes on from it"
+        ) from None
+    finally:
+        leave()
 
 # %% ../nbs/04_train_optuna.ipynb #d0c9fc28
 def start_ranks(n: int, argv: list[str], c: Config) -> None:
@@ -1039,45 +1722,79 @@ def start_ranks(n: int, argv: list[str], c: Config) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    own_devices(devices_of(c.DEVICES), n, 0); check_share(c, n); open_data(c)
+
+    own_devices(devices_of(c.DEVICES), n, 0)
+    check_share(c, n)
+    open_data(c)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // (2 * n))))
-    how = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2)
-    try: elastic_launch(how, sys.executable)("-m", "diffx2ct.train", *argv)
-    except ChildFailedError as e: sys.exit(max(2, *(f.exitcode for f in e.failures.values())))
-    except SignalException: raise KeyboardInterrupt from None
+    how = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(how, sys.executable)("-m", "diffx2ct.train", *argv)
+    except ChildFailedError as e:
+        sys.exit(max(2, *(f.exitcode for f in e.failures.values())))
+    except SignalException:
+        raise KeyboardInterrupt from None
+
 
 def check_share(c: Config, n: int) -> None:
     "Every rank must have a case of every batch."
-    if c.BATCH_SIZE < n: raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} cannot be shared by {n} processes; raise it, or start fewer")
+    if c.BATCH_SIZE < n:
+        raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} cannot be shared by {n} processes; raise it, or start fewer")
 
 # %% ../nbs/04_train_optuna.ipynb #0c355925
 def act(a: argparse.Namespace, c: Config) -> None:
     "What a process does, alone or as one of several."
-    if rank(): sys.stdout = open(os.devnull, "w")             # one of them speaks
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # one of them speaks
     same({k: v for k, v in flat(c.model_dump()).items() if not k.startswith("DEVICES")})
     check_share(c, ranks())
-    device, root = train_devices(c)[0], Path("checkpoints")/a.study_name
-    if device.type == "cuda": torch.cuda.set_device(device)
+    device, root = train_devices(c)[0], Path("checkpoints") / a.study_name
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     opened: list[optuna.Study] = []
-    if a.retrain_best: first(lambda: opened.append(open_study(a.study_name, c, create=False)))
-    data = open_data(c)                                       # nothing is written before this is known to be good
+    if a.retrain_best:
+        first(lambda: opened.append(open_study(a.study_name, c, create=False)))
+    data = open_data(c)  # nothing is written before this is known to be good
     same({"training cases": data.train.cases, "validation cases": data.valid.cases})
-    if rank(): return follow(data, c)
-    print(f"data: {len(data.train)} training and {len(data.valid)} validation cases at {c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams" + ("" if data.line_integrals else ", display-domain views"))
-    try: folder = train_alone(a.study_name, opened[0] if opened else None, c, data, root) if a.no_search or a.retrain_best else search_and_tell(open_study(a.study_name, c), c, data, root)
-    except SILENT as e: raise UserError(f"study {a.study_name} cannot be read or written ({str(e.__cause__ or e).splitlines()[0]}); mend that, and the same command goes on") from None
-    first(lambda: None)                                       # the others may go home
+    if rank():
+        return follow(data, c)
+    print(
+        f"data: {len(data.train)} training and {len(data.valid)} validation cases at {c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams"
+        + ("" if data.line_integrals else ", display-domain views")
+    )
+    try:
+        folder = (
+            train_alone(a.study_name, opened[0] if opened else None, c, data, root)
+            if a.no_search or a.retrain_best
+            else search_and_tell(open_study(a.study_name, c), c, data, root)
+        )
+    except SILENT as e:
+        raise UserError(
+            f"study {a.study_name} cannot be read or written ({str(e.__cause__ or e).splitlines()[0]}); mend that, and the same command goes on"
+        ) from None
+    first(lambda: None)  # the others may go home
     leave()
-    if folder: print(show_result(folder, data, str(device)), f"next: ./run_visualize.sh --checkpoint_dir {folder}", sep="\n")
+    if folder:
+        print(show_result(folder, data, str(device)), f"next: ./run_visualize.sh --checkpoint_dir {folder}", sep="\n")
 
 # %% ../nbs/04_train_optuna.ipynb #c465aef7
 def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, root: Path) -> Path:
     "Train once: the settings as they are, or those of the study's best trial for longer."
-    folder = root/("best" if study else "single")
+    folder = root / ("best" if study else "single")
     if study:
         best = best_trial(study)
-        if best is None: raise UserError(f"study {name} has no completed trial yet; run the search first, without --retrain_best")
+        if best is None:
+            raise UserError(f"study {name} has no completed trial yet; run the search first, without --retrain_best")
         c = taken(best, c)
         c.EPOCHS = max(1, round(c.EPOCHS * c.OPTUNA.RETRAIN_FACTOR))
         c.TRAINING.LOSS_PHASE_EPOCHS = [round(e * c.OPTUNA.RETRAIN_FACTOR) for e in c.TRAINING.LOSS_PHASE_EPOCHS]
@@ -1085,18 +1802,28 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Data, ro
         c.TRAINING.COARSE_EPOCHS = [max(1, round(e * c.OPTUNA.RETRAIN_FACTOR)) for e in c.TRAINING.COARSE_EPOCHS]
         if newest(folder):
             there = Config.model_validate(read_header(model_file(folder))["config"])
-            if any(current(there, key) != current(c, key) for key in best.params): raise UserError(f"{folder} was trained with other values than trial {best.number}, which is the best now; move {folder} away to train again")
+            if any(current(there, key) != current(c, key) for key in best.params):
+                raise UserError(
+                    f"{folder} was trained with other values than trial {best.number}, which is the best now; move {folder} away to train again"
+                )
     lock = try_lock(folder)
-    if lock is None: raise UserError(f"another process is training in {folder}; wait for it, or use another --study_name")
+    if lock is None:
+        raise UserError(f"another process is training in {folder}; wait for it, or use another --study_name")
     link(folder)
     run = start_wandb(c, name, folder.name, folder.name, folder)
     report_to = to_wandb(run, folder)
-    try: print(f"best validation PSNR {fitting(c, lambda c: lead(c, data, folder, dict(study=name, trial=folder.name), lambda value, epoch: None, report_to, folder.name)):.2f} dB")
-    except Diverged as e: raise UserError(f"training diverged: {e}; lower TRAINING.LEARNING_RATE or TRAINING.CLIP_PERCENTILE") from None
-    except NoRoom as e: raise UserError(str(e)) from None
+    try:
+        print(
+            f"best validation PSNR {fitting(c, lambda c: lead(c, data, folder, dict(study=name, trial=folder.name), lambda value, epoch: None, report_to, folder.name)):.2f} dB"
+        )
+    except Diverged as e:
+        raise UserError(f"training diverged: {e}; lower TRAINING.LEARNING_RATE or TRAINING.CLIP_PERCENTILE") from None
+    except NoRoom as e:
+        raise UserError(str(e)) from None
     finally:
         lock.close()
-        if run: run.finish()
+        if run:
+            run.finish()
     return folder
 
 # %% ../nbs/04_train_optuna.ipynb #4c9f8bc7
@@ -1105,22 +1832,36 @@ def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     return max(done, key=lambda t: cast(float, t.value)) if done else None
 
+
 def search_and_tell(study: optuna.Study, c: Config, data: Data, root: Path) -> Path | None:
     "Search, then print the best trial and its hyperparameters; returns its folder."
     there = study.get_trials(deepcopy=False)
     if there:
-        half, waiting = (sum(t.state == s for t in there) for s in (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING))
-        print(f"resuming study {study.study_name}: {len(there)} of {max(len(there), c.OPTUNA.N_TRIALS)} trials there" + "".join(f", {n} of them {word}" for word, n in (("unfinished", half), ("waiting", waiting)) if n))
+        half, waiting = (
+            sum(t.state == s for t in there) for s in (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING)
+        )
+        print(
+            f"resuming study {study.study_name}: {len(there)} of {max(len(there), c.OPTUNA.N_TRIALS)} trials there"
+            + "".join(f", {n} of them {word}" for word, n in (("unfinished", half), ("waiting", waiting)) if n)
+        )
     search(study, c, data, root)
     save_plots(study, root)
     best = best_trial(study)
     states = [t.state.name.lower() for t in study.trials]
     print(f"study {study.study_name}: " + ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)))
-    if best is None: print("no trial completed; see the reasons above"); return None
-    print(f"best trial {best.number}: {best.value:.2f} dB", *(f"  {k} = {json.loads(v) if isinstance(v, str) else format(v, '.4g')}" for k, v in best.params.items()), sep="\n")
-    if (folder := root/f"trial_{best.number}").exists(): return folder
+    if best is None:
+        print("no trial completed; see the reasons above")
+        return None
+    print(
+        f"best trial {best.number}: {best.value:.2f} dB",
+        *(f"  {k} = {json.loads(v) if isinstance(v, str) else format(v, '.4g')}" for k, v in best.params.items()),
+        sep="\n",
+    )
+    if (folder := root / f"trial_{best.number}").exists():
+        return folder
     print("its checkpoints are in the folder of the machine that trained it")
     return None
 
 # %% ../nbs/04_train_optuna.ipynb #c9549eee
-if __name__ == "__main__" and "__file__" in globals(): main()  # python -m diffx2ct.train, not a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # python -m diffx2ct.train, not a notebook

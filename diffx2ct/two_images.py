@@ -9,7 +9,13 @@ __all__ = ['XRAY', 'ORDER', 'RESEMBLES', 'EXCHANGED', 'MIRRORED', 'APART', 'WARN
            'uid', 'save_dicom', 'parser', 'check_options', 'main', 'write']
 
 # %% ../nbs/05a_two_images.ipynb #9219d129
-import argparse, json, math, os, shutil, sys, tempfile
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +29,21 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import CAUTION, WINDOWS, DiffusionConfig, UserError, command, density, load_tensor, one_line, read_manifest, to_hu, unpacked, writable, write_atomic
+from diffx2ct.data import (
+    CAUTION,
+    WINDOWS,
+    DiffusionConfig,
+    UserError,
+    command,
+    density,
+    load_tensor,
+    one_line,
+    read_manifest,
+    to_hu,
+    unpacked,
+    writable,
+    write_atomic,
+)
 from .diffusion import Denoiser
 from .doubt import examine
 from .drr import Projector, centres, hat_matrix, to_display
@@ -37,8 +57,11 @@ from .visualize import NOTES, dtype_of, save_nifti
 @dataclass
 class View:
     "One X-ray image as its file has it."
+
     name: str  # the file
-    grey: Tensor  # (h, w) mm of water where `stored`, else grey values of an unknown tone curve, the larger the brighter
+    grey: (
+        Tensor  # (h, w) mm of water where `stored`, else grey values of an unknown tone curve, the larger the brighter
+    )
     mm: tuple[float, float] | None = None  # height and width of a pixel on the detector; None: the file does not say
     enlarged: float | None = None  # size on the detector of 1 mm in the patient's middle; None: the file does not say
     calibrated: bool = False  # `mm` was measured in the patient's middle, not on the detector
@@ -49,14 +72,19 @@ class View:
         "Take the edge of a pixel from somebody who knows it, instead of the file."
         self.mm, self.calibrated = (edge, edge), False
 
+
 def one_channel(
     a: np.ndarray,  # (h, w) or (h, w, channels)
     name: str,
 ) -> Tensor:  # (h, w)
     "Grey values; colours that differ are no X-ray image."
     colours = a[..., None] if a.ndim == 2 else a[..., :3] if a.shape[-1] > 2 else a[..., :1]
-    if (colours != colours[..., :1]).any(): raise UserError(f"{name} is a colour picture, its red, green and blue differ; give the grey X-ray image itself, not a photograph or a screenshot with coloured marks")
+    if (colours != colours[..., :1]).any():
+        raise UserError(
+            f"{name} is a colour picture, its red, green and blue differ; give the grey X-ray image itself, not a photograph or a screenshot with coloured marks"
+        )
     return torch.from_numpy(colours[..., 0].astype(np.float32))
+
 
 def read_picture(path: Path) -> View:
     "A PNG file (or JPEG, or TIFF)."
@@ -64,38 +92,59 @@ def read_picture(path: Path) -> View:
         with hushed(), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             unpacked(path, math.prod(image.size) * len(image.getbands()) * 4)
             a = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK", "YCbCr") else image)
-    except UserError: raise
-    except Exception: raise UserError(f"{path} cannot be read to its end; it is truncated, damaged or no picture, so export it again") from None
+    except UserError:
+        raise
+    except Exception:
+        raise UserError(
+            f"{path} cannot be read to its end; it is truncated, damaged or no picture, so export it again"
+        ) from None
     return View(str(path), one_channel(a, str(path)))
 
 # %% ../nbs/05a_two_images.ipynb #2a3bf375
 def no_xray(name, what: str) -> UserError:
     "The sentence for everything that is a scan."
-    return UserError(f"{name} is {what}, no X-ray image; this command reads two X-ray images, and diffx2ct_prepare makes such views of a CT")
+    return UserError(
+        f"{name} is {what}, no X-ray image; this command reads two X-ray images, and diffx2ct_prepare makes such views of a CT"
+    )
+
 
 def read_nifti_view(path: Path) -> View:
     "A NIfTI file of two axes, or of one slice."
     whole_nifti(path)
     try:
-        with hushed(): img = sitk.ReadImage(str(path), sitk.sitkFloat32)
-    except RuntimeError: raise UserError(f"{path} is not a readable {suffix_of(path)} file of one value a pixel; it is damaged or of another kind") from None
-    if img.GetDimension() > 2 and min(img.GetSize()) > 1 or img.GetDimension() > 3: raise no_xray(path, f"a volume of {' x '.join(map(str, img.GetSize()))} voxels")
-    if not np.isfinite([*img.GetSpacing(), *img.GetOrigin(), *img.GetDirection()]).all(): raise UserError(f"{path} says that its pixels lie nowhere (NaN in its header); export it again")
+        with hushed():
+            img = sitk.ReadImage(str(path), sitk.sitkFloat32)
+    except RuntimeError:
+        raise UserError(
+            f"{path} is not a readable {suffix_of(path)} file of one value a pixel; it is damaged or of another kind"
+        ) from None
+    if img.GetDimension() > 2 and min(img.GetSize()) > 1 or img.GetDimension() > 3:
+        raise no_xray(path, f"a volume of {' x '.join(map(str, img.GetSize()))} voxels")
+    if not np.isfinite([*img.GetSpacing(), *img.GetOrigin(), *img.GetDirection()]).all():
+        raise UserError(f"{path} says that its pixels lie nowhere (NaN in its header); export it again")
     img = orient(sitk.JoinSeries(img) if img.GetDimension() == 2 else img)
     flat = int(np.argmin(img.GetSize()[::-1]))  # the axis of (D, H, W) with one slice
-    return View(str(path), torch.from_numpy(sitk.GetArrayFromImage(img).take(0, flat)), tuple(s for k, s in enumerate(img.GetSpacing()[::-1]) if k != flat))
+    return View(
+        str(path),
+        torch.from_numpy(sitk.GetArrayFromImage(img).take(0, flat)),
+        tuple(s for k, s in enumerate(img.GetSpacing()[::-1]) if k != flat),
+    )
 
 # %% ../nbs/05a_two_images.ipynb #7f00a019
 XRAY = ("CR", "DX", "RG", "RF", "XA", "OT", "SC", "")  # modalities an X-ray image is stored under; "": not said
 
+
 def through_window(
     v: Tensor,  # rescaled values
-    centre: float, width: float,  # tags 0028,1050 and 0028,1051
+    centre: float,
+    width: float,  # tags 0028,1050 and 0028,1051
     curve: str = "LINEAR",  # LINEAR, LINEAR_EXACT or SIGMOID
 ) -> Tensor:  # [0, 1]
     "The window of a DICOM file (PS3.3, C.11.2.1.2)."
-    if curve == "SIGMOID": return torch.sigmoid(4 * (v - centre) / width)
-    if curve == "LINEAR": centre, width = centre - 0.5, max(width - 1, 1e-6)
+    if curve == "SIGMOID":
+        return torch.sigmoid(4 * (v - centre) / width)
+    if curve == "LINEAR":
+        centre, width = centre - 0.5, max(width - 1, 1e-6)
     return ((v - centre) / width + 0.5).clamp(0, 1)
 
 # %% ../nbs/05a_two_images.ipynb #b1ed5594
@@ -105,20 +154,35 @@ def read_xray(
 ) -> View:
     "A DICOM radiograph."
     info = sitk.ImageFileReader()
-    info.SetFileName(str(path)); info.SetImageIO("GDCMImageIO")
+    info.SetFileName(str(path))
+    info.SetImageIO("GDCMImageIO")
     try:
-        with hushed(): info.ReadImageInformation()
+        with hushed():
+            info.ReadImageInformation()
         unpacked(path, math.prod(info.GetSize()) * info.GetNumberOfComponents() * 4)
-        with hushed(): img = info.Execute()
-    except RuntimeError: raise UserError(f"{path} cannot be read to its end; it is truncated, or compressed in an unknown way, so export it again") from None
+        with hushed():
+            img = info.Execute()
+    except RuntimeError:
+        raise UserError(
+            f"{path} cannot be read to its end; it is truncated, or compressed in an unknown way, so export it again"
+        ) from None
     tag = lambda key: img.GetMetaData(key).strip("\0 ") if img.HasMetaDataKey(key) else ""
+
     def numbers(key):
-        try: found = [float(v) for v in tag(key).split("\\") if v.strip()]
-        except ValueError: found = [math.nan]
-        if all(map(math.isfinite, found)): return found
-        raise UserError(f"{path} says {tag(key)!r} where its header needs numbers (tag {key.replace('|', ',')}); export it again")
-    if tag("0008|0060") not in XRAY: raise no_xray(path, f"of modality {tag('0008|0060')}")
-    if math.prod(img.GetSize()[2:]) > 1: raise UserError(f"{path} holds {img.GetSize()[2]} frames; export the one that is meant as a file of its own")
+        try:
+            found = [float(v) for v in tag(key).split("\\") if v.strip()]
+        except ValueError:
+            found = [math.nan]
+        if all(map(math.isfinite, found)):
+            return found
+        raise UserError(
+            f"{path} says {tag(key)!r} where its header needs numbers (tag {key.replace('|', ',')}); export it again"
+        )
+
+    if tag("0008|0060") not in XRAY:
+        raise no_xray(path, f"of modality {tag('0008|0060')}")
+    if math.prod(img.GetSize()[2:]) > 1:
+        raise UserError(f"{path} holds {img.GetSize()[2]} frames; export the one that is meant as a file of its own")
     view = View(str(path), one_channel(sitk.GetArrayFromImage(img)[0], str(path)))
     dark, curve = tag("0028|0004") == "MONOCHROME1", tag("0028|1056") or "LINEAR"
     if (centre := numbers("0028|1050")) and (width := numbers("0028|1051")):
@@ -126,19 +190,23 @@ def read_xray(
         turn = lambda v: slope * (2 ** min(*numbers("0028|0101"), 32) - 1) + 2 * shift - v if dark else v
         window = through_window(turn(view.grey), centre[0], width[0], curve)
         view.grey = 1 - window if dark else window
-    if dark: view.done.append("MONOCHROME1, so black and white were exchanged")
+    if dark:
+        view.done.append("MONOCHROME1, so black and white were exchanged")
     for axis, (to, want) in enumerate(zip(tag("0020|0020").split("\\"), letters)):
-        if to[:1] == dict(zip("LRPAFH", "RLAPHF"))[want]: 
+        if to[:1] == dict(zip("LRPAFH", "RLAPHF"))[want]:
             view.grey = view.grey.flip(1 - axis)
             view.done.append(f"its {('columns', 'rows')[axis]} lead to {to[0]}, so they were mirrored")
     edges, sdd, middle = numbers("0018|1164") or numbers("0028|0030"), numbers("0018|1110"), numbers("0018|1111")
-    if len(edges) > 1 and min(edges) > 0: view.mm = tuple(edges[:2])
-    if found := numbers("0018|1114") or sdd and middle and middle[0] > 0 and [sdd[0] / middle[0]]: view.enlarged = found[0]
+    if len(edges) > 1 and min(edges) > 0:
+        view.mm = tuple(edges[:2])
+    if found := numbers("0018|1114") or sdd and middle and middle[0] > 0 and [sdd[0] / middle[0]]:
+        view.enlarged = found[0]
     view.calibrated = not numbers("0018|1164") and bool(tag("0028|0a02"))
     return view
 
 # %% ../nbs/05a_two_images.ipynb #8cf760be
 ORDER = {"AP": ("L", "F"), "LAT": ("P", "F")}  # where the columns and the rows of our views lead to
+
 
 def read_view(
     path: str | Path,  # .pt, PNG, DICOM or NIfTI
@@ -146,16 +214,29 @@ def read_view(
 ) -> View:
     "One X-ray image from a file."
     path = called(Path(path))
-    if not path.is_file(): raise UserError(f"{path} {'is a folder; name the one image file' if path.is_dir() else 'does not exist; name the file'} of the {which} view")
+    if not path.is_file():
+        raise UserError(
+            f"{path} {'is a folder; name the one image file' if path.is_dir() else 'does not exist; name the file'} of the {which} view"
+        )
     kind = suffix_of(path)
-    if kind == ".pt": view = View(str(path), load_tensor(path, 2).float(), stored=True)
-    elif is_dicom(path): view = read_xray(path, ORDER[which])
-    elif kind in (".nii", ".nii.gz"): view = read_nifti_view(path)
-    elif kind in (".png", ".jpg", ".jpeg", ".tif", ".tiff"): view = read_picture(path)
-    else: raise UserError(f"{path} is of no kind that can be read; give a DICOM, PNG, NIfTI or .pt file")
-    if not view.grey.isfinite().all(): raise UserError(f"{path} holds pixels that are NaN or infinite; export it again")
-    if min(view.grey.shape) < 8: raise UserError(f"{path} has {' x '.join(map(str, view.grey.shape))} pixels; at least 8 x 8 are needed")
-    if view.grey.min() == view.grey.max(): raise UserError(f"{path} has the value {view.grey.max():g} in every pixel{' (inside the window its header asks for)' if is_dicom(path) else ''}; there is nothing to see in it")
+    if kind == ".pt":
+        view = View(str(path), load_tensor(path, 2).float(), stored=True)
+    elif is_dicom(path):
+        view = read_xray(path, ORDER[which])
+    elif kind in (".nii", ".nii.gz"):
+        view = read_nifti_view(path)
+    elif kind in (".png", ".jpg", ".jpeg", ".tif", ".tiff"):
+        view = read_picture(path)
+    else:
+        raise UserError(f"{path} is of no kind that can be read; give a DICOM, PNG, NIfTI or .pt file")
+    if not view.grey.isfinite().all():
+        raise UserError(f"{path} holds pixels that are NaN or infinite; export it again")
+    if min(view.grey.shape) < 8:
+        raise UserError(f"{path} has {' x '.join(map(str, view.grey.shape))} pixels; at least 8 x 8 are needed")
+    if view.grey.min() == view.grey.max():
+        raise UserError(
+            f"{path} has the value {view.grey.max():g} in every pixel{' (inside the window its header asks for)' if is_dicom(path) else ''}; there is nothing to see in it"
+        )
     return view
 
 # %% ../nbs/05a_two_images.ipynb #b4c6f795
@@ -171,7 +252,10 @@ def on_panel(
     R, C = (hat_matrix(centres(A.pixels, pixel), n, e, pixel) for n, e in zip(view.grey.shape, edges))
     weight = R.sum(1)[:, None] * C.sum(1)
     seen = weight > 0.4
-    if seen.float().mean() < 0.1: raise UserError(f"{view.name} covers {seen.float().mean():.1%} of the model's detector, {view.grey.shape[0] * edges[0]:.3g} x {view.grey.shape[1] * edges[1]:.3g} of {g.panel_mm:g} mm; check its pixel spacing, or say it with --pixel_mm")
+    if seen.float().mean() < 0.1:
+        raise UserError(
+            f"{view.name} covers {seen.float().mean():.1%} of the model's detector, {view.grey.shape[0] * edges[0]:.3g} x {view.grey.shape[1] * edges[1]:.3g} of {g.panel_mm:g} mm; check its pixel spacing, or say it with --pixel_mm"
+        )
     return R @ view.grey @ C.mT / weight.clamp(min=1e-6), seen
 
 # %% ../nbs/05a_two_images.ipynb #e0d3f906
@@ -182,11 +266,14 @@ def ranks(
     _, where, count = v.unique(return_inverse=True, return_counts=True)
     return ((count.cumsum(0) - count / 2) / len(v))[where]
 
+
 def likeness(
-    a: Tensor, b: Tensor,  # (n,) pixels of two images
+    a: Tensor,
+    b: Tensor,  # (n,) pixels of two images
 ) -> float:  # -1 to 1
     "Correlation of ranks (Spearman), which no tone curve changes."
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].nan_to_num(0).item()
+
 
 def match(
     a: Tensor,  # (n,) grey values
@@ -211,18 +298,29 @@ def laid(
 ) -> tuple[Tensor, Tensor, list[str]]:  # grey (P, P), which pixels it covers (P, P) bool, and what was done
     "An image on the model's detector, with bone bright."
     if view.stored:
-        if view.grey.shape != ref.shape[1:]: raise UserError(f"{view.name} has shape {tuple(view.grey.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size")
+        if view.grey.shape != ref.shape[1:]:
+            raise UserError(
+                f"{view.name} has shape {tuple(view.grey.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size"
+            )
         return view.grey, torch.ones_like(ref[0], dtype=torch.bool), ["stored view, taken as it is"]
     grey, seen = on_panel(view, net.A)
-    said = [f"pixels of {view.mm[0]:.3g} x {view.mm[1]:.3g} mm, {seen.float().mean():.0%} of the detector" if view.mm else f"no pixel size, so taken to be {net.A.geometry.panel_mm:g} mm high like the detector", *view.done]
+    said = [
+        f"pixels of {view.mm[0]:.3g} x {view.mm[1]:.3g} mm, {seen.float().mean():.0%} of the detector"
+        if view.mm
+        else f"no pixel size, so taken to be {net.A.geometry.panel_mm:g} mm high like the detector",
+        *view.done,
+    ]
     if sum(likeness(grey[seen], r[seen]) for r in ref) < 0:
         grey = -grey
-        said.append("bone is darker than air, so black and white were exchanged" + " back" * any("exchanged" in s for s in said))
+        said.append(
+            "bone is darker than air, so black and white were exchanged" + " back" * any("exchanged" in s for s in said)
+        )
     return grey, seen, said
 
 # %% ../nbs/05a_two_images.ipynb #69f9e9c9
 RESEMBLES = 0.4  # likeness below which an image counts as something else
 EXCHANGED, MIRRORED = 0.2, 0.03  # how much more likeness there must be the other way round
+
 
 def askew(
     images: list[tuple[Tensor, Tensor]],  # AP and LAT: grey (P, P) and which pixels count (P, P) bool
@@ -232,13 +330,24 @@ def askew(
     "Suspicions about two images, in words."
     like = lambda image, r: likeness(image[0][image[1]], r[image[1]])
     (aa, al), (la, ll) = ([like(image, r) for r in ref] for image in images)
-    said = [f"{name} does not look like the {which} view of the patients the model was trained on (likeness {max(own, other):.2f}, limit {RESEMBLES:g}); look whether it is upright, whole and of the same part of the body" for name, which, own, other in zip(names, ORDER, (aa, ll), (al, la)) if max(own, other) < RESEMBLES]
-    if al + la > aa + ll + EXCHANGED: said.append(f"{names[0]} and {names[1]} look exchanged (likeness {al + la:.2f} crossed, {aa + ll:.2f} as given); look whether the first is the frontal view (of a chest: two lungs side by side) and the second the lateral one (the spine at its right edge)")
-    elif like(images[1], ref[1].flip(1)) > ll + MIRRORED: said.append(f"{names[1]} looks mirrored; look whether the patient faces left in it, with the spine at its right edge")
+    said = [
+        f"{name} does not look like the {which} view of the patients the model was trained on (likeness {max(own, other):.2f}, limit {RESEMBLES:g}); look whether it is upright, whole and of the same part of the body"
+        for name, which, own, other in zip(names, ORDER, (aa, ll), (al, la))
+        if max(own, other) < RESEMBLES
+    ]
+    if al + la > aa + ll + EXCHANGED:
+        said.append(
+            f"{names[0]} and {names[1]} look exchanged (likeness {al + la:.2f} crossed, {aa + ll:.2f} as given); look whether the first is the frontal view (of a chest: two lungs side by side) and the second the lateral one (the spine at its right edge)"
+        )
+    elif like(images[1], ref[1].flip(1)) > ll + MIRRORED:
+        said.append(
+            f"{names[1]} looks mirrored; look whether the patient faces left in it, with the spine at its right edge"
+        )
     return said
 
 # %% ../nbs/05a_two_images.ipynb #7de190b7
 APART = 0.1  # gap above which two images count as not of one patient at one scale
+
 
 def gap(
     y: Tensor,  # (2, P, P) mm of water, at any scale of either view
@@ -258,13 +367,22 @@ def calibrate(
     y = ref.clone()
     for view, (grey, seen, said), out in zip(views, images, y):
         black, white = grey[seen].min(), grey[seen].max()
-        if not net.line_integrals: out[seen] = to_display(grey)[0][seen] if view.stored else (grey[seen] - black) / (white - black)
-        else: out[seen] = grey[seen] if view.stored else match(grey[seen], out[seen])
-        if not view.stored: said.append("grey values matched to those of the mean patient" if net.line_integrals else "from black to white, as the model was trained")
+        if not net.line_integrals:
+            out[seen] = to_display(grey)[0][seen] if view.stored else (grey[seen] - black) / (white - black)
+        else:
+            out[seen] = grey[seen] if view.stored else match(grey[seen], out[seen])
+        if not view.stored:
+            said.append(
+                "grey values matched to those of the mean patient"
+                if net.line_integrals
+                else "from black to white, as the model was trained"
+            )
     names = (views[0].name, views[1].name)
     doubts = askew([i[:2] for i in images], ref, names)
     if not doubts and net.line_integrals and not all(v.stored for v in views) and (apart := gap(y)) > APART:
-        doubts.append(f"{names[0]} and {names[1]} spread the body differently from head to feet (gap {apart:.2f}, limit {APART:g}); look whether they are of one patient, at one scale, and begin and end at the same height")
+        doubts.append(
+            f"{names[0]} and {names[1]} spread the body differently from head to feet (gap {apart:.2f}, limit {APART:g}); look whether they are of one patient, at one scale, and begin and end at the same height"
+        )
     return y, [f"{v.name}: {'; '.join(said)}" for v, (_, _, said) in zip(views, images)], doubts
 
 # %% ../nbs/05a_two_images.ipynb #b4130eeb
@@ -275,11 +393,18 @@ def how_consistent(
     wish: str | None,  # --consistency
 ) -> tuple[DiffusionConfig, str]:  # the settings to reconstruct with, and a line that says so
     "Consistency goes no further than the views can be trusted."
-    if net.line_integrals and all(v.stored for v in views): return c.model_copy(update=dict(CONSISTENCY=wish or c.CONSISTENCY)), ""
+    if net.line_integrals and all(v.stored for v in views):
+        return c.model_copy(update=dict(CONSISTENCY=wish or c.CONSISTENCY)), ""
     display = next((v.name for v in views if not v.stored), "the model's own training images")
-    if wish == "on" or wish == "soft" and not net.line_integrals: raise UserError(f"--consistency {wish} needs line integrals, but {display} {'is a display image' if net.line_integrals else 'and all that this model reads are display images'}, whose tone curve can only be guessed; use {'soft or off' if net.line_integrals else 'off'}")
+    if wish == "on" or wish == "soft" and not net.line_integrals:
+        raise UserError(
+            f"--consistency {wish} needs line integrals, but {display} {'is a display image' if net.line_integrals else 'and all that this model reads are display images'}, whose tone curve can only be guessed; use {'soft or off' if net.line_integrals else 'off'}"
+        )
     kind = "off" if not net.line_integrals else wish or ("off" if c.CONSISTENCY == "off" else "soft")
-    return c.model_copy(update=dict(CONSISTENCY=kind)), f"display images, so consistency is {kind}: the volume is {'not made to agree with them' if kind == 'off' else 'moved towards them, not made to agree'}"
+    return (
+        c.model_copy(update=dict(CONSISTENCY=kind)),
+        f"display images, so consistency is {kind}: the volume is {'not made to agree with them' if kind == 'off' else 'moved towards them, not made to agree'}",
+    )
 
 # %% ../nbs/05a_two_images.ipynb #1741db9a
 def same_geometry(
@@ -287,28 +412,51 @@ def same_geometry(
     model: Model,
 ) -> None:
     "Refuse views whose manifest says another geometry than the model was trained with."
-    found = next(((at, m) for at in (path.resolve().parent, path.resolve().parent.parent) if (m := read_manifest(at))), None)
-    if found is None: return
+    found = next(
+        ((at, m) for at in (path.resolve().parent, path.resolve().parent.parent) if (m := read_manifest(at))), None
+    )
+    if found is None:
+        return
     at, m = found
-    words = lambda g, pixels, lines: f"{g['kind']} beams, a detector of {g['panel_mm']:g} mm and {pixels} x {pixels} pixels" + (f", SAD {g['sad_mm']:g} and SDD {g['sdd_mm']:g} mm" if g["kind"] == "cone" else "") + ("" if lines else ", display images")
-    there, here = words(m["geometry"], m["pixels"], m["view_domain"] == "line_integral"), words(asdict(model.denoiser.A.geometry), model.denoiser.A.pixels, model.denoiser.line_integrals)
-    if there != here: raise UserError(f"{at/'manifest.json'} says {there}, but {model.path} was trained with {here}; prepare the views with the model's geometry")
+    words = lambda g, pixels, lines: (
+        f"{g['kind']} beams, a detector of {g['panel_mm']:g} mm and {pixels} x {pixels} pixels"
+        + (f", SAD {g['sad_mm']:g} and SDD {g['sdd_mm']:g} mm" if g["kind"] == "cone" else "")
+        + ("" if lines else ", display images")
+    )
+    there, here = (
+        words(m["geometry"], m["pixels"], m["view_domain"] == "line_integral"),
+        words(asdict(model.denoiser.A.geometry), model.denoiser.A.pixels, model.denoiser.line_integrals),
+    )
+    if there != here:
+        raise UserError(
+            f"{at / 'manifest.json'} says {there}, but {model.path} was trained with {here}; prepare the views with the model's geometry"
+        )
+
 
 def same_scale(
     views: tuple[View, View],
 ) -> None:
     "Refuse two pictures whose scales cannot be compared."
     ap, lat = views
-    if ap.stored or lat.stored: return
-    if (ap.mm is None) != (lat.mm is None): raise UserError(f"{(lat if ap.mm else ap).name} does not say its pixel size and {(ap if ap.mm else lat).name} does, so their heights cannot be compared; say both with --pixel_mm AP LAT")
-    if ap.mm is None and len(ap.grey) != len(lat.grey): raise UserError(f"{ap.name} has {len(ap.grey)} rows of pixels and {lat.name} {len(lat.grey)}, and neither says its pixel size, so their heights cannot be compared; say it with --pixel_mm AP LAT")
+    if ap.stored or lat.stored:
+        return
+    if (ap.mm is None) != (lat.mm is None):
+        raise UserError(
+            f"{(lat if ap.mm else ap).name} does not say its pixel size and {(ap if ap.mm else lat).name} does, so their heights cannot be compared; say both with --pixel_mm AP LAT"
+        )
+    if ap.mm is None and len(ap.grey) != len(lat.grey):
+        raise UserError(
+            f"{ap.name} has {len(ap.grey)} rows of pixels and {lat.name} {len(lat.grey)}, and neither says its pixel size, so their heights cannot be compared; say it with --pixel_mm AP LAT"
+        )
 
 # %% ../nbs/05a_two_images.ipynb #390eb30c
 WARNING = f"Synthetic CT, {CAUTION}"
 
+
 def uid() -> str:
     "A new DICOM UID (PS3.5, B.2)."
     return f"2.25.{uuid4().int}"
+
 
 def save_dicom(
     hu,  # (D, H, W)
@@ -319,32 +467,76 @@ def save_dicom(
     "Write a volume as a DICOM CT series."
     img, folder = as_image(np.rint(np.asarray(hu)).astype(np.int16), mm), Path(folder)
     low, high = WINDOWS["mediastinum"]
-    same = {"0008|0008": "DERIVED\\SECONDARY\\AXIAL", "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0060": "CT", "0008|0070": "diffx2ct", "0008|103e": WARNING, "0008|2111": note, "0010|0010": "SYNTHETIC^DIFFX2CT", "0010|0020": "diffx2ct",
-            "0018|0050": f"{mm:g}", "0018|0060": "", "0018|0088": f"{mm:g}", "0018|5100": "HFS", "0020|000d": uid(), "0020|000e": uid(), "0020|0011": "1", "0020|0012": "", "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0052": uid(), "0020|1040": "", "0020|4000": WARNING, "0028|0301": "NO",
-            "0028|1050": f"{(low + high) / 2:g}", "0028|1051": f"{high - low:g}", "0028|1052": "-1024", "0028|1053": "1", "0028|1054": "HU"}
+    same = {
+        "0008|0008": "DERIVED\\SECONDARY\\AXIAL",
+        "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+        "0008|0060": "CT",
+        "0008|0070": "diffx2ct",
+        "0008|103e": WARNING,
+        "0008|2111": note,
+        "0010|0010": "SYNTHETIC^DIFFX2CT",
+        "0010|0020": "diffx2ct",
+        "0018|0050": f"{mm:g}",
+        "0018|0060": "",
+        "0018|0088": f"{mm:g}",
+        "0018|5100": "HFS",
+        "0020|000d": uid(),
+        "0020|000e": uid(),
+        "0020|0011": "1",
+        "0020|0012": "",
+        "0020|0037": "1\\0\\0\\0\\1\\0",
+        "0020|0052": uid(),
+        "0020|1040": "",
+        "0020|4000": WARNING,
+        "0028|0301": "NO",
+        "0028|1050": f"{(low + high) / 2:g}",
+        "0028|1051": f"{high - low:g}",
+        "0028|1052": "-1024",
+        "0028|1053": "1",
+        "0028|1054": "HU",
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
-    except OSError as e: raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written ({e.strerror}); check the folder and its rights") from None
     try:
         for k in range(img.GetDepth()):
             one = sitk.JoinSeries([img[:, :, k]])
             one.SetSpacing([float(mm)] * 3)
-            for key, value in (same | {"0008|0018": uid(), "0020|0013": str(k + 1), "0020|0032": "\\".join(f"{v:.6g}" for v in img.TransformIndexToPhysicalPoint((0, 0, k)))}).items(): one.SetMetaData(key, value)
+            for key, value in (
+                same
+                | {
+                    "0008|0018": uid(),
+                    "0020|0013": str(k + 1),
+                    "0020|0032": "\\".join(f"{v:.6g}" for v in img.TransformIndexToPhysicalPoint((0, 0, k))),
+                }
+            ).items():
+                one.SetMetaData(key, value)
             writer = sitk.ImageFileWriter()
-            writer.KeepOriginalImageUIDOn(); writer.SetFileName(str(part/f"{k + 1:04d}.dcm"))
-            with hushed(): writer.Execute(one)
-        umask = os.umask(0); os.umask(umask)
+            writer.KeepOriginalImageUIDOn()
+            writer.SetFileName(str(part / f"{k + 1:04d}.dcm"))
+            with hushed():
+                writer.Execute(one)
+        umask = os.umask(0)
+        os.umask(umask)
         part.chmod(0o777 & ~umask)
         part.rename(folder)
-    except (OSError, RuntimeError) as e: raise UserError(f"{folder} could not be saved ({getattr(e, 'strerror', None) or 'the disk may be full'}); nothing was written") from None
-    finally: shutil.rmtree(part, ignore_errors=True)
+    except (OSError, RuntimeError) as e:
+        raise UserError(
+            f"{folder} could not be saved ({getattr(e, 'strerror', None) or 'the disk may be full'}); nothing was written"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 # %% ../nbs/05a_two_images.ipynb #fd74a955
 def parser() -> argparse.ArgumentParser:
     "The options of `diffx2ct_reconstruct`."
-    p = argparse.ArgumentParser("diffx2ct_reconstruct", formatter_class=argparse.RawDescriptionHelpFormatter, description="""Make a CT of two X-ray images: a frontal view (AP) and a lateral view (LAT) of one patient, each as PNG, DICOM (CR, DX), NIfTI (2D or one slice) or .pt.
+    p = argparse.ArgumentParser(
+        "diffx2ct_reconstruct",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""Make a CT of two X-ray images: a frontal view (AP) and a lateral view (LAT) of one patient, each as PNG, DICOM (CR, DX), NIfTI (2D or one slice) or .pt.
 
 Images must be upright: in AP the patient's right at the left, in LAT the patient facing left. Grey values may follow any tone curve, also inverted: they are matched to the views of
 the model's mean patient. Only .pt files, as diffx2ct_prepare stores them, are taken for line integrals. What was done to each image is printed. Not for clinical use.""",
@@ -357,18 +549,39 @@ the model's mean patient. Only .pt files, as diffx2ct_prepare stores them, are t
 
 Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel (where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json, whether there is reason to doubt it as a whole.
 The third of these writes a series for a workstation, case_series_coverage.nii.gz, case_series_path_density.nii.gz and case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large, the views did not say what is there.
-The last is half of the 95 % interval in HU. For stored .pt views it is calibrated once diffx2ct_doubt has been run on the checkpoint; for pictures (consistency soft) it is not. The trust report has limits in both cases.""")
+The last is half of the 95 % interval in HU. For stored .pt views it is calibrated once diffx2ct_doubt has been run on the checkpoint; for pictures (consistency soft) it is not. The trust report has limits in both cases.""",
+    )
     p.add_argument("ap", metavar="AP", help="frontal view")
     p.add_argument("lat", metavar="LAT", help="lateral view")
-    p.add_argument("--checkpoint_dir", required=True, metavar="DIR", help="folder that diffx2ct_train wrote, or one model file")
+    p.add_argument(
+        "--checkpoint_dir", required=True, metavar="DIR", help="folder that diffx2ct_train wrote, or one model file"
+    )
     p.add_argument("--out", metavar="FILE", help="the volume in HU, .nii.gz or .nii")
     p.add_argument("--dicom", metavar="DIR", help="the volume as a DICOM CT series in a new folder")
     p.add_argument("--method", default="expected", choices=METHODS, help="default: expected")
-    p.add_argument("--samples", type=int, default=0, metavar="K", help="also write mean and spread of K samples beside the volume; default: 0")
+    p.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="K",
+        help="also write mean and spread of K samples beside the volume; default: 0",
+    )
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the model's settings")
-    p.add_argument("--seed", type=int, default=0, help="the only source of chance, kept in the files' headers; default: 0")
-    p.add_argument("--consistency", choices=("on", "soft", "off"), help="how far the volume must agree with the views; default: soft for display images, else the model's setting")
-    p.add_argument("--pixel_mm", type=float, nargs=2, metavar=("AP", "LAT"), help="edge of a pixel on the detector in mm, instead of what the files say")
+    p.add_argument(
+        "--seed", type=int, default=0, help="the only source of chance, kept in the files' headers; default: 0"
+    )
+    p.add_argument(
+        "--consistency",
+        choices=("on", "soft", "off"),
+        help="how far the volume must agree with the views; default: soft for display images, else the model's setting",
+    )
+    p.add_argument(
+        "--pixel_mm",
+        type=float,
+        nargs=2,
+        metavar=("AP", "LAT"),
+        help="edge of a pixel on the detector in mm, instead of what the files say",
+    )
     p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto")
     return p
 
@@ -377,18 +590,37 @@ def check_options(
     a: argparse.Namespace,
 ) -> None:
     "Refuse options that contradict each other, and places that cannot be written."
+
     def refuse(bad, sentence):
-        if bad: raise UserError(sentence)
-    refuse(not (a.out or a.dicom), "there is nowhere to write the volume to; name a file with --out, or a folder with --dicom")
-    refuse(a.out and not a.out.endswith((".nii", ".nii.gz")), f"--out {a.out} is no name for a NIfTI file; end it in .nii.gz, or use --dicom for a DICOM series")
-    refuse(a.samples < 0 or a.samples == 1 or (a.steps or 1) < 1, "--samples is 0, or 2 or more, and --steps counts from 1; give larger numbers")
-    refuse(a.method == "mean_of_k" and not a.samples, "--method mean_of_k is the mean of samples; say how many with --samples")
-    refuse(not 0 <= a.seed < 2 ** 31, f"--seed {a.seed} must lie between 0 and {2 ** 31 - 1}")
+        if bad:
+            raise UserError(sentence)
+
+    refuse(
+        not (a.out or a.dicom),
+        "there is nowhere to write the volume to; name a file with --out, or a folder with --dicom",
+    )
+    refuse(
+        a.out and not a.out.endswith((".nii", ".nii.gz")),
+        f"--out {a.out} is no name for a NIfTI file; end it in .nii.gz, or use --dicom for a DICOM series",
+    )
+    refuse(
+        a.samples < 0 or a.samples == 1 or (a.steps or 1) < 1,
+        "--samples is 0, or 2 or more, and --steps counts from 1; give larger numbers",
+    )
+    refuse(
+        a.method == "mean_of_k" and not a.samples,
+        "--method mean_of_k is the mean of samples; say how many with --samples",
+    )
+    refuse(not 0 <= a.seed < 2**31, f"--seed {a.seed} must lie between 0 and {2**31 - 1}")
     refuse(min(a.pixel_mm or [1]) <= 0, "--pixel_mm is the edge of a pixel in mm; give numbers above 0")
     refuse(a.out and Path(a.out).is_dir(), f"--out {a.out} is a folder; name a file")
-    refuse(a.dicom and Path(a.dicom).exists() and (not Path(a.dicom).is_dir() or any(Path(a.dicom).iterdir())), f"--dicom {a.dicom} is there already; name a new folder")
+    refuse(
+        a.dicom and Path(a.dicom).exists() and (not Path(a.dicom).is_dir() or any(Path(a.dicom).iterdir())),
+        f"--dicom {a.dicom} is there already; name a new folder",
+    )
     for path in (a.out, a.dicom):
-        if path: writable(path)
+        if path:
+            writable(path)
 
 # %% ../nbs/05a_two_images.ipynb #5a52b1c0
 @partial(command, again="begins again")
@@ -398,23 +630,37 @@ def main(argv: list[str]):
     check_options(a)
     device = device_option(a.device)
     views = read_view(a.ap, "AP"), read_view(a.lat, "LAT")
-    for view, mm in zip(views, a.pixel_mm or ()): view.measured(mm)
-    if a.pixel_mm and all(v.stored for v in views): raise UserError(f"--pixel_mm is for pictures, but {a.ap} and {a.lat} are stored views, which lie on the model's detector already; leave it out")
+    for view, mm in zip(views, a.pixel_mm or ()):
+        view.measured(mm)
+    if a.pixel_mm and all(v.stored for v in views):
+        raise UserError(
+            f"--pixel_mm is for pictures, but {a.ap} and {a.lat} are stored views, which lie on the model's detector already; leave it out"
+        )
     same_scale(views)
     model = load_model(a.checkpoint_dir, str(device))
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update={} if a.steps is None else {"STEPS": a.steps})
-    if a.method not in methods_of(net): raise UserError(f"--method {a.method} is not one this model has; use one of {', '.join(methods_of(net))}")
+    if a.method not in methods_of(net):
+        raise UserError(f"--method {a.method} is not one this model has; use one of {', '.join(methods_of(net))}")
     for view in views:
-        if view.stored: same_geometry(Path(view.name), model)
+        if view.stored:
+            same_geometry(Path(view.name), model)
     c, line = how_consistent(net, views, c, a.consistency)
     y, done, doubts = calibrate(net, views)
-    for text in filter(None, [*done, line]): print(f"note: {text}")
-    for text in doubts: print(f"diffx2ct: warning: {one_line(text)}", file=sys.stderr)
+    for text in filter(None, [*done, line]):
+        print(f"note: {text}")
+    for text in doubts:
+        print(f"diffx2ct: warning: {one_line(text)}", file=sys.stderr)
     c = careful(net, y, c, f"{a.ap}, {a.lat}")
-    how: dict[str, Any] = dict(patch=min(model.config.TRAINING.PATCH_SIZE, net.A.size), amp=AMP[model.config.TRAINING.AMP])
+    how: dict[str, Any] = dict(
+        patch=min(model.config.TRAINING.PATCH_SIZE, net.A.size), amp=AMP[model.config.TRAINING.AMP]
+    )
     many = samples(net, y, list(range(a.seed, a.seed + a.samples)), c, **how) if a.samples else None
-    mean = finish(net, many.mean(0, keepdim=True), y[None].to(many.device), c.CONSISTENCY)[0] if many is not None else None
-    shown = mean if mean is not None and a.method == "mean_of_k" else reconstruct(net, y, a.method, c, seed=a.seed, **how)
+    mean = (
+        finish(net, many.mean(0, keepdim=True), y[None].to(many.device), c.CONSISTENCY)[0] if many is not None else None
+    )
+    shown = (
+        mean if mean is not None and a.method == "mean_of_k" else reconstruct(net, y, a.method, c, seed=a.seed, **how)
+    )
     maps, report = examine(model, y, shown[None] if many is None else many, c)
     print(report["report"], report["calibration"], sep="\n")
     write(a, model, shown, mean, maps, report, c)
@@ -425,21 +671,38 @@ def write(
     model: Model,
     shown: Tensor,  # (1, D, H, W) unit volume
     mean: Tensor | None,  # (1, D, H, W) of the samples
-    maps: dict[str, Tensor], report: dict,  # of `examine`
+    maps: dict[str, Tensor],
+    report: dict,  # of `examine`
     c: DiffusionConfig,  # reads CONSISTENCY
 ) -> None:
     "Write all files of a case and say which."
     net, written = model.denoiser, []
     hu = lambda x: to_hu(x[0].float().cpu(), net.window)
     note = lambda what: f"{what}, consistency {c.CONSISTENCY}, {CAUTION}"
-    if a.out: written.append(save_nifti(hu(shown), net.A.mm, a.out, note=note(f"{a.method}, seed {a.seed}")))
-    if a.dicom: written.append(save_dicom(hu(shown), net.A.mm, a.dicom, note(f"diffx2ct {a.method}, seed {a.seed}, of two X-ray images")))
-    stem, kind = (a.out[:-len(suffix_of(Path(a.out)))], suffix_of(Path(a.out))) if a.out else (Path(a.dicom), ".nii.gz")
+    if a.out:
+        written.append(save_nifti(hu(shown), net.A.mm, a.out, note=note(f"{a.method}, seed {a.seed}")))
+    if a.dicom:
+        written.append(
+            save_dicom(hu(shown), net.A.mm, a.dicom, note(f"diffx2ct {a.method}, seed {a.seed}, of two X-ray images"))
+        )
+    stem, kind = (
+        (a.out[: -len(suffix_of(Path(a.out)))], suffix_of(Path(a.out))) if a.out else (Path(a.dicom), ".nii.gz")
+    )
     if mean is not None:
         seeds = f"seeds {a.seed} to {a.seed + a.samples - 1}"
         written.append(save_nifti(hu(mean), net.A.mm, f"{stem}_mean{kind}", note=note(f"mean, {seeds}")))
         written.append(save_nifti(maps["spread"], net.A.mm, f"{stem}_spread{kind}", note=note(f"spread, {seeds}")))
-        written.append(save_nifti(maps["spread_95"], net.A.mm, f"{stem}_spread_95{kind}", note=NOTES["spread_95"].format(report["calibration"])))
-    for name in ("coverage", "path_density"): written.append(save_nifti(maps[name], net.A.mm, f"{stem}_{name}{kind}", dtype=dtype_of(name), note=NOTES[name]))
+        written.append(
+            save_nifti(
+                maps["spread_95"],
+                net.A.mm,
+                f"{stem}_spread_95{kind}",
+                note=NOTES["spread_95"].format(report["calibration"]),
+            )
+        )
+    for name in ("coverage", "path_density"):
+        written.append(save_nifti(maps[name], net.A.mm, f"{stem}_{name}{kind}", dtype=dtype_of(name), note=NOTES[name]))
     written.append(write_atomic(f"{stem}_trust.json", lambda p: p.write_text(json.dumps(report, indent=1))))
-    print(f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; {CAUTION}")
+    print(
+        f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; {CAUTION}"
+    )

@@ -24,6 +24,7 @@ def haar_matrix() -> Tensor:  # (8, 8), orthonormal and symmetric
     h = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
     return torch.kron(torch.kron(h, h), h)
 
+
 def haar(
     x: Tensor,  # (B, C, D, H, W), even edges
 ) -> Tensor:  # (B, 8 C, D/2, H/2, W/2)
@@ -31,6 +32,7 @@ def haar(
     b, c, d, h, w = x.shape
     blocks = x.reshape(b, c, d // 2, 2, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c, 8, -1)
     return (haar_matrix().to(x) @ blocks).reshape(b, 8 * c, d // 2, h // 2, w // 2)
+
 
 def unhaar(
     x: Tensor,  # (B, 8 C, D, H, W)
@@ -43,12 +45,14 @@ def unhaar(
 # %% ../nbs/02_unet.ipynb #e8b94fc3
 class TimeEmbedding(nn.Module):
     "t in [0, 1] to a vector."
+
     freqs: Tensor  # (32,)
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("freqs", torch.exp(torch.linspace(0, math.log(1000), 32)), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(64, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+
     def forward(self, t: Tensor) -> Tensor:
         a = t[:, None].float() * self.freqs
         return self.mlp(torch.cat([a.sin(), a.cos()], 1))
@@ -58,15 +62,22 @@ def conv3(cin: int, cout: int, planar: bool) -> nn.Conv3d:
     "A 3x3x3 convolution, or one within axial slices."
     return nn.Conv3d(cin, cout, (1, 3, 3), padding=(0, 1, 1)) if planar else nn.Conv3d(cin, cout, 3, padding=1)
 
+
 def convolve(layer: nn.Conv3d, h: Tensor) -> Tensor:
     "A 3x3x3 convolution; on a CPU in full precision where the grid is smaller than 4 voxels."
-    if h.device.type != "cpu" or min(h.shape[-3:]) >= 4: return layer(h)
-    with torch.autocast("cpu", enabled=False): return layer(h.to(layer.weight.dtype))
+    if h.device.type != "cpu" or min(h.shape[-3:]) >= 4:
+        return layer(h)
+    with torch.autocast("cpu", enabled=False):
+        return layer(h.to(layer.weight.dtype))
+
 
 class ResBlock(nn.Module):
     "Two convolutions, modulated by time and by lifted features."
-    def __init__(self,
-        cin: int, cout: int,
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
         emb: int,  # length of the time vector
         lift: int,  # channels of the lifted features; 0 for none
         modulate: bool = True,  # lifted features scale and shift; False: they only shift
@@ -79,7 +90,8 @@ class ResBlock(nn.Module):
         self.lift, self.modulate = nn.Conv3d(lift, cout * (1 + modulate), 1) if lift else None, modulate
         self.skip = nn.Conv3d(cin, cout, 1) if cin != cout else nn.Identity()
 
-    def forward(self,
+    def forward(
+        self,
         h: Tensor,  # (B, cin, d, h, w)
         emb: Tensor,  # (B, emb)
         lifted: Tensor | None,  # (B, lift, d, h, w)
@@ -90,13 +102,16 @@ class ResBlock(nn.Module):
         if self.lift is not None:
             b, *g = self.lift(lifted).chunk(1 + self.modulate, 1)
             beta = beta + b
-            if g: gamma = gamma + g[0]
+            if g:
+                gamma = gamma + g[0]
         return self.skip(h) + convolve(self.conv2, F.silu(torch.addcmul(beta, y, 1 + gamma)))
 
 # %% ../nbs/02_unet.ipynb #4b24bdc5
 class Attention(nn.Module):
     "Self-attention over voxels, then cross-attention to tokens; each optional."
-    def __init__(self,
+
+    def __init__(
+        self,
         c: int,
         tokens: int = 0,  # channels of the tokens; 0 for no cross-attention
         self_attention: bool = True,
@@ -106,9 +121,13 @@ class Attention(nn.Module):
         self.heads = next(h for h in range(max(1, c // head), 0, -1) if c % h == 0)
         self.norm = norm(c)
         self.qkv, self.out = (nn.Linear(c, 3 * c), nn.Linear(c, c)) if self_attention else (None, None)
-        self.q, self.kv, self.cross = (nn.Linear(c, c), nn.Linear(tokens, 2 * c), nn.Linear(c, c)) if tokens else (None, None, None)
+        self.q, self.kv, self.cross = (
+            (nn.Linear(c, c), nn.Linear(tokens, 2 * c), nn.Linear(c, c)) if tokens else (None, None, None)
+        )
         for layer in (self.out, self.cross):
-            if layer is not None: nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "Multi-head attention over (B, n, c)."
@@ -119,18 +138,30 @@ class Attention(nn.Module):
         "(B, c, d, h, w) and (B, n, tokens) to (B, c, d, h, w)."
         s = self.norm(h).flatten(2).transpose(1, 2)
         add = self.out(self.attend(*self.qkv(s).chunk(3, -1))) if self.qkv is not None else 0
-        if self.q is not None: add = add + self.cross(self.attend(self.q(s + add), *self.kv(tokens).chunk(2, -1)))
+        if self.q is not None:
+            add = add + self.cross(self.attend(self.q(s + add), *self.kv(tokens).chunk(2, -1)))
         return h + add.transpose(1, 2).unflatten(2, h.shape[2:])
 
 # %% ../nbs/02_unet.ipynb #c19723f4
 class Stage(nn.Module):
     "Blocks of one level. `kind`: 'down' pushes a skip after each block, 'up' pops one before each, 'mid' leaves them alone."
-    blocks: Sequence[ResBlock]; attentions: Sequence[nn.Module]
-    def __init__(self,
-        kind: str, level: int, cin: int, cout: int,
+
+    blocks: Sequence[ResBlock]
+    attentions: Sequence[nn.Module]
+
+    def __init__(
+        self,
+        kind: str,
+        level: int,
+        cin: int,
+        cout: int,
         blocks: int,
-        emb: int, lift: int, tokens: int,  # widths of the conditions; 0 for none
-        attention: bool, modulate: bool, planar: bool,
+        emb: int,
+        lift: int,
+        tokens: int,  # widths of the conditions; 0 for none
+        attention: bool,
+        modulate: bool,
+        planar: bool,
         skips: Sequence[int] = (),  # channels of the skips popped by 'up', in order
         resample: nn.Module | None = None,  # before the blocks
         checkpointing: bool = False,
@@ -140,27 +171,43 @@ class Stage(nn.Module):
         self.resample = resample or nn.Identity()
         ins = [(cin if i == 0 else cout) + (skips[i] if skips else 0) for i in range(blocks)]
         self.blocks = nn.ModuleList(ResBlock(c, cout, emb, lift, modulate, planar) for c in ins)
-        self.attentions = nn.ModuleList(Attention(cout, tokens, attention) if attention or tokens else nn.Identity() for _ in ins)
+        self.attentions = nn.ModuleList(
+            Attention(cout, tokens, attention) if attention or tokens else nn.Identity() for _ in ins
+        )
 
-    def forward(self,
-        h: Tensor, skips: list[Tensor],
-        emb: Tensor, lifted: Tensor | None, tokens: Tensor | None,
+    def forward(
+        self,
+        h: Tensor,
+        skips: list[Tensor],
+        emb: Tensor,
+        lifted: Tensor | None,
+        tokens: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
         "Run the blocks; returns new h and new stack of skips."
         skips = list(skips)
         h = self.resample(h)
         for block, attention in zip(self.blocks, self.attentions):
-            if self.kind == "up": h = torch.cat([h, skips.pop()], 1)
-            h = checkpoint(block, h, emb, lifted, use_reentrant=False) if self.checkpointing and self.training else block(h, emb, lifted)
-            if isinstance(attention, Attention): h = attention(h, tokens)
-            if self.kind == "down": skips.append(h)
+            if self.kind == "up":
+                h = torch.cat([h, skips.pop()], 1)
+            h = (
+                checkpoint(block, h, emb, lifted, use_reentrant=False)
+                if self.checkpointing and self.training
+                else block(h, emb, lifted)
+            )
+            if isinstance(attention, Attention):
+                h = attention(h, tokens)
+            if self.kind == "down":
+                skips.append(h)
         return h, skips
 
 # %% ../nbs/02_unet.ipynb #a12119e9
 class UNet(nn.Module):
     "Conditional 3D U-Net."
+
     stages: MutableMapping[str, Stage]  # down0, down1, ..., mid, ..., up1, up0
-    def __init__(self,
+
+    def __init__(
+        self,
         cin: int,  # input channels that may hold detail
         smooth: int,  # input channels after them that vary slowly: averaged, not transformed, where the network begins at half resolution
         channels: Sequence[int],  # per level
@@ -178,8 +225,24 @@ class UNet(nn.Module):
         self.at_half, self.cin, self.smooth, k = half, cin, smooth, 8 if half else 1
         self.time = TimeEmbedding(emb)
         self.first = nn.Conv3d(cin * k + smooth, channels[0], 3, padding=1)
+
         def stage(kind, l, a, b, n, **kw):
-            return Stage(kind, l, a, b, n, emb, channels[l] if lift != "none" else 0, tokens if cross[l] else 0, attention[l], lift == "modulate", l < planar, checkpointing=checkpointing, **kw)
+            return Stage(
+                kind,
+                l,
+                a,
+                b,
+                n,
+                emb,
+                channels[l] if lift != "none" else 0,
+                tokens if cross[l] else 0,
+                attention[l],
+                lift == "modulate",
+                l < planar,
+                checkpointing=checkpointing,
+                **kw,
+            )
+
         self.stages = nn.ModuleDict()
         for l, c in enumerate(channels):
             before = channels[max(l - 1, 0)]
@@ -188,21 +251,33 @@ class UNet(nn.Module):
         self.stages["mid"] = stage("mid", last, channels[-1], channels[-1], 1)
         for l in reversed(range(len(channels))):
             above = channels[min(l + 1, last)]
-            self.stages[f"up{l}"] = stage("up", l, channels[l], channels[l], blocks, skips=[channels[l]] * blocks, resample=nn.ConvTranspose3d(above, channels[l], 2, 2) if l < last else None)
+            self.stages[f"up{l}"] = stage(
+                "up",
+                l,
+                channels[l],
+                channels[l],
+                blocks,
+                skips=[channels[l]] * blocks,
+                resample=nn.ConvTranspose3d(above, channels[l], 2, 2) if l < last else None,
+            )
         self.last = nn.Sequential(norm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], k, 3, padding=1))
-        for p in self.last[-1].parameters(): nn.init.zeros_(p)
+        for p in self.last[-1].parameters():
+            nn.init.zeros_(p)
 
 # %% ../nbs/02_unet.ipynb #1f9af2fe
 def enter(x: Tensor, half: bool, cin: int) -> Tensor:
     "What the first convolution sees of (B, cin + smooth, D, H, W)."
     return torch.cat([haar(x[:, :cin]), F.avg_pool3d(x[:, cin:], 2)], 1) if half else x
 
+
 def leave(h: Tensor, half: bool) -> Tensor:
     "The last layers' output as (B, 1, D, H, W), in full precision."
     return unhaar(h.float()) if half else h.float()
 
+
 @patch
-def forward(self: UNet,
+def forward(
+    self: UNet,
     x: Tensor,  # (B, cin + smooth, D, H, W)
     t: Tensor,  # (B,) in [0, 1]
     lifted: Sequence[Tensor] | None = None,  # per level (B, C_l, d, h, w)
@@ -211,20 +286,28 @@ def forward(self: UNet,
     "Loop over the stages."
     skips: list[Tensor] = []
     h, emb = self.first(enter(x, self.at_half, self.cin)), self.time(t)
-    for stage in self.stages.values(): h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
+    for stage in self.stages.values():
+        h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
     return leave(self.last(h), self.at_half)
 
 # %% ../nbs/02_unet.ipynb #8a0d5a22
 class SavedBytes:
     "Context manager: bytes autograd keeps for the backward pass, each storage once, parameters left out."
+
     def __init__(self, *modules: nn.Module):
         self.seen, self.bytes = {p.untyped_storage() for m in modules for p in m.parameters()}, 0
+
     def pack(self, t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage not in self.seen: self.seen.add(storage); self.bytes += storage.nbytes()
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.bytes += storage.nbytes()
         return t
+
     def __enter__(self):
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
         self.hooks.__enter__()
         return self
-    def __exit__(self, *args): self.hooks.__exit__(*args)
+
+    def __exit__(self, *args):
+        self.hooks.__exit__(*args)

@@ -34,12 +34,26 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from fastcore.basics import patch
-from torch import Tensor
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from .checkpoint import Model, load_model
-from .data import CAUTION, PLANES, WINDOWS, Case, DiffusionConfig, UserError, command, density, load_tensor, planes, show_mpr, to_hu, write_atomic
+from diffx2ct.data import (
+    CAUTION,
+    PLANES,
+    WINDOWS,
+    Case,
+    DiffusionConfig,
+    UserError,
+    command,
+    density,
+    load_tensor,
+    planes,
+    show_mpr,
+    to_hu,
+    write_atomic,
+)
 from .doubt import examine
 from .drr import to_display
 from .evaluate import open_cases
@@ -51,35 +65,51 @@ from .scans import as_image, as_tensor, check_file, extent, hushed, orient, resa
 from .train import AMP, start_wandb
 
 # %% ../nbs/05_visualize.ipynb #4cc801f1
-INKS = {"axial": "#ff6b6b", "coronal": "#5fd38d", "sagittal": "#62a8ff"}  # colour of each plane's title and of its line in the others
+INKS = {
+    "axial": "#ff6b6b",
+    "coronal": "#5fd38d",
+    "sagittal": "#62a8ff",
+}  # colour of each plane's title and of its line in the others
+
 
 def place(
-    at,       # (d, h, w) voxel
-    shape,    # (D, H, W) voxels
-    mm=1.0,   # voxel side, mm
-) -> str:     # for example "L 12.0 mm, P 4.0 mm, H 30.0 mm", from the volume's centre
+    at,  # (d, h, w) voxel
+    shape,  # (D, H, W) voxels
+    mm=1.0,  # voxel side, mm
+) -> str:  # for example "L 12.0 mm, P 4.0 mm, H 30.0 mm", from the volume's centre
     "Where voxel `at` lies in the patient."
     offsets = [(i - (n - 1) / 2) * mm for i, n in zip(at, shape)]
     names = [pair[o > 0] for o, pair in zip(offsets, ("HF", "AP", "RL"))]
     return ", ".join(f"{names[k]} {abs(offsets[k]):.1f} mm" for k in (2, 1, 0))
 
+
 def limits_of(
-    window,   # a name in `WINDOWS`, or (low, high) HU
-) -> tuple:   # (low, high) HU
+    window,  # a name in `WINDOWS`, or (low, high) HU
+) -> tuple:  # (low, high) HU
     "The two ends of a window."
-    if isinstance(window, str) and window not in WINDOWS: raise UserError(f"window {window!r} is unknown; choose one of {', '.join(WINDOWS)}, or two numbers in HU")
+    if isinstance(window, str) and window not in WINDOWS:
+        raise UserError(f"window {window!r} is unknown; choose one of {', '.join(WINDOWS)}, or two numbers in HU")
     low, high = WINDOWS[window] if isinstance(window, str) else window
-    if not low < high: raise UserError(f"window {low:g} to {high:g} HU is empty; give the lower end first")
+    if not low < high:
+        raise UserError(f"window {low:g} to {high:g} HU is empty; give the lower end first")
     return float(low), float(high)
 
 # %% ../nbs/05_visualize.ipynb #bfbfbb80
-LEVELS = 240                                        # palette entries for data; letters and lines follow
-COLOURS = {"hu": "gray", "difference": "berlin", "spread": "inferno", "density": "viridis", "coverage": ["#7a2e2e", "#b98a35", "#2e7d6b"]}
+LEVELS = 240  # palette entries for data; letters and lines follow
+COLOURS = {
+    "hu": "gray",
+    "difference": "berlin",
+    "spread": "inferno",
+    "density": "viridis",
+    "coverage": ["#7a2e2e", "#b98a35", "#2e7d6b"],
+}
 BEAMS = ("no beam: prior only", "one beam", "both beams")
+
 
 def kind_of(name: str) -> str:  # a volume's name -> "hu", "difference", "spread", "density" or "coverage"
     "The kind of volume, told by its name."
     return next((kind for kind in ("difference", "spread", "density", "coverage") if kind in name.lower()), "hu")
+
 
 @cache
 def palette(kind: str) -> bytes:  # 251 RGB triples
@@ -95,43 +125,48 @@ def palette(kind: str) -> bytes:  # 251 RGB triples
 @dataclass
 class Layer:
     "One volume as it is drawn."
-    name: str             # shown on its button
-    values: np.ndarray    # (D, H, W) float32, HU, or number of beams or rays
-    kind: str             # "hu", "difference", "spread", "density" or "coverage"
-    limits: tuple         # (low, high), drawn as first and last colour
+
+    name: str  # shown on its button
+    values: np.ndarray  # (D, H, W) float32, HU, or number of beams or rays
+    kind: str  # "hu", "difference", "spread", "density" or "coverage"
+    limits: tuple  # (low, high), drawn as first and last colour
     less: np.ndarray | None = None  # (D, H, W) float32 taken away from `values`: the truth, in a difference
 
     def __getitem__(self, where):  # index of a voxel, a slice or a block
         "What is drawn there."
         return self.values[where] if self.less is None else self.values[where] - self.less[where]
 
+
 def layer(
-    name: str,            # tells the kind, see `kind_of`
-    values,               # (D, H, W), HU, or number of beams or rays
-    window=(-1024, 1500), # (low, high) HU, used by kind "hu" only
-    less=None,            # (D, H, W) to be taken away
+    name: str,  # tells the kind, see `kind_of`
+    values,  # (D, H, W), HU, or number of beams or rays
+    window=(-1024, 1500),  # (low, high) HU, used by kind "hu" only
+    less=None,  # (D, H, W) to be taken away
 ) -> Layer:
     "A volume with limits that suit its kind."
     values, less = (v if v is None else np.ascontiguousarray(v, np.float32) for v in (values, less))
     made = Layer(name, values, kind_of(name), tuple(window), less)
-    if made.kind == "coverage": made.limits = (0, 2)
-    if made.kind == "density": made.limits = (0, float(made.values.max()))
-    if made.kind in ("hu", "density", "coverage"): return made
+    if made.kind == "coverage":
+        made.limits = (0, 2)
+    if made.kind == "density":
+        made.limits = (0, float(made.values.max()))
+    if made.kind in ("hu", "density", "coverage"):
+        return made
     top = float(np.percentile(np.abs(made[::2, ::2, ::2]), 99.5))
     top = max(10.0 * math.ceil(top / 10), 10.0)
     made.limits = (-top if made.kind == "difference" else 0.0, top)
     return made
 
-
 # %% ../nbs/05_visualize.ipynb #165230b8
 def enlarge(
-    image,         # (h, w)
-    shape,         # (rows, columns) wanted
-    smooth=True,   # bilinear, or else the nearest pixel
-):                 # (rows, columns)
+    image,  # (h, w)
+    shape,  # (rows, columns) wanted
+    smooth=True,  # bilinear, or else the nearest pixel
+):  # (rows, columns)
     "The picture at another size, its outer edges kept where they were."
     rows, columns = ((np.arange(n) + 0.5) * s / n - 0.5 for n, s in zip(shape, image.shape))
-    if not smooth: return image[np.ix_(np.rint(rows).astype(int), np.rint(columns).astype(int))]
+    if not smooth:
+        return image[np.ix_(np.rint(rows).astype(int), np.rint(columns).astype(int))]
     for axis, where in enumerate((rows, columns)):
         where = np.clip(where, 0, image.shape[axis] - 1).astype(np.float32)
         first = np.minimum(where.astype(int), max(image.shape[axis] - 2, 0))
@@ -143,43 +178,51 @@ def enlarge(
 # %% ../nbs/05_visualize.ipynb #1f1cf429
 MARGIN = 20  # pixels around the slice, for the letters
 
+
 @cache
 def frame(plane: str, pixels: int):  # (pixels, pixels) uint8
     "A black square with the plane's four letters."
     image, middle, edge = Image.new("L", (pixels, pixels)), pixels / 2, MARGIN / 2
     spots = (edge, middle), (pixels - edge, middle), (middle, edge), (middle, pixels - edge)  # left, right, top, bottom
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    for letter, spot in zip(PLANES[plane], spots): pen.text(spot, letter, fill=255, font=font, anchor="mm")
+    for letter, spot in zip(PLANES[plane], spots):
+        pen.text(spot, letter, fill=255, font=font, anchor="mm")
     return LEVELS + np.asarray(image) // 32
 
+
 def box(
-    shape,    # (D, H, W) voxels
-    axis,     # the axis left out
-    pixels,   # side of the panel
-):            # top, left, height, width of the slice inside the panel, pixels
+    shape,  # (D, H, W) voxels
+    axis,  # the axis left out
+    pixels,  # side of the panel
+):  # top, left, height, width of the slice inside the panel, pixels
     "Where a slice stands in its panel: one scale for all three planes."
     scale = (pixels - 2 * MARGIN) / max(shape)
     height, width = (max(round(n * scale), 1) for k, n in enumerate(shape) if k != axis)
     return (pixels - height) // 2, (pixels - width) // 2, height, width
 
+
 def voxel(
-    at,       # (d, h, w) under the cross-hair; its place along the axis left out is kept
-    shape,    # (D, H, W) voxels
-    axis,     # the axis left out
-    x, y,     # a point of the picture, as shares of its width and height
-    pixels,   # side of the panel
-):            # (d, h, w), or None in the margin
+    at,  # (d, h, w) under the cross-hair; its place along the axis left out is kept
+    shape,  # (D, H, W) voxels
+    axis,  # the axis left out
+    x,
+    y,  # a point of the picture, as shares of its width and height
+    pixels,  # side of the panel
+):  # (d, h, w), or None in the margin
     "The voxel under a point of the picture: `box` the other way round."
     top, left, height, width = box(shape, axis, pixels)
     down, along = (y * pixels - top) / height, (x * pixels - left) / width
-    if not (0 <= down < 1 and 0 <= along < 1): return None
+    if not (0 <= down < 1 and 0 <= along < 1):
+        return None
     a, b = (k for k in range(3) if k != axis)
-    return tuple(int(down * n) if k == a else int(along * n) if k == b else i for k, (i, n) in enumerate(zip(at, shape)))
+    return tuple(
+        int(down * n) if k == a else int(along * n) if k == b else i for k, (i, n) in enumerate(zip(at, shape))
+    )
 
 # %% ../nbs/05_visualize.ipynb #20591fad
 def png(
-    image,            # (rows, columns) uint8, entries of the palette
-    colours: bytes,   # RGB triples
+    image,  # (rows, columns) uint8, entries of the palette
+    colours: bytes,  # RGB triples
 ) -> bytes:
     "The bytes of a PNG, packed quickly rather than tightly."
     picture, stream = Image.fromarray(image), io.BytesIO()
@@ -190,24 +233,26 @@ def png(
 # %% ../nbs/05_visualize.ipynb #398672ce
 def draw_slice(
     layer: Layer,
-    plane: str,          # "axial", "coronal" or "sagittal"
-    at,                  # (d, h, w) voxel under the cross-hair
-    pixels=400,          # side of the picture
-    cross=True,          # draw the cross-hair
-    smooth=True,         # smooth or in squares
-) -> bytes:              # a PNG
+    plane: str,  # "axial", "coronal" or "sagittal"
+    at,  # (d, h, w) voxel under the cross-hair
+    pixels=400,  # side of the picture
+    cross=True,  # draw the cross-hair
+    smooth=True,  # smooth or in squares
+) -> bytes:  # a PNG
     "One slice with its letters and cross-hair."
     axis, shape = list(PLANES).index(plane), layer.values.shape
     top, left, height, width = box(shape, axis, pixels)
     (low, high), levels = layer.limits, LEVELS - 1
     values = enlarge(planes(layer, at)[axis], (height, width), smooth and layer.kind != "coverage")
     image = frame(plane, pixels).copy()
-    image[top:top + height, left:left + width] = np.clip((values - low) * (levels / (high - low)), 0, levels)
+    image[top : top + height, left : left + width] = np.clip((values - low) * (levels / (high - low)), 0, levels)
     if cross:
         (a, b), gap = [k for k in range(3) if k != axis], 9
         y, x = top + int((at[a] + 0.5) * height / shape[a]), left + int((at[b] + 0.5) * width / shape[b])
-        for line in (slice(left, max(x - gap, left)), slice(x + gap, left + width)): image[y, line] = LEVELS + 8 + a
-        for line in (slice(top, max(y - gap, top)), slice(y + gap, top + height)): image[line, x] = LEVELS + 8 + b
+        for line in (slice(left, max(x - gap, left)), slice(x + gap, left + width)):
+            image[y, line] = LEVELS + 8 + a
+        for line in (slice(top, max(y - gap, top)), slice(y + gap, top + height)):
+            image[line, x] = LEVELS + 8 + b
     return png(image, palette(layer.kind))
 
 # %% ../nbs/05_visualize.ipynb #4602d714
@@ -215,24 +260,37 @@ def save_nifti(
     hu,  # (D, H, W), usually HU
     mm: float,  # voxel side
     path: str | Path,  # ends in .nii or .nii.gz
-    centre: tuple[float, float, float] = (0, 0, 0),  # where the volume's centre lies in patient space (left, back, head), mm
+    centre: tuple[float, float, float] = (
+        0,
+        0,
+        0,
+    ),  # where the volume's centre lies in patient space (left, back, head), mm
     dtype: type = np.int16,  # int16 rounds to whole HU
     note: str = CAUTION,  # kept in the header (`descrip`), the first 79 characters of it
 ) -> Path:
     "Write a volume with its voxel size, place and direction."
     values, path = np.asarray(hu), Path(path)
-    if values.ndim != 3: raise UserError(f"{path.name}: a volume has 3 axes (D, H, W), this one has shape {values.shape}; index one volume first")
-    if not path.name.endswith((".nii", ".nii.gz")): raise UserError(f"{path} is no name for a NIfTI file; end it in .nii or .nii.gz")
+    if values.ndim != 3:
+        raise UserError(
+            f"{path.name}: a volume has 3 axes (D, H, W), this one has shape {values.shape}; index one volume first"
+        )
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise UserError(f"{path} is no name for a NIfTI file; end it in .nii or .nii.gz")
     image = as_image((np.rint(values) if np.issubdtype(dtype, np.integer) else values).astype(dtype), mm)
     image.SetOrigin([o + float(c) for o, c in zip(image.GetOrigin(), centre)])
     image.SetMetaData("ITK_FileNotes", note[:79])
+
     def write(part):
         whole = part.with_name(part.stem + path.name)  # ITK tells the format by the name's end
         try:
-            with hushed(): sitk.WriteImage(image, str(whole), useCompression=True)
+            with hushed():
+                sitk.WriteImage(image, str(whole), useCompression=True)
             whole.replace(part)
-        except RuntimeError as e: raise OSError(0, "the disk may be full") from e
-        finally: whole.unlink(missing_ok=True)
+        except RuntimeError as e:
+            raise OSError(0, "the disk may be full") from e
+        finally:
+            whole.unlink(missing_ok=True)
+
     return write_atomic(path, write)
 
 # %% ../nbs/05_visualize.ipynb #ff38ff20
@@ -243,8 +301,10 @@ def load_nifti(
     path = Path(path)
     check_file(path)
     try:
-        with hushed(): image = orient(sitk.ReadImage(str(path), sitk.sitkFloat32))
-    except RuntimeError: raise UserError(f"{path} cannot be read to its end; it is truncated or damaged, so copy it again") from None
+        with hushed():
+            image = orient(sitk.ReadImage(str(path), sitk.sitkFloat32))
+    except RuntimeError:
+        raise UserError(f"{path} cannot be read to its end; it is truncated or damaged, so copy it again") from None
     mm = min(image.GetSpacing())
     if max(image.GetSpacing()) > 1.001 * mm:
         middle, edges = extent(image)
@@ -253,80 +313,100 @@ def load_nifti(
 
 # %% ../nbs/05_visualize.ipynb #6f04318c
 def read_volume(
-    item,                   # (D, H, W) or (1, D, H, W) HU array or tensor; or a .pt or NIfTI path
-    hu_range=(-1024, 1500), # HU of 0 and 1 in a .pt unit volume
-) -> tuple:                 # (D, H, W) float32, voxel side in mm or None
+    item,  # (D, H, W) or (1, D, H, W) HU array or tensor; or a .pt or NIfTI path
+    hu_range=(-1024, 1500),  # HU of 0 and 1 in a .pt unit volume
+) -> tuple:  # (D, H, W) float32, voxel side in mm or None
     "One volume in HU."
     mm, name = None, "volume"
     if isinstance(item, (str, Path)):
         name = str(item)
-        if name.endswith(".pt"): item = to_hu(load_tensor(item).float(), hu_range)
-        else: item, mm = load_nifti(item)
+        if name.endswith(".pt"):
+            item = to_hu(load_tensor(item).float(), hu_range)
+        else:
+            item, mm = load_nifti(item)
     values = np.asarray(item.detach().cpu() if hasattr(item, "detach") else item, dtype=np.float32)
     values = values[0] if values.ndim == 4 and len(values) == 1 else values
-    if values.ndim != 3: raise UserError(f"{name}: a volume has 3 axes (D, H, W), this one has shape {values.shape}")
-    if not np.isfinite(values).all(): raise UserError(f"{name}: holds NaN or infinity; a volume must be finite")
+    if values.ndim != 3:
+        raise UserError(f"{name}: a volume has 3 axes (D, H, W), this one has shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise UserError(f"{name}: holds NaN or infinity; a volume must be finite")
     return values, mm
 
 # %% ../nbs/05_visualize.ipynb #abd2fc44
 ORDER = ("truth", "generated", "difference", "spread", "coverage")
 
-def ordered(names) -> list[str]: return sorted(names, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))  # the known names first
+
+def ordered(names) -> list[str]:
+    return sorted(names, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))  # the known names first
+
 
 def read_volumes(
-    source,                  # a mapping of names, or one array, path, folder of *.nii.gz or `Case`
-    mm=None,                 # voxel side where the source does not say, mm
+    source,  # a mapping of names, or one array, path, folder of *.nii.gz or `Case`
+    mm=None,  # voxel side where the source does not say, mm
     hu_range=(-1024, 1500),  # HU of 0 and 1 in a unit volume
-) -> tuple:                  # {name: (D, H, W) float32}, voxel side in mm
+) -> tuple:  # {name: (D, H, W) float32}, voxel side in mm
     "All volumes of `source`, the known names first, each of several samples under a name of its own."
     if isinstance(source, Case):
-        if source.volume is None: raise UserError(f"case {source.name} has no volume to look at, only views; reconstruct it first: view(checkpoint, case=...)")
+        if source.volume is None:
+            raise UserError(
+                f"case {source.name} has no volume to look at, only views; reconstruct it first: view(checkpoint, case=...)"
+            )
         source = {"truth": to_hu(source.volume.float(), hu_range)}
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if not path.exists(): raise UserError(f"{path}: there is no such file or folder")
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file or folder")
         files = sorted(path.glob("*.nii.gz")) if path.is_dir() else [path]
-        if not files: raise UserError(f"{path}: the folder holds no .nii.gz volume and no model")
+        if not files:
+            raise UserError(f"{path}: the folder holds no .nii.gz volume and no model")
         source = {file.name.split(".")[0]: file for file in files}
     source = dict(source) if isinstance(source, Mapping) else {"volume": source}
     source |= {f"sample_{k}": values for k, values in enumerate(source.pop("samples", ()), 1)}
-    if not source: raise UserError("there is nothing to look at; give view at least one volume")
+    if not source:
+        raise UserError("there is nothing to look at; give view at least one volume")
     read = {name: read_volume(source[name], hu_range) for name in ordered(source)}
     volumes, sides = {name: v for name, (v, _) in read.items()}, [s for _, s in read.values() if s]
     if len({v.shape for v in volumes.values()}) != 1:
-        raise UserError("volumes to be compared need one grid: " + ", ".join(f"{n} {v.shape}" for n, v in volumes.items()))
+        raise UserError(
+            "volumes to be compared need one grid: " + ", ".join(f"{n} {v.shape}" for n, v in volumes.items())
+        )
     return volumes, mm or (sides or [1.0])[0]
-
 
 # %% ../nbs/05_visualize.ipynb #46cf56db
 def layers_of(
     volumes: dict,  # {name: (D, H, W)} from `read_volumes`
-    window,         # (low, high) HU
+    window,  # (low, high) HU
 ) -> tuple[list[Layer], list]:  # in the order of their buttons; (D, H, W) samples of the generated volume
     "Layers for all volumes and what follows from them."
     drawn = [v for name, v in volumes.items() if name.startswith("sample_")]
     volumes = {name: v for name, v in volumes.items() if not name.startswith("sample_")}
-    if drawn: volumes.setdefault("generated", np.mean(drawn, 0))
-    if len(drawn) > 1: volumes.setdefault("spread", np.std(drawn, 0, ddof=1))
+    if drawn:
+        volumes.setdefault("generated", np.mean(drawn, 0))
+    if len(drawn) > 1:
+        volumes.setdefault("spread", np.std(drawn, 0, ddof=1))
     both = {"truth", "generated"} <= set(volumes)
-    if both: volumes["difference"] = volumes["generated"]
-    return [layer(n, volumes[n], window, volumes["truth"] if both and n == "difference" else None) for n in ordered(volumes)], drawn
-
+    if both:
+        volumes["difference"] = volumes["generated"]
+    return [
+        layer(n, volumes[n], window, volumes["truth"] if both and n == "difference" else None) for n in ordered(volumes)
+    ], drawn
 
 # %% ../nbs/05_visualize.ipynb #96d715cd
 def control(kind, name, wide="auto", **options):  # an ipywidgets class, its label, its width
     "A widget with a tight label."
     return kind(description=name, style={"description_width": "auto"}, layout=W.Layout(width=wide), **options)
 
+
 class Viewer(W.VBox):
     "Three linked planes of one or more volumes on one grid; see `view`."
+
     def __init__(
         self,
-        layers: list,      # of `Layer`
-        mm=1.0,            # voxel side, mm
-        window="full",     # a name in `WINDOWS`, or (low, high) HU
-        pixels=400,        # side of each picture
-        drawn=(),          # (D, H, W) samples that can take the place of the generated volume
+        layers: list,  # of `Layer`
+        mm=1.0,  # voxel side, mm
+        window="full",  # a name in `WINDOWS`, or (low, high) HU
+        pixels=400,  # side of each picture
+        drawn=(),  # (D, H, W) samples that can take the place of the generated volume
     ):
         super().__init__()
         self.layers, self.mm, self.pixels = {layer.name: layer for layer in layers}, mm, pixels
@@ -342,7 +422,6 @@ class Viewer(W.VBox):
         self.mouse.observe(self.steer, "value")
         self.redraw()
 
-
 # %% ../nbs/05_visualize.ipynb #e0142893
 @patch
 def build(self: Viewer, window):  # a name in `WINDOWS`, or (low, high) HU
@@ -350,36 +429,69 @@ def build(self: Viewer, window):  # a name in `WINDOWS`, or (low, high) HU
     names, shape = list(self.layers), self.shape
     low, high = limits_of(window)
     self.show = control(W.ToggleButtons, "show", options=names)
-    self.other = control(W.Dropdown, "compare with", "220px", options=[("nothing", None), *((n, n) for n in names)], index=0)
+    self.other = control(
+        W.Dropdown, "compare with", "220px", options=[("nothing", None), *((n, n) for n in names)], index=0
+    )
     self.preset = control(W.ToggleButtons, "window", options=list(WINDOWS), value=None)
-    self.levels = control(W.FloatRangeSlider, "HU", "100%", min=min(-1400, low), max=max(3000, high), value=(low, high), step=1, readout_format=".0f")
+    self.levels = control(
+        W.FloatRangeSlider,
+        "HU",
+        "100%",
+        min=min(-1400, low),
+        max=max(3000, high),
+        value=(low, high),
+        step=1,
+        readout_format=".0f",
+    )
     self.cross, self.smooth = (control(W.ToggleButton, text, value=True) for text in ("cross-hair", "smooth"))
-    self.sample = control(W.SelectionSlider, "generated", "330px", options=[("estimate", 0), *((f"sample {k} of {n}", k) for n in [len(self.answers) - 1] for k in range(1, n + 1))])
+    self.sample = control(
+        W.SelectionSlider,
+        "generated",
+        "330px",
+        options=[
+            ("estimate", 0),
+            *((f"sample {k} of {n}", k) for n in [len(self.answers) - 1] for k in range(1, n + 1)),
+        ],
+    )
     self.sample.layout.display = None if self.answers else "none"
-    self.images, self.images2 = ({p: W.Image(format="png", layout=W.Layout(width="100%")) for p in PLANES} for _ in "12")
-    self.sliders = {p: control(W.IntSlider, "", "100%", min=0, max=shape[a] - 1, value=shape[a] // 2) for a, p in enumerate(PLANES)}
+    self.images, self.images2 = (
+        {p: W.Image(format="png", layout=W.Layout(width="100%")) for p in PLANES} for _ in "12"
+    )
+    self.sliders = {
+        p: control(W.IntSlider, "", "100%", min=0, max=shape[a] - 1, value=shape[a] // 2) for a, p in enumerate(PLANES)
+    }
     self.bar, self.readout, self.mouse = W.HTML(), W.HTML(), W.Text(layout=W.Layout(display="none"))
 
-@patch(as_prop=True)
-def shape(self: Viewer): return next(iter(self.layers.values())).values.shape  # (D, H, W)
 
 @patch(as_prop=True)
-def at(self: Viewer): return tuple(s.value for s in self.sliders.values())      # (d, h, w) under the cross-hair
+def shape(self: Viewer):
+    return next(iter(self.layers.values())).values.shape  # (D, H, W)
+
+
+@patch(as_prop=True)
+def at(self: Viewer):
+    return tuple(s.value for s in self.sliders.values())  # (d, h, w) under the cross-hair
+
 
 @patch
 def go(self: Viewer, d: int, h: int, w: int):
     "Put the cross-hair on voxel (d, h, w), or on the nearest there is."
     with self.together():
-        for slider, value in zip(self.sliders.values(), (d, h, w)): slider.value = min(max(value, 0), slider.max)
+        for slider, value in zip(self.sliders.values(), (d, h, w)):
+            slider.value = min(max(value, 0), slider.max)
+
 
 @patch
 @contextmanager
 def together(self: Viewer):
     "Controls moved within are followed by one redraw."
     was, self.held = self.held, True
-    try: yield
-    finally: self.held = was
-    if self.due and not self.held: self.redraw()
+    try:
+        yield
+    finally:
+        self.held = was
+    if self.due and not self.held:
+        self.redraw()
 
 # %% ../nbs/05_visualize.ipynb #1f373462
 MOUSE = """
@@ -433,7 +545,6 @@ on('keydown', e => {
 });
 """
 
-
 # %% ../nbs/05_visualize.ipynb #0955afff
 STYLE = """<style>
 .dx { background:#0b0d10; color:#c9d1d9; padding:14px 16px 10px; border-radius:10px; max-width:1320px; overflow:hidden;
@@ -453,21 +564,36 @@ STYLE = """<style>
 HINT = f"""<div class="dim" style="font-size:11px;line-height:1.5">In a picture: click or drag for the cross-hair; wheel, arrow keys, Page Up and Page Down to walk; right button or shift and drag for the window.
 <span style="color:#e3b341">{CAUTION.capitalize()}: what a model generated is a guess.</span></div>"""
 
+
 @patch
 def arrange(self: Viewer):
     "Put the parts in their places."
     row, panels = W.Layout(width="100%", align_items="center", grid_gap="6px 22px", flex_flow="row wrap"), []
     for plane in PLANES:
         title = W.HTML(f'<b style="color:{INKS[plane]};letter-spacing:.08em;font-size:11px">{plane.upper()}</b>')
-        panels.append(W.VBox([title, self.images[plane], self.images2[plane], self.sliders[plane]], layout=W.Layout(width="33%")))
+        panels.append(
+            W.VBox([title, self.images[plane], self.images2[plane], self.sliders[plane]], layout=W.Layout(width="33%"))
+        )
     for images in (self.images, self.images2):
-        for plane, image in images.items(): image.add_class(f"dx-{plane}")
-    for image in self.images2.values(): image.add_class("dx-second")
+        for plane, image in images.items():
+            image.add_class(f"dx-{plane}")
+    for image in self.images2.values():
+        image.add_class("dx-second")
     self.mouse.add_class("dx-mouse")
-    self.children = [W.HTML(STYLE.replace("<style>", f'<style onload="{html.escape(MOUSE)}">')), self.mouse, W.HBox([self.show, self.other, self.sample], layout=row),
-                     W.HBox([self.preset, W.Box([self.levels], layout=W.Layout(flex="1 1 320px")), self.cross, self.smooth], layout=row),
-                     W.HBox(panels, layout=W.Layout(width="100%", grid_gap="12px", margin="8px 0 0")),
-                     W.HBox([self.readout, self.bar], layout=W.Layout(width="100%", justify_content="space-between", flex_flow="row wrap")), W.HTML(HINT)]
+    self.children = [
+        W.HTML(STYLE.replace("<style>", f'<style onload="{html.escape(MOUSE)}">')),
+        self.mouse,
+        W.HBox([self.show, self.other, self.sample], layout=row),
+        W.HBox(
+            [self.preset, W.Box([self.levels], layout=W.Layout(flex="1 1 320px")), self.cross, self.smooth], layout=row
+        ),
+        W.HBox(panels, layout=W.Layout(width="100%", grid_gap="12px", margin="8px 0 0")),
+        W.HBox(
+            [self.readout, self.bar],
+            layout=W.Layout(width="100%", justify_content="space-between", flex_flow="row wrap"),
+        ),
+        W.HTML(HINT),
+    ]
     self.add_class("dx")
 
 # %% ../nbs/05_visualize.ipynb #abb63ba0
@@ -475,32 +601,64 @@ def arrange(self: Viewer):
 def redraw(self: Viewer, change=None):
     "Draw the pictures for the controls as they stand."
     self.due = self.held
-    if self.held: return
+    if self.held:
+        return
     limits = tuple(self.levels.value)
     limits = limits if limits[1] > limits[0] else (limits[0], limits[0] + 1)
-    for layer in self.layers.values(): layer.limits = limits if layer.kind == "hu" else layer.limits
+    for layer in self.layers.values():
+        layer.limits = limits if layer.kind == "hu" else layer.limits
     self.preset.value = next((n for n, w in WINDOWS.items() if tuple(w) == limits), None)
     for images, name in (self.images, self.show.value), (self.images2, self.other.value):
         for plane, image in images.items():
             image.layout.display = None if name else "none"
-            if name: image.value = draw_slice(self.layers[name], plane, self.at, self.pixels, self.cross.value, self.smooth.value)
+            if name:
+                image.value = draw_slice(
+                    self.layers[name], plane, self.at, self.pixels, self.cross.value, self.smooth.value
+                )
     names = dict.fromkeys(n for n in (self.show.value, self.other.value) if n)
-    self.bar.value, self.readout.value = "".join(f'<div style="white-space:nowrap;line-height:1.5">{scale_bar(self.layers[n])}</div>' for n in names), self.read()
+    self.bar.value, self.readout.value = (
+        "".join(f'<div style="white-space:nowrap;line-height:1.5">{scale_bar(self.layers[n])}</div>' for n in names),
+        self.read(),
+    )
+
 
 def value_at(layer: Layer, at) -> str:  # at a voxel (d, h, w)
     "What a volume says of a voxel, in words."
     value = float(layer[at])
-    if layer.kind == "density": return f"{value:.1f} rays"
-    return BEAMS[min(max(round(value), 0), 2)] if layer.kind == "coverage" else f"{value:{'+' if layer.kind == 'difference' else ''}.0f} HU"
+    if layer.kind == "density":
+        return f"{value:.1f} rays"
+    return (
+        BEAMS[min(max(round(value), 0), 2)]
+        if layer.kind == "coverage"
+        else f"{value:{'+' if layer.kind == 'difference' else ''}.0f} HU"
+    )
+
 
 @patch
 def read(self: Viewer) -> str:
     "Every volume's value under the cross-hair and under the mouse, as HTML."
     rows = [("", "", "", *(html.escape(name) for name in self.layers))]
     for name, at in ("cross-hair", self.at), ("mouse", self.over):
-        rows.append((name, *("&ndash;",) * (len(self.layers) + 2)) if at is None else (name, place(at, self.shape, self.mm), f"voxel {at}", *(value_at(layer, at) for layer in self.layers.values())))
-    return "<table>" + "".join("<tr>" + "".join(f"<td>{f'<b>{text}</b>' if k and n != 2 and n else text}</td>" for n, text in enumerate(row)) + "</tr>" for k, row in enumerate(rows)) + "</table>"
-
+        rows.append(
+            (name, *("&ndash;",) * (len(self.layers) + 2))
+            if at is None
+            else (
+                name,
+                place(at, self.shape, self.mm),
+                f"voxel {at}",
+                *(value_at(layer, at) for layer in self.layers.values()),
+            )
+        )
+    return (
+        "<table>"
+        + "".join(
+            "<tr>"
+            + "".join(f"<td>{f'<b>{text}</b>' if k and n != 2 and n else text}</td>" for n, text in enumerate(row))
+            + "</tr>"
+            for k, row in enumerate(rows)
+        )
+        + "</table>"
+    )
 
 # %% ../nbs/05_visualize.ipynb #89432791
 def scale_bar(layer: Layer) -> str:  # HTML
@@ -509,7 +667,9 @@ def scale_bar(layer: Layer) -> str:  # HTML
     name = f'<span class="dim">{html.escape(layer.name)}</span> &nbsp; '
     if layer.kind == "coverage":
         items = zip(rgb[[0, LEVELS // 2, LEVELS - 1]], BEAMS)
-        return name + " &nbsp; ".join(f'<span style="color:rgb{tuple(map(int, c))}">&#9632;</span> {text}' for c, text in items)
+        return name + " &nbsp; ".join(
+            f'<span style="color:rgb{tuple(map(int, c))}">&#9632;</span> {text}' for c, text in items
+        )
     stops = ",".join(f"rgb{tuple(map(int, rgb[k]))}" for k in range(0, LEVELS, 17))
     bar = f'<span style="display:inline-block;width:170px;height:10px;border-radius:3px;border:1px solid #30363d;background:linear-gradient(90deg,{stops})"></span>'
     return f'{name}<span class="dim">{low:.0f}</span> {bar} <span class="dim">{high:.0f} {"rays" if layer.kind == "density" else "HU"}</span>'
@@ -517,25 +677,33 @@ def scale_bar(layer: Layer) -> str:  # HTML
 # %% ../nbs/05_visualize.ipynb #7c92a6d5
 STILL: dict[str, list] = {"click": [0], "by": [0, 0, 0], "drag": [0.0, 0.0, 0]}  # a browser that did nothing yet
 
+
 @patch
 def steer(self: Viewer, change):
     "Follow the mouse and the keys, from the totals that `MOUSE` keeps."
     now = json.loads(change.new)
     old, self.seen[now["id"]] = self.seen.get(now["id"], STILL), now
-    def under(plane, x, y): return voxel(self.at, self.shape, list(PLANES).index(plane), x, y, self.pixels)
+
+    def under(plane, x, y):
+        return voxel(self.at, self.shape, list(PLANES).index(plane), x, y, self.pixels)
+
     with self.together():
-        if now["click"] != old["click"]: self.go(*under(*now["click"][1:]) or self.at)
+        if now["click"] != old["click"]:
+            self.go(*under(*now["click"][1:]) or self.at)
         self.go(*(i + n - o for i, n, o in zip(self.at, now["by"], old["by"])))
         wide, up = (n - o for n, o in zip(now["drag"][:2], old["drag"]))
-        if wide or up: self.stretch(self.layers[(self.show.value, self.other.value)[now["drag"][2]]], wide, up)
+        if wide or up:
+            self.stretch(self.layers[(self.show.value, self.other.value)[now["drag"][2]]], wide, up)
     self.over = under(*now["over"]) if now["over"] else None
     self.readout.value = self.read()
+
 
 @patch
 def stretch(
     self: Viewer,
     layer: Layer,  # the one the mouse is in
-    wide, up,      # how far it was dragged, as shares of the picture's side
+    wide,
+    up,  # how far it was dragged, as shares of the picture's side
 ):
     "Another window, or another range of colours."
     if layer.kind == "hu":
@@ -550,13 +718,16 @@ def stretch(
 @patch
 def pick(self: Viewer, change):
     "A preset's window."
-    if change.new: self.levels.value = WINDOWS[change.new]
+    if change.new:
+        self.levels.value = WINDOWS[change.new]
+
 
 @patch
 def choose(self: Viewer, change):
     "The estimate (0) or a sample (1, 2, ...) as the generated volume."
     for layer in self.layers.values():
-        if layer.name == "generated" or layer.less is not None: layer.values = self.answers[change.new]
+        if layer.name == "generated" or layer.less is not None:
+            layer.values = self.answers[change.new]
     self.redraw()
 
 # %% ../nbs/05_visualize.ipynb #8bb56c57
@@ -564,57 +735,85 @@ def choose(self: Viewer, change):
 def snapshot(self: Viewer) -> bytes:  # a JPEG, a few kilobytes
     "The three planes side by side at half size, a row for each volume shown."
     shown = [images for images, name in ((self.images, self.show.value), (self.images2, self.other.value)) if name]
-    rows = [np.concatenate([np.asarray(Image.open(io.BytesIO(i.value)).convert("RGB")) for i in images.values()], 1) for images in shown]
+    rows = [
+        np.concatenate([np.asarray(Image.open(io.BytesIO(i.value)).convert("RGB")) for i in images.values()], 1)
+        for images in shown
+    ]
     stream = io.BytesIO()
     still = Image.fromarray(np.concatenate(rows)).reduce(2)
-    ImageDraw.Draw(still).text((4, still.height - 1), CAUTION, fill="#e3b341", font=ImageFont.load_default(9), anchor="ls")
+    ImageDraw.Draw(still).text(
+        (4, still.height - 1), CAUTION, fill="#e3b341", font=ImageFont.load_default(9), anchor="ls"
+    )
     still.save(stream, "JPEG", quality=60)
     return stream.getvalue()
+
 
 @patch
 def _repr_mimebundle_(self: Viewer, **kwargs):  # keywords of IPython's display
     "The live viewer, and a still picture for pages without a kernel."
     return {**super(Viewer, self)._repr_mimebundle_(**kwargs), "image/jpeg": b64encode(self.snapshot()).decode()}
 
+
 def view(
-    source,                  # {name: (D, H, W) HU}, or one array, tensor, .pt or NIfTI file, folder of *.nii.gz, `Case`; or a checkpoint: its folder, file or `Model`
+    source,  # {name: (D, H, W) HU}, or one array, tensor, .pt or NIfTI file, folder of *.nii.gz, `Case`; or a checkpoint: its folder, file or `Model`
     *,
-    window="full",           # "lung", "mediastinum", "bone", "full", or (low, high) HU
-    mm=None,                 # voxel side where the source does not say, mm
+    window="full",  # "lung", "mediastinum", "bone", "full", or (low, high) HU
+    mm=None,  # voxel side where the source does not say, mm
     hu_range=(-1024, 1500),  # HU of 0 and 1 in a .pt unit volume
-    pixels=400,              # side of each picture
-    case=None,               # of a checkpoint: a `Case`, or the name of a held-out one; default: the first
-    samples=4,               # of a checkpoint: how many, for the slider and the spread
+    pixels=400,  # side of each picture
+    case=None,  # of a checkpoint: a `Case`, or the name of a held-out one; default: the first
+    samples=4,  # of a checkpoint: how many, for the slider and the spread
 ) -> Viewer:
     "Look at volumes in three linked planes."
     limits = limits_of(window)
-    if isinstance(source, (str, Path)) and (Path(source).suffix == ".safetensors" or any(Path(source).glob("*.safetensors"))): source = load_model(source)
-    if isinstance(source, Model): source, mm = made_by(source, case, samples), source.denoiser.A.mm
+    if isinstance(source, (str, Path)) and (
+        Path(source).suffix == ".safetensors" or any(Path(source).glob("*.safetensors"))
+    ):
+        source = load_model(source)
+    if isinstance(source, Model):
+        source, mm = made_by(source, case, samples), source.denoiser.A.mm
     volumes, mm = read_volumes(source, mm, hu_range)
     layers, drawn = layers_of(volumes, limits)
     return Viewer(layers, mm, window, pixels, drawn)
 
 # %% ../nbs/05_visualize.ipynb #d084e339
 def cloud(
-    source,               # one volume, as `view` takes it
+    source,  # one volume, as `view` takes it
     *,
-    window=(150, 1200),   # HU, from wholly transparent to opaque; or a name in `WINDOWS`
-    mm=None,              # voxel side where the source does not say, mm
-):                        # a k3d plot, seen from the front, the head up
+    window=(150, 1200),  # HU, from wholly transparent to opaque; or a name in `WINDOWS`
+    mm=None,  # voxel side where the source does not say, mm
+):  # a k3d plot, seen from the front, the head up
     "One volume rendered in 3D, by k3d."
-    try: import k3d
-    except ImportError: raise UserError(f"3D rendering needs k3d, which is not installed; run: {sys.executable} -m pip install 'k3d>=2.17'") from None
+    try:
+        import k3d
+    except ImportError:
+        raise UserError(
+            f"3D rendering needs k3d, which is not installed; run: {sys.executable} -m pip install 'k3d>=2.17'"
+        ) from None
     volumes, mm = read_volumes(source, mm)
     values = next(iter(volumes.values()))
     left, back, head = ([-n * mm / 2, n * mm / 2] for n in values.shape[::-1])
-    plot = k3d.plot(background_color=0x0b0d10, grid_visible=False, camera_auto_fit=False, axes=["left", "back", "head"])
-    plot += k3d.volume(values[::-1].astype(np.float16), color_range=list(limits_of(window)), color_map=k3d.matplotlib_color_maps.bone, bounds=left + back + head, name=CAUTION)
+    plot = k3d.plot(background_color=0x0B0D10, grid_visible=False, camera_auto_fit=False, axes=["left", "back", "head"])
+    plot += k3d.volume(
+        values[::-1].astype(np.float16),
+        color_range=list(limits_of(window)),
+        color_map=k3d.matplotlib_color_maps.bone,
+        bounds=left + back + head,
+        name=CAUTION,
+    )
     plot.camera = [0, -4 * max(head[1], left[1]), 0, 0, 0, 0, 0, 0, 1]
     return plot
 
-
 # %% ../nbs/05_visualize.ipynb #56837696
-DARK: dict[str, Any] = dict(back="#0b0d10", text="#c9d1d9", dim="#8b949e", line="#30363d", warn="#e3b341", hues=("#58a6ff", "#ff9e64", "#5fd38d", "#d2a8ff"))
+DARK: dict[str, Any] = dict(
+    back="#0b0d10",
+    text="#c9d1d9",
+    dim="#8b949e",
+    line="#30363d",
+    warn="#e3b341",
+    hues=("#58a6ff", "#ff9e64", "#5fd38d", "#d2a8ff"),
+)
+
 
 def picture(
     axes,  # matplotlib axes
@@ -630,7 +829,8 @@ def picture(
     axes.set_title(title, color=DARK["text"], fontsize=8.5, loc="left", pad=3)
     for letter, (x, y) in zip(letters, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.965), (0.5, 0.035))):
         axes.text(x, y, letter, color=DARK["text"], fontsize=7, ha="center", va="center", transform=axes.transAxes)
-    if not bar: return
+    if not bar:
+        return
     scale = axes.inset_axes([1.03, 0.1, 0.035, 0.8])
     axes.figure.colorbar(shown, cax=scale).outline.set_edgecolor(DARK["line"])
     scale.tick_params(colors=DARK["dim"], labelsize=6.5, length=2)
@@ -652,7 +852,16 @@ def table(
         for column, (name, figures) in enumerate(metrics.items()):
             value = name if row is None else figures.get(row, "")
             text = value if isinstance(value, str) else f"{value:.4g}"
-            axes.text(0.35 + wide * (column + 1), y, text, color=DARK["text"], fontsize=8, va="top", ha="right", weight="bold" if row is None else None)
+            axes.text(
+                0.35 + wide * (column + 1),
+                y,
+                text,
+                color=DARK["text"],
+                fontsize=8,
+                va="top",
+                ha="right",
+                weight="bold" if row is None else None,
+            )
         y -= step
         axes.plot([0, 0.35 + wide * len(metrics)], [y + 0.25 * step] * 2, color=DARK["line"], linewidth=0.5)
     axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -666,11 +875,22 @@ def histogram(
     "How often each HU occurs, on a logarithmic scale."
     for (name, hu), hue in zip(volumes.items(), (DARK["dim"], *DARK["hues"] * 9)):
         counts, edges = np.histogram(np.clip(np.asarray(hu), *limits), bins=96, range=limits)
-        axes.stairs(counts + 0.5, edges, color=hue, label=name, linewidth=1.2, fill=name == "truth", alpha=0.55 if name == "truth" else 1)
-    axes.set_yscale("log"); axes.set_xlim(limits); axes.set_facecolor(DARK["back"])
+        axes.stairs(
+            counts + 0.5,
+            edges,
+            color=hue,
+            label=name,
+            linewidth=1.2,
+            fill=name == "truth",
+            alpha=0.55 if name == "truth" else 1,
+        )
+    axes.set_yscale("log")
+    axes.set_xlim(limits)
+    axes.set_facecolor(DARK["back"])
     axes.set_title("histogram, voxels per 26 HU", color=DARK["text"], fontsize=9, loc="left")
     axes.tick_params(colors=DARK["dim"], labelsize=7)
-    axes.spines[:].set_color(DARK["line"]); axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(DARK["line"])
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("HU", color=DARK["dim"], fontsize=8)
     axes.legend(fontsize=7.5, labelcolor=DARK["text"], frameon=False)
 
@@ -689,11 +909,14 @@ def draw_volumes(
         shown += [(name, hu, False)] + ([] if truth is None else [(f"{name} - truth", hu - truth, True)])
     top = max([10.0] + [np.percentile(np.abs(hu), 99.5) for _, hu, isdiff in shown if isdiff])
     for row, (name, hu, isdiff) in zip(rows, shown):
-        style = dict(cmap="berlin", vmin=-top, vmax=top) if isdiff else dict(cmap="gray", vmin=limits[0], vmax=limits[1])
+        style = (
+            dict(cmap="berlin", vmin=-top, vmax=top) if isdiff else dict(cmap="gray", vmin=limits[0], vmax=limits[1])
+        )
         for k, (axes, (plane, letters)) in enumerate(zip(row, PLANES.items())):
             picture(axes, planes(hu, at)[k], f"{name}, {plane}", letters, "HU" if k == 2 else "", **style)
             hidden = planes(unseen, at)[k] if unseen is not None and name != "truth" else np.zeros(1)
-            if 0 < hidden.mean() < 1: axes.contour(hidden, [0.5], colors=DARK["warn"], linewidths=0.9, linestyles="dotted")
+            if 0 < hidden.mean() < 1:
+                axes.contour(hidden, [0.5], colors=DARK["warn"], linewidths=0.9, linestyles="dotted")
 
 # %% ../nbs/05_visualize.ipynb #bc2bc85f
 def draw_views(
@@ -705,13 +928,21 @@ def draw_views(
     "Measured views, and each re-projection with its difference."
     letters, top = (("R", "L", "H", "F"), ("A", "P", "H", "F")), float(np.max(views))
     shown = [("input", views, False)]
-    for name, again in reprojected.items(): shown += [(f"{name}, re-projected", again, False), ("re-projected - input", again - views, True)]
+    for name, again in reprojected.items():
+        shown += [(f"{name}, re-projected", again, False), ("re-projected - input", again - views, True)]
     for row, (name, pair, isdiff) in zip(rows, shown):
         end = max(top / 300, np.percentile(np.abs(pair), 99.5)) if isdiff else top
         style = dict(cmap="berlin", vmin=-end, vmax=end) if isdiff else dict(cmap="gray", vmin=0, vmax=top)
         for k, (axes, view) in enumerate(zip(row, ("AP", "LAT"))):
             rms = f", rms {np.sqrt(np.mean(pair[k] ** 2)):.3g} {unit}" if isdiff else f", {view}"
-            picture(axes, pair[k], (name if not isdiff else f"{view} difference") + rms, letters[k], unit if k else "", **style)
+            picture(
+                axes,
+                pair[k],
+                (name if not isdiff else f"{view} difference") + rms,
+                letters[k],
+                unit if k else "",
+                **style,
+            )
 
 # %% ../nbs/05_visualize.ipynb #ee1242ff
 def draw_doubt(
@@ -722,10 +953,29 @@ def draw_doubt(
 ) -> None:
     "What the reader should doubt, in words and as a map."
     lines = [textwrap.fill(line, 88, subsequent_indent="   ") for line in report.splitlines()]
-    row[0].text(0, 1, "\n".join(lines), color=DARK["warn" if report.startswith("DOUBTFUL") else "text"], fontsize=7, va="top", transform=row[0].transAxes)
-    if half_width is None: return
+    row[0].text(
+        0,
+        1,
+        "\n".join(lines),
+        color=DARK["warn" if report.startswith("DOUBTFUL") else "text"],
+        fontsize=7,
+        va="top",
+        transform=row[0].transAxes,
+    )
+    if half_width is None:
+        return
     top = max(10.0, np.percentile(half_width, 99.5))
-    for k, (axes, (plane, letters)) in enumerate(zip(row[2:], PLANES.items())): picture(axes, planes(half_width, at)[k], f"half of the 95 % interval, {plane}", letters, "HU" if k == 2 else "", cmap="inferno", vmin=0, vmax=top)
+    for k, (axes, (plane, letters)) in enumerate(zip(row[2:], PLANES.items())):
+        picture(
+            axes,
+            planes(half_width, at)[k],
+            f"half of the 95 % interval, {plane}",
+            letters,
+            "HU" if k == 2 else "",
+            cmap="inferno",
+            vmin=0,
+            vmax=top,
+        )
 
 # %% ../nbs/05_visualize.ipynb #77869907
 def page(
@@ -735,14 +985,26 @@ def page(
     height = 2.45 * rows + 3.2
     fig = plt.figure(figsize=(13, height), dpi=80, facecolor=DARK["back"])
     plt.close(fig)  # shown where it is returned, not by pyplot as well
-    grid = fig.add_gridspec(rows, 6, left=0.02, right=0.955, top=1 - 0.62 / height, bottom=2.75 / height, wspace=0.07, hspace=0.13, width_ratios=(1, 1, 0.16, 1, 1, 1))
+    grid = fig.add_gridspec(
+        rows,
+        6,
+        left=0.02,
+        right=0.955,
+        top=1 - 0.62 / height,
+        bottom=2.75 / height,
+        wspace=0.07,
+        hspace=0.13,
+        width_ratios=(1, 1, 0.16, 1, 1, 1),
+    )
     cells = [[fig.add_subplot(grid[r, c]) for c in (0, 1, 3, 4, 5)] for r in range(rows)]
-    for axes in sum(cells, []): axes.set_axis_off()
+    for axes in sum(cells, []):
+        axes.set_axis_off()
     foot = [fig.add_axes((x, 0.95 / height, w, 1.45 / height)) for x, w in ((0.04, 0.34), (0.44, 0.515))]
     return fig, cells, foot
 
 # %% ../nbs/05_visualize.ipynb #32f08b59
 FOOTER = f"{CAUTION.capitalize()}. Generated by a model: fine detail is a guess. Voxels in no beam (beyond the dotted line) are prior only."
+
 
 def report_figure(
     truth,  # (D, H, W) HU, or None
@@ -762,33 +1024,65 @@ def report_figure(
     title: str = "",
 ) -> Figure:
     "Truth, generated volumes, views and figures on one page."
-    def array(t): return None if t is None else np.asarray(t, np.float32)
-    truth, views, coverage, half_width, generated = array(truth), array(views), array(coverage), array(half_width), {n: array(v) for n, v in generated.items()}
-    again = {} if reprojected is None else reprojected if isinstance(reprojected, Mapping) else {next(iter(generated)): reprojected}
+
+    def array(t):
+        return None if t is None else np.asarray(t, np.float32)
+
+    truth, views, coverage, half_width, generated = (
+        array(truth),
+        array(views),
+        array(coverage),
+        array(half_width),
+        {n: array(v) for n, v in generated.items()},
+    )
+    again = (
+        {}
+        if reprojected is None
+        else reprojected
+        if isinstance(reprojected, Mapping)
+        else {next(iter(generated)): reprojected}
+    )
     metrics = metrics if all(isinstance(v, Mapping) for v in metrics.values()) else {next(iter(generated)): metrics}
     protocol = protocol or next((m["protocol"] for m in metrics.values() if "protocol" in m), "not named")
     shape, limits = next(iter(generated.values())).shape, limits_of(window)
     at = tuple(at or (n // 2 for n in shape))
-    rows, doubted = max(1 + 2 * len(again), len(generated) * (1 if truth is None else 2) + (truth is not None)), bool(report) or half_width is not None
+    rows, doubted = (
+        max(1 + 2 * len(again), len(generated) * (1 if truth is None else 2) + (truth is not None)),
+        bool(report) or half_width is not None,
+    )
     fig, cells, foot = page(rows + doubted)
-    if doubted: draw_doubt(cells.pop(), half_width, report, at)
+    if doubted:
+        draw_doubt(cells.pop(), half_width, report, at)
     draw_volumes([row[2:] for row in cells], truth, generated, at, limits, None if coverage is None else coverage < 0.5)
     draw_views([row[:2] for row in cells], views, {n: array(v) for n, v in again.items()}, unit)
     histogram(foot[0], ({} if truth is None else {"truth": truth}) | generated)
     table(foot[1], metrics, protocol) if metrics else foot[1].set_axis_off()
-    facts = [f"{' x '.join(map(str, shape))} voxels of {mm:.3g} mm", f"window {limits[0]:g} to {limits[1]:g} HU", f"planes at {place(at, shape, mm)}"]
-    if coverage is not None: facts.append(f"in no beam: {100 * np.mean(coverage < 0.5):.1f} %")
+    facts = [
+        f"{' x '.join(map(str, shape))} voxels of {mm:.3g} mm",
+        f"window {limits[0]:g} to {limits[1]:g} HU",
+        f"planes at {place(at, shape, mm)}",
+    ]
+    if coverage is not None:
+        facts.append(f"in no beam: {100 * np.mean(coverage < 0.5):.1f} %")
     fig.text(0.02, 0.985, title or "two views in, a CT out", color=DARK["text"], fontsize=13, va="top", weight="bold")
     fig.text(0.98, 0.985, "   ".join(facts), color=DARK["dim"], fontsize=8.5, va="top", ha="right")
     fig.text(0.02, 0.012, FOOTER, color=DARK["warn"], fontsize=8.5)
     return fig
 
 # %% ../nbs/05_visualize.ipynb #4a830e85
-NOTES = {"coverage": "beams through each voxel, 0 to 2; where 0, prior only", "path_density": "rays through each voxel", "mean": "mean of the samples", "spread": "deviation of the samples", "spread_95": "{}; half of the 95 % interval about the mean"}  # in the headers of maps
+NOTES = {
+    "coverage": "beams through each voxel, 0 to 2; where 0, prior only",
+    "path_density": "rays through each voxel",
+    "mean": "mean of the samples",
+    "spread": "deviation of the samples",
+    "spread_95": "{}; half of the 95 % interval about the mean",
+}  # in the headers of maps
+
 
 def dtype_of(name: str) -> type:  # a volume's name -> how it is stored
     "Rays come in parts, all else is rounded to whole numbers."
     return np.float32 if name == "path_density" else np.int16
+
 
 def save_report(
     folder: str | Path,  # made if need be; one per case
@@ -804,15 +1098,42 @@ def save_report(
     "Write volumes, page and figures of one case."
     folder, volumes = Path(folder), {n: np.asarray(v, np.float32) for n, v in volumes.items()}
     truth, generated = volumes.get("truth"), volumes["generated"]
-    fig = report_figure(truth, {"generated": generated}, views, metrics, reprojected=reprojected, coverage=volumes.get("coverage"), half_width=volumes.get("spread_95"), report=trust.get("report", ""), mm=mm, **how)
-    if truth is not None: volumes["difference"] = generated - truth
-    for name, values in volumes.items(): save_nifti(values, mm, folder / f"{name}.nii.gz", centre, dtype_of(name), NOTES.get(name, CAUTION).format(trust.get("calibration", "not calibrated")))
+    fig = report_figure(
+        truth,
+        {"generated": generated},
+        views,
+        metrics,
+        reprojected=reprojected,
+        coverage=volumes.get("coverage"),
+        half_width=volumes.get("spread_95"),
+        report=trust.get("report", ""),
+        mm=mm,
+        **how,
+    )
+    if truth is not None:
+        volumes["difference"] = generated - truth
+    for name, values in volumes.items():
+        save_nifti(
+            values,
+            mm,
+            folder / f"{name}.nii.gz",
+            centre,
+            dtype_of(name),
+            NOTES.get(name, CAUTION).format(trust.get("calibration", "not calibrated")),
+        )
     ours = {"truth", "difference", *NOTES, *(p.name.split(".")[0] for p in folder.glob("sample_*.nii.gz"))}
-    for name in ours - volumes.keys(): (folder / f"{name}.nii.gz").unlink(missing_ok=True)  # of an earlier run, which had more
+    for name in ours - volumes.keys():
+        (folder / f"{name}.nii.gz").unlink(missing_ok=True)  # of an earlier run, which had more
     rows = {n: volumes[n] for n in ("truth", "generated", "difference") if n in volumes}
-    show_mpr({n: torch.as_tensor(v) for n, v in rows.items()}, limits_of(how.get("window", (-1000, 600))), views=torch.as_tensor(views), path=folder / "mpr.png")
+    show_mpr(
+        {n: torch.as_tensor(v) for n, v in rows.items()},
+        limits_of(how.get("window", (-1000, 600))),
+        views=torch.as_tensor(views),
+        path=folder / "mpr.png",
+    )
     write_atomic(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
-    if trust: write_atomic(folder / "trust.json", lambda p: p.write_text(json.dumps(trust, indent=1)))
+    if trust:
+        write_atomic(folder / "trust.json", lambda p: p.write_text(json.dumps(trust, indent=1)))
     write_atomic(folder / "report.png", lambda p: fig.savefig(p, dpi=110))
     return folder
 
@@ -835,11 +1156,15 @@ def case_volumes(
 # %% ../nbs/05_visualize.ipynb #d179f7e9
 def parser() -> argparse.ArgumentParser:
     "The options of `diffx2ct_visualize`."
-    p = argparse.ArgumentParser("diffx2ct_visualize", formatter_class=argparse.RawDescriptionHelpFormatter, description="Reconstruct held-out cases with a checkpoint; write MPR pictures, volumes, a report page and metrics, and log them to W&B.",
+    p = argparse.ArgumentParser(
+        "diffx2ct_visualize",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Reconstruct held-out cases with a checkpoint; write MPR pictures, volumes, a report page and metrics, and log them to W&B.",
         epilog="""examples:
   ./run_visualize.sh --checkpoint_dir checkpoints/trial_0
   ./run_visualize.sh --checkpoint_dir checkpoints/best --cases 3 --method sample --seed 7
-  ./run_visualize.sh --checkpoint_dir checkpoints/best --ap AP.pt --lat LAT.pt --name patient7""")
+  ./run_visualize.sh --checkpoint_dir checkpoints/best --ap AP.pt --lat LAT.pt --name patient7""",
+    )
     p.add_argument("--checkpoint_dir", required=True, help="folder that diffx2ct_train wrote, or one model file")
     p.add_argument("--out", help="folder for the results; default: visualizations in the checkpoint folder")
     p.add_argument("--case", action="append", help="name of a held-out case, may be repeated; default: the first ones")
@@ -848,10 +1173,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lat", help="lateral view of a new patient, .pt (P, P) in mm of water")
     p.add_argument("--name", default="new", help="name of the new patient")
     p.add_argument("--method", default="expected", choices=METHODS, help="what is shown; default: expected")
-    p.add_argument("--samples", type=int, default=4, help="samples for the spread (and for mean_of_k), the first 4 of them kept for the viewer's slider; 0 leaves them out; default: 4")
+    p.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        help="samples for the spread (and for mean_of_k), the first 4 of them kept for the viewer's slider; 0 leaves them out; default: 4",
+    )
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the settings")
     p.add_argument("--seed", type=int, default=0, help="the only source of chance")
-    p.add_argument("--window", help="lung, mediastinum, bone or full; default: VIS_WINDOW_MIN to VIS_WINDOW_MAX of the settings")
+    p.add_argument(
+        "--window", help="lung, mediastinum, bone or full; default: VIS_WINDOW_MIN to VIS_WINDOW_MAX of the settings"
+    )
     p.add_argument("--protocol", default="unit", choices=list(PROTOCOLS), help="of the metrics; default: unit")
     p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto")
     return p
@@ -865,7 +1197,10 @@ def held_out(
     "Validation cases by name, or the first ones."
     valid = open_cases(model)
     for name in names or []:
-        if name not in valid.cases: raise UserError(f"--case {name} is not among the {len(valid)} held-out cases ({', '.join(valid.cases[:4])} ...); choose one of these")
+        if name not in valid.cases:
+            raise UserError(
+                f"--case {name} is not among the {len(valid)} held-out cases ({', '.join(valid.cases[:4])} ...); choose one of these"
+            )
     return [valid[valid.cases.index(name)] for name in names or valid.cases[:count]]
 
 # %% ../nbs/05_visualize.ipynb #da1c8ed1
@@ -876,13 +1211,20 @@ def answers(
     count: int = 4,  # samples; 0 for none
     steps: int | None = None,  # of each sample; default: DIFFUSION.STEPS of the settings
     seed: int = 0,  # of the first sample
-) -> tuple[Tensor, Tensor, DiffusionConfig]:  # (1, D, H, W), (count or 1, 1, D, H, W) unit volumes, the settings they were made with
+) -> tuple[
+    Tensor, Tensor, DiffusionConfig
+]:  # (1, D, H, W), (count or 1, 1, D, H, W) unit volumes, the settings they were made with
     "What the method makes of a case, and the samples; the answer itself where there are none."
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update={} if steps is None else {"STEPS": steps})
     c = careful(net, case.views, c, case.name)
     patch, amp = min(model.config.TRAINING.PATCH_SIZE, net.A.size), AMP[model.config.TRAINING.AMP]
     shown = reconstruct(net, case.views, method, c, max(count, 1), seed, patch, amp).cpu()
-    return shown, samples(net, case.views, list(range(seed, seed + count)), c, patch, amp).cpu() if count else shown[None], c
+    return (
+        shown,
+        samples(net, case.views, list(range(seed, seed + count)), c, patch, amp).cpu() if count else shown[None],
+        c,
+    )
+
 
 def numbered(
     many: Tensor,  # (K, 1, D, H, W) unit volumes
@@ -890,6 +1232,7 @@ def numbered(
 ) -> dict[str, Tensor]:  # {"sample_1": (D, H, W) HU, ...}
     "Samples under the names the viewer's slider knows."
     return {f"sample_{k}": to_hu(v[0].float(), window) for k, v in enumerate(many, 1)}
+
 
 def made_by(
     model: Model,
@@ -899,12 +1242,14 @@ def made_by(
     "The volumes of a case as a model reconstructs it."
     case = case if isinstance(case, Case) else held_out(model, [case] if case else None)[0]
     shown, many, c = answers(model, case, count=count)
-    volumes, _, _ = case_volumes(case, shown, examine(model, case.views, many, c)[0], deepcopy(model.denoiser.A).cpu(), model.denoiser.window)
+    volumes, _, _ = case_volumes(
+        case, shown, examine(model, case.views, many, c)[0], deepcopy(model.denoiser.A).cpu(), model.denoiser.window
+    )
     return volumes | numbered(many[:count], model.denoiser.window)
-
 
 # %% ../nbs/05_visualize.ipynb #09517da9
 SLIDER = 4  # samples kept on disk for the viewer's slider, at most
+
 
 def run_case(
     model: Model,
@@ -918,9 +1263,26 @@ def run_case(
     shown, many, c = answers(model, case, a.method, a.samples, a.steps, a.seed)
     maps, report = examine(model, case.views, many, c)
     volumes, again, figures = case_volumes(case, shown, maps, deepcopy(net.A).cpu(), net.window, a.protocol)
-    if not net.line_integrals: again = to_display(again)[0]
-    save_report(out, volumes | numbered(many[:min(a.samples, SLIDER)], net.window), case.views, net.A.mm, figures, again, trust=report, window=limits, unit="mm" if net.line_integrals else "", title=f"{case.name}, {a.method}")
-    print(f"{case.name}, {a.method}: {out}/mpr.png, report.png, generated.nii.gz", *(f"{k} {figures[k]:.4g}" for k in ("psnr", "ssim", "mae_hu") if k in figures), *([f"({a.protocol} protocol)"] if figures else []), sep="  ")
+    if not net.line_integrals:
+        again = to_display(again)[0]
+    save_report(
+        out,
+        volumes | numbered(many[: min(a.samples, SLIDER)], net.window),
+        case.views,
+        net.A.mm,
+        figures,
+        again,
+        trust=report,
+        window=limits,
+        unit="mm" if net.line_integrals else "",
+        title=f"{case.name}, {a.method}",
+    )
+    print(
+        f"{case.name}, {a.method}: {out}/mpr.png, report.png, generated.nii.gz",
+        *(f"{k} {figures[k]:.4g}" for k in ("psnr", "ssim", "mae_hu") if k in figures),
+        *([f"({a.protocol} protocol)"] if figures else []),
+        sep="  ",
+    )
     print(report["report"], report["calibration"], sep="\n")
     return figures
 
@@ -929,26 +1291,39 @@ def run_case(
 def main(argv: list[str]):
     "Entry point of `diffx2ct_visualize`."
     a = parser().parse_args(argv)
-    if bool(a.ap) != bool(a.lat): raise UserError("--ap and --lat belong together; a volume needs both views")
-    if a.cases < 1 or a.samples < 0 or (a.steps or 1) < 1: raise UserError("--cases and --steps count from 1, --samples from 0; give larger numbers")
+    if bool(a.ap) != bool(a.lat):
+        raise UserError("--ap and --lat belong together; a volume needs both views")
+    if a.cases < 1 or a.samples < 0 or (a.steps or 1) < 1:
+        raise UserError("--cases and --steps count from 1, --samples from 0; give larger numbers")
     device = device_option(a.device)
     views = [load_tensor(path, dims=2).float() for path in (a.ap, a.lat) if path]
     limits = limits_of(a.window) if a.window else None
     model = load_model(a.checkpoint_dir, str(device))
     net, d = model.denoiser, model.config.DATA
     for view in views:
-        if view.shape != (net.A.pixels,) * 2: raise UserError(f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size")
+        if view.shape != (net.A.pixels,) * 2:
+            raise UserError(
+                f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size"
+            )
     cases = [Case(a.name, None, torch.stack(views))] if views else held_out(model, a.case, a.cases)  # type: ignore[arg-type]  # of the two views nobody knows the truth
     top, figures, step = Path(a.out or model.path.parent / "visualizations"), {}, model.meta.get("step", 0)
     run = start_wandb(model.config, str(model.meta.get("study")), f"trial_{model.meta.get('trial')}", "visualize")
     for case in cases:
         out = top / case.name if len(cases) > 1 else top
         figures[case.name] = run_case(model, case, a, out, limits or limits_of((d.VIS_WINDOW_MIN, d.VIS_WINDOW_MAX)))
-        if run: log_case(run, case.name, out, figures[case.name], step)
-    if run: run.finish()
+        if run:
+            log_case(run, case.name, out, figures[case.name], step)
+    if run:
+        run.finish()
     print(f'look closer in a notebook:  from diffx2ct.visualize import view; view("{out.resolve()}")')
+
 
 def log_case(run, name: str, folder: Path, figures: dict, step: int):
     "Pictures and figures of a case to W&B."
     import wandb
-    run.log({f"{name}/{p}": wandb.Image(str(folder / f"{p}.png")) for p in ("mpr", "report")} | {f"{name}/{k}": v for k, v in figures.items() if k != "protocol"} | {"step": step})
+
+    run.log(
+        {f"{name}/{p}": wandb.Image(str(folder / f"{p}.png")) for p in ("mpr", "report")}
+        | {f"{name}/{k}": v for k, v in figures.items() if k != "protocol"}
+        | {"step": step}
+    )

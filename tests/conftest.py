@@ -1,5 +1,9 @@
 "Shared by all tests: run the installed commands in a clean environment, find the CT folder, skip what this machine cannot do."
-import os, subprocess, sys, tempfile
+
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,10 +14,19 @@ BIN = Path(sys.executable).parent  # where the installed commands lie
 # Nothing is read from or written to the home folder, nothing is sent, one thread each (run_tests.sh sets the same).
 _scratch = tempfile.TemporaryDirectory(prefix="diffx2ct-tests-")
 if not os.environ.get("HOME", "").startswith(tempfile.gettempdir()):
-    for name in ("HOME", "IPYTHONDIR", "MPLCONFIGDIR", "WANDB_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+    for name in (
+        "HOME",
+        "IPYTHONDIR",
+        "MPLCONFIGDIR",
+        "WANDB_DIR",
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+    ):
         os.environ[name] = str(Path(_scratch.name, name))
         Path(os.environ[name]).mkdir()
-for name, value in {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items(): os.environ.setdefault(name, value)
+for name, value in {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
+    os.environ.setdefault(name, value)
 
 
 def run_cmd(
@@ -24,23 +37,37 @@ def run_cmd(
 ) -> subprocess.CompletedProcess:
     "Run a command without standard input; `.returncode`, `.stdout` and `.stderr` of the result are what it did."
     args = [str(a) for a in args]
-    if (BIN / args[0]).exists(): args[0] = str(BIN / args[0])
+    if (BIN / args[0]).exists():
+        args[0] = str(BIN / args[0])
     merged = {k: v for k, v in (os.environ | env).items() if v is not None}
-    return subprocess.run(args, cwd=cwd, env=merged, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout)
+    return subprocess.run(
+        args,
+        cwd=cwd,
+        env=merged,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope="session")
 def ct_dir() -> Path:
     "A folder with real CT scans: `$DIFFX2CT_CT_DIR`, or `../shared/ct` beside the project."
     path = Path(os.environ.get("DIFFX2CT_CT_DIR") or ROOT.parent / "shared" / "ct")
-    if not path.is_dir(): pytest.skip(f"no real CT scans: {path} is not a folder (set DIFFX2CT_CT_DIR)")
+    if not path.is_dir():
+        pytest.skip(f"no real CT scans: {path} is not a folder (set DIFFX2CT_CT_DIR)")
     return path
 
 
 def pytest_collection_modifyitems(items):
     "Tests marked cuda are skipped where there is no GPU."
     marked = [i for i in items if i.get_closest_marker("cuda")]
-    if not marked: return
+    if not marked:
+        return
     import torch
+
     if not torch.cuda.is_available():
-        for i in marked: i.add_marker(pytest.mark.skip(reason="no GPU"))
+        for i in marked:
+            i.add_marker(pytest.mark.skip(reason="no GPU"))

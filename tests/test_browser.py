@@ -1,4 +1,5 @@
 """The viewer in a real JupyterLab, in a real browser: what a user sees after a slider, a button, a click, the wheel, a key or a drag."""
+
 import os
 import shutil
 import socket
@@ -45,17 +46,36 @@ def lab(tmp_path_factory):
     tmp, port = tmp_path_factory.mktemp("lab"), free_port()
     work = tmp / "work"
     work.mkdir()
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(CELL.strip())],
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+    )
     nbformat.write(notebook, work / "viewer.ipynb")
-    for plugin, text in (("notebook-extension/tracker", '{"autoStartDefaultKernel": true}'), ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}')):
+    for plugin, text in (
+        ("notebook-extension/tracker", '{"autoStartDefaultKernel": true}'),
+        ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}'),
+    ):
         file = tmp / "settings" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(text)
-    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "run", "IPYTHONDIR": "ipython", "JUPYTERLAB_WORKSPACES_DIR": "spaces", "JUPYTERLAB_SETTINGS_DIR": "settings"}
-    env = os.environ | {k: str(tmp / v) for k, v in folders.items()} | {"JUPYTER_PATH": str(Path(sys.prefix) / "share/jupyter"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "run",
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_WORKSPACES_DIR": "spaces",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+    }
+    env = (
+        os.environ
+        | {k: str(tmp / v) for k, v in folders.items()}
+        | {"JUPYTER_PATH": str(Path(sys.prefix) / "share/jupyter"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    )
     options = f"--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --ServerApp.root_dir={work} --IdentityProvider.token="
     with open(tmp / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options.split()], env=env, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options.split()], env=env, stdout=log, stderr=subprocess.STDOUT
+        )
     try:
         yield wait_for(f"http://127.0.0.1:{port}/", server, tmp / "log")
     finally:
@@ -90,7 +110,9 @@ def page(lab):
         page.set_default_timeout(120_000)
         page.goto(lab + "lab/tree/viewer.ipynb")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+        page.wait_for_function(
+            "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        )
         page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.wait_for_selector(".dx img")
@@ -118,7 +140,11 @@ def changed(page, before, count=3):
 def text_soon(page, *words):
     "Waits until the viewer says all of the words."
     try:
-        page.wait_for_function("words => words.every(w => document.querySelector('.dx').innerText.includes(w))", arg=list(words), timeout=60_000)
+        page.wait_for_function(
+            "words => words.every(w => document.querySelector('.dx').innerText.includes(w))",
+            arg=list(words),
+            timeout=60_000,
+        )
     except Exception:
         pytest.fail(f"the viewer does not say {words}, but: {page.locator('.dx').inner_text()}")
 
@@ -147,7 +173,9 @@ def test_controls(page):
     assert len(before) == 3 and inked() > 20
     shoot(page, "start")
 
-    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").nth(3)          # the sample's handle and two of the window come first
+    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").nth(
+        3
+    )  # the sample's handle and two of the window come first
     handle.focus()
     page.keyboard.press("ArrowRight")
     before = changed(page, before)
@@ -165,7 +193,7 @@ def test_controls(page):
 
     viewer.get_by_role("button", name="difference", exact=True).click()
     before = changed(page, before)
-    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").first           # another sample: another difference
+    handle = viewer.locator(".noUi-horizontal .noUi-handle:visible").first  # another sample: another difference
     handle.focus()
     page.keyboard.press("ArrowRight")
     before = changed(page, before)
@@ -189,7 +217,7 @@ def test_mouse_and_keys(page):
     before = pictures(page)
 
     page.mouse.move(*spot(page, "coronal", 0.25, 0.75))
-    text_soon(page, "voxel (37, 24, 10)")                                            # under the mouse; nothing has moved yet
+    text_soon(page, "voxel (37, 24, 10)")  # under the mouse; nothing has moved yet
     assert pictures(page) == before
     page.mouse.down()
     page.mouse.up()
@@ -208,7 +236,7 @@ def test_mouse_and_keys(page):
     before = changed(page, before, 1)
     assert scrolled() == top, "the wheel turned the page instead of the slices"
 
-    page.mouse.down()                                                                # a drag with the left button takes the cross-hair along
+    page.mouse.down()  # a drag with the left button takes the cross-hair along
     page.mouse.move(*spot(page, "axial", 0.6, 0.4), steps=4)
     page.mouse.up()
     text_soon(page, "voxel (40, 18, 29)")
@@ -217,7 +245,10 @@ def test_mouse_and_keys(page):
     text_soon(page, "voxel (39, 19, 27)")
 
     def levels_are(same):
-        page.wait_for_function("same => same == ([...document.querySelectorAll('.dx .widget-readout')].some(e => e.innerText.includes('500 – 1300')))", arg=same)
+        page.wait_for_function(
+            "same => same == ([...document.querySelectorAll('.dx .widget-readout')].some(e => e.innerText.includes('500 – 1300')))",
+            arg=same,
+        )
 
     for button, key in ("right", None), ("left", "Shift"):
         page.locator(".dx").get_by_role("button", name="bone", exact=True).click()
@@ -231,6 +262,6 @@ def test_mouse_and_keys(page):
         if key:
             page.keyboard.up(key)
         levels_are(False)
-    assert "voxel (39, 19, 27)" in page.locator(".dx").inner_text()                  # the cross-hair stayed where it was
+    assert "voxel (39, 19, 27)" in page.locator(".dx").inner_text()  # the cross-hair stayed where it was
     assert not page.locator(".lm-Menu").count(), "the page opened a menu"
     shoot(page, "window")

@@ -1,12 +1,15 @@
 "The same seed gives the same phantoms, split, order, weights and sample to the last bit, in another process, with other workers; and the losses of a golden run stay what they were."
-import json, platform, sys
+
+import json
+import platform
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_cmd
 
-GOLDEN = Path(__file__).with_name("golden.json")   # torch release -> CPU, hash and losses of the run below
+GOLDEN = Path(__file__).with_name("golden.json")  # torch release -> CPU, hash and losses of the run below
 RUN = """
 import hashlib, json, sys
 from pathlib import Path
@@ -33,10 +36,16 @@ print(json.dumps(dict(phantoms=sha(*(p.read_bytes() for p in sorted(Path("data")
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory) -> list[dict]:
     "Two processes in two folders, one of which reads its crops in two more; hashes of Python's own are seeded differently."
+
     def run(n):
-        got = run_cmd([sys.executable, "-c", RUN, f"NUM_WORKERS={2 * n}"], cwd=tmp_path_factory.mktemp(f"run{n}"), PYTHONHASHSEED=str(n + 1))
+        got = run_cmd(
+            [sys.executable, "-c", RUN, f"NUM_WORKERS={2 * n}"],
+            cwd=tmp_path_factory.mktemp(f"run{n}"),
+            PYTHONHASHSEED=str(n + 1),
+        )
         assert got.returncode == 0, got.stderr
         return json.loads(got.stdout.splitlines()[-1])
+
     return [run(0), run(1)]
 
 
@@ -45,14 +54,21 @@ def test_the_same_to_the_bit(twice, what):
     assert twice[0][what] == twice[1][what] and twice[0][what]
 
 
-def cpu() -> str: return next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?") if Path("/proc/cpuinfo").exists() else platform.processor()
+def cpu() -> str:
+    return (
+        next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
 
 
 def test_the_golden_run(twice):
     "Within a torch release the losses stay, to rounding on any CPU and to the bit on the kind of CPU they were noted on, since its units decide in which order sums are taken."
     release, known = torch.__version__.split("+")[0], json.loads(GOLDEN.read_text())
-    if release not in known: pytest.skip(f"{GOLDEN.name} has no losses of torch {release}")
+    if release not in known:
+        pytest.skip(f"{GOLDEN.name} has no losses of torch {release}")
     want = known[release]
     assert twice[0]["losses"] == pytest.approx(want["losses"], rel=1e-3)
-    if cpu() != want["cpu"]: pytest.skip(f"equal to rounding; the bits in {GOLDEN.name} are of another CPU, {want['cpu']}")
+    if cpu() != want["cpu"]:
+        pytest.skip(f"equal to rounding; the bits in {GOLDEN.name} are of another CPU, {want['cpu']}")
     assert twice[0]["losses"] == want["losses"]

@@ -1,4 +1,5 @@
 "What is written in several places agrees."
+
 import configparser
 import re
 import shutil
@@ -7,11 +8,12 @@ import sysconfig
 import tomllib
 import zipfile
 
-import diffx2ct
 import pytest
 import yaml
 from conftest import ROOT, run_cmd
 from packaging.requirements import Requirement
+
+import diffx2ct
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -19,18 +21,26 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def pins(name: str) -> dict[str, str]:
     "The pinned packages of a requirements file, names in one spelling."
     lines = [line for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"]
-    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in (line.split("==") for line in lines)}
+    return {
+        re.sub(r"[-_.]+", "-", package).lower(): version for package, version in (line.split("==") for line in lines)
+    }
 
 
 def test_pins_satisfy_the_declared_dependencies():
     extras = PROJECT["optional-dependencies"]
-    for name, declared in (("requirements.txt", PROJECT["dependencies"]), ("requirements-dev.txt", extras["postgresql"] + extras["test"][1:] + extras["docs"])):
-        for requirement in map(Requirement, declared): assert pins(name)[requirement.name.lower()] in requirement.specifier, requirement
+    for name, declared in (
+        ("requirements.txt", PROJECT["dependencies"]),
+        ("requirements-dev.txt", extras["postgresql"] + extras["test"][1:] + extras["docs"]),
+    ):
+        for requirement in map(Requirement, declared):
+            assert pins(name)[requirement.name.lower()] in requirement.specifier, requirement
+
 
 def test_torch_comes_first_and_no_cuda_package_is_pinned():
     assert next(iter(pins("requirements.txt"))) == "torch"
     assert not [p for p in pins("requirements.txt") if p.startswith(("nvidia", "cuda", "triton"))]
     assert not pins("requirements.txt").keys() & pins("requirements-dev.txt").keys()
+
 
 def test_the_lock_holds_every_pin_with_hashes():
     text = (ROOT / "docker/requirements.lock").read_text()
@@ -39,12 +49,17 @@ def test_the_lock_holds_every_pin_with_hashes():
     locked = {part: {} for part in parts}
     for part, blocks in parts.items():
         for block in re.split(r"\n(?=\S)", blocks.strip()):
-            name, version, hashes = re.fullmatch(r"([\w.-]+)==([\w.]+)(?: ; [^\\]+)?((?: \\\n +--hash=sha256:[0-9a-f]{64})+)", block).groups()  # nothing without a hash, nothing by address
+            name, version, hashes = re.fullmatch(
+                r"([\w.-]+)==([\w.]+)(?: ; [^\\]+)?((?: \\\n +--hash=sha256:[0-9a-f]{64})+)", block
+            ).groups()  # nothing without a hash, nothing by address
             assert hashes.count("--hash") >= 1 and name not in locked[part]
             locked[part][re.sub(r"[-_.]+", "-", name).lower()] = version
     run, dev = pins("requirements.txt"), pins("requirements-dev.txt")
-    assert (locked["torch"] | locked["run"]).items() >= run.items() and locked["dev"].items() == dev.items()  # mend it with .ci/lock.py
+    assert (locked["torch"] | locked["run"]).items() >= run.items() and locked[
+        "dev"
+    ].items() == dev.items()  # mend it with .ci/lock.py
     assert "torch" in locked["torch"] and not [p for p in locked["run"] if p.startswith(("nvidia", "cuda-", "triton"))]
+
 
 def test_one_version():
     settings = configparser.ConfigParser(interpolation=None)
@@ -53,19 +68,24 @@ def test_one_version():
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M).group(1)
     assert diffx2ct.__version__ == settings["DEFAULT"]["version"] == citation["version"] == newest
 
+
 def test_every_command_is_a_function_of_the_package():
     for target in PROJECT["scripts"].values():
         module, function = target.split(":")
         assert re.search(rf"^def {function}\(", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.M), target
+
 
 def test_every_setting_is_read_by_some_chapter():
     from diffx2ct.data import Config, LossWeights, Section
 
     def leaves(section):
         for key, value in section:
-            if isinstance(value, LossWeights): continue  # read as a whole, by name, in phase_weights
-            if isinstance(value, Section): yield from leaves(value)
-            else: yield key
+            if isinstance(value, LossWeights):
+                continue  # read as a whole, by name, in phase_weights
+            if isinstance(value, Section):
+                yield from leaves(value)
+            else:
+                yield key
 
     code = "\n".join(p.read_text() for p in (ROOT / "diffx2ct").glob("*.py"))
     assert not [key for key in leaves(Config()) if not re.search(rf"\.{key}\b", code)]
@@ -75,23 +95,47 @@ def test_every_setting_is_read_by_some_chapter():
 def installed(tmp_path_factory):
     "The bin folder of a new environment with the wheel, made from the source archive, and with this one's packages, but not with this checkout."
     base = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "config.yml"): shutil.copy(ROOT / name, base / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "config.yml"):
+        shutil.copy(ROOT / name, base / name)
     shutil.copytree(ROOT / "diffx2ct", base / "diffx2ct", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for args in (["-m", "build", "--no-isolation", "--outdir", base / "dist", base], ["-m", "venv", "--without-pip", base / "env"]):
+    for args in (
+        ["-m", "build", "--no-isolation", "--outdir", base / "dist", base],
+        ["-m", "venv", "--without-pip", base / "env"],
+    ):
         result = run_cmd([sys.executable, *args], PYTHONPATH=None)
         assert result.returncode == 0, result.stdout + result.stderr
     (site,) = (base / "env/lib").glob("python3*/site-packages")
     (site / "pinned.pth").write_text(sysconfig.get_path("purelib"))
     (wheel,) = (base / "dist").glob("*.whl")
-    result = run_cmd([sys.executable, "-m", "pip", "--python", base / "env/bin/python", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", wheel], PYTHONPATH=None)
+    result = run_cmd(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            base / "env/bin/python",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--ignore-installed",
+            wheel,
+        ],
+        PYTHONPATH=None,
+    )
     assert result.returncode == 0, result.stderr
     return base / "env/bin"
+
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(installed):
     (wheel,) = (installed.parents[1] / "dist").glob("*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert names == {f"diffx2ct/{p.name}" for p in (ROOT / "diffx2ct").iterdir() if p.is_file()} and {"diffx2ct/py.typed", "diffx2ct/config.yml"} <= names
+    assert (
+        names == {f"diffx2ct/{p.name}" for p in (ROOT / "diffx2ct").iterdir() if p.is_file()}
+        and {"diffx2ct/py.typed", "diffx2ct/config.yml"} <= names
+    )
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", PROJECT["scripts"])
@@ -100,14 +144,27 @@ def test_an_installed_command_helps_from_an_empty_folder(installed, command, tmp
     assert result.returncode == 0 and result.stdout.startswith(f"usage: {command} "), result.stderr
     assert list(tmp_path.iterdir()) == []
 
+
 @pytest.mark.slow
 def test_an_installed_package_knows_its_settings(installed, tmp_path):
-    result = run_cmd([installed / "python", "-c", "import diffx2ct; print(diffx2ct.__file__)"], cwd=tmp_path, PYTHONPATH=None)
+    result = run_cmd(
+        [installed / "python", "-c", "import diffx2ct; print(diffx2ct.__file__)"], cwd=tmp_path, PYTHONPATH=None
+    )
     assert result.stdout.startswith(str(installed.parent))  # and not this checkout
-    result = run_cmd([installed / "diffx2ct_train", "--explain", "TRAINING.LEARNING_RATE"], cwd=tmp_path, PYTHONPATH=None)
+    result = run_cmd(
+        [installed / "diffx2ct_train", "--explain", "TRAINING.LEARNING_RATE"], cwd=tmp_path, PYTHONPATH=None
+    )
     assert result.returncode == 0 and "AdamW" in result.stdout and "default  0.001" in result.stdout, result.stderr
-    result = run_cmd([installed / "diffx2ct_train", "--profile", "few", "--explain", "EPOCHS"], cwd=tmp_path, PYTHONPATH=None)
-    assert result.returncode == 0 and "now      200" in result.stdout, result.stderr  # profiles too, where no config.yml lies
+    result = run_cmd(
+        [installed / "diffx2ct_train", "--profile", "few", "--explain", "EPOCHS"], cwd=tmp_path, PYTHONPATH=None
+    )
+    assert result.returncode == 0 and "now      200" in result.stdout, (
+        result.stderr
+    )  # profiles too, where no config.yml lies
     result = run_cmd([installed / "diffx2ct_train", "--explain", "LERNING_RATE"], cwd=tmp_path, PYTHONPATH=None)
-    assert result.returncode == 2 and result.stderr == "diffx2ct: --explain LERNING_RATE: there is no such key; the nearest is TRAINING.LEARNING_RATE\n"
+    assert (
+        result.returncode == 2
+        and result.stderr
+        == "diffx2ct: --explain LERNING_RATE: there is no such key; the nearest is TRAINING.LEARNING_RATE\n"
+    )
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
 "The plan over three processes: `torchrun` starts this file, which is its own worker."
+
 import sys
 
 import pytest
@@ -7,7 +8,9 @@ from conftest import run_cmd
 
 @pytest.mark.slow
 def test_three_processes_equal_one():
-    p = run_cmd(["torchrun", "--standalone", "--nproc-per-node=3", __file__], timeout=120, OMP_NUM_THREADS="1")  # standalone: on a free port
+    p = run_cmd(
+        ["torchrun", "--standalone", "--nproc-per-node=3", __file__], timeout=120, OMP_NUM_THREADS="1"
+    )  # standalone: on a free port
     assert p.returncode == 0, p.stderr[-3000:]
     assert sorted(p.stdout.split()) == [f"{plan}:rank{rank}" for plan in ("line", "seed3") for rank in range(3)]
 
@@ -27,16 +30,31 @@ def worker():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size, n = dist.get_rank(), dist.get_world_size(), 8
-    sets = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "TRAINING.PATCH_SIZE=16", "MODEL.UNET.NUM_CHANNELS=[8, 16, 24]", "MODEL.UNET.ATTENTION_LEVELS=[false, false, true]",
-            "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true, true]", "MODEL.UNET.CHECKPOINTING=true", "MODEL.CONDITIONING_ENCODER.NUM_CHANNELS=8", "MODEL.CONDITIONING_ENCODER.OUTPUT_DIM=8"]
+    sets = [
+        "DATA.TARGET_VOLUME_SIZE=16",
+        "DATA.TARGET_DRR_SIZE=16",
+        "TRAINING.PATCH_SIZE=16",
+        "MODEL.UNET.NUM_CHANNELS=[8, 16, 24]",
+        "MODEL.UNET.ATTENTION_LEVELS=[false, false, true]",
+        "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true, true]",
+        "MODEL.UNET.CHECKPOINTING=true",
+        "MODEL.CONDITIONING_ENCODER.NUM_CHANNELS=8",
+        "MODEL.CONDITIONING_ENCODER.OUTPUT_DIM=8",
+    ]
     torch.manual_seed(0)
     denoiser = build(load_config(sets=sets), geometry("parallel", 320), 20.0)
     for p in denoiser.parameters():
-        if not p.any(): torch.nn.init.normal_(p, std=0.1)  # zero-initialised layers would hide what lies before them
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)  # zero-initialised layers would hide what lies before them
     unet, encoder = denoiser.unet, denoiser.encoder
     lift = lambda maps: denoiser.condition(denoiser.mean, (maps, None)).lifted
     loss_fn = lambda out, truth: (out - truth).square().mean()
-    views, t, x, truth = torch.rand(n, 2, 16, 16), torch.rand(n), torch.randn(n, 6, 16, 16, 16), torch.randn(n, 1, 16, 16, 16)
+    views, t, x, truth = (
+        torch.rand(n, 2, 16, 16),
+        torch.rand(n),
+        torch.randn(n, 6, 16, 16, 16),
+        torch.randn(n, 1, 16, 16, 16),
+    )
 
     maps, tokens = encoder(views)
     want = loss_fn(unet(x, t, lift(maps), tokens), truth)
@@ -49,18 +67,28 @@ def worker():
     for title, plan in {"line": in_line(block_bytes(unet, encoder, 16), size), "seed3": seed3(names)}.items():
         denoiser.zero_grad()
         part = parts_of(unet, encoder, plan, lift)[rank]
-        schedule = ScheduleGPipe(PipelineStage(part, rank, size, torch.device("cpu")), n // 2, loss_fn)  # two samples each: with one the gradient of a skip would be contiguous by chance
+        schedule = ScheduleGPipe(
+            PipelineStage(part, rank, size, torch.device("cpu")), n // 2, loss_fn
+        )  # two samples each: with one the gradient of a skip would be contiguous by chance
         losses = []
-        if rank == 0: schedule.step(views, t, x)
-        elif rank == size - 1: schedule.step(target=truth, losses=losses)
-        else: schedule.step()
-        if losses: assert abs(torch.stack(losses).mean().item() - want.item()) < 1e-5 * want.item()
+        if rank == 0:
+            schedule.step(views, t, x)
+        elif rank == size - 1:
+            schedule.step(target=truth, losses=losses)
+        else:
+            schedule.step()
+        if losses:
+            assert abs(torch.stack(losses).mean().item() - want.item()) < 1e-5 * want.item()
         own = {id(p) for p in part.parameters()}
         for k, p in denoiser.named_parameters():
             assert (p.grad is not None) == (id(p) in own), k  # every weight of this rank, and none of another's
-            if id(p) in own: assert (p.grad - grads[k]).norm() <= 1e-5 * max(grads[k].norm(), total / 100), k  # a bias before a norm has a gradient of rounding only
+            if id(p) in own:
+                assert (p.grad - grads[k]).norm() <= 1e-5 * max(grads[k].norm(), total / 100), (
+                    k
+                )  # a bias before a norm has a gradient of rounding only
         print(f"{title}:rank{rank}\n", end="", flush=True)
     dist.destroy_process_group()
 
 
-if __name__ == "__main__": worker()
+if __name__ == "__main__":
+    worker()

@@ -1,5 +1,11 @@
 "Several processes train one network: losses, weights and checkpoints are those of one."
-import os, signal, socket, subprocess, sys, time
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,22 +25,32 @@ def place(tmp_path) -> Path:
     (tmp_path / "tiny.yml").write_text(TINY)
     return tmp_path
 
+
 def go(cwd: Path, name: str, n: int, *args, code=0) -> str:
     "A run of `n` processes; what it said."
-    p = run_cmd(["diffx2ct_train", "--config", "tiny.yml", "--study_name", name, *STILL, "--nproc_per_node", n, *args], cwd=cwd)
+    p = run_cmd(
+        ["diffx2ct_train", "--config", "tiny.yml", "--study_name", name, *STILL, "--nproc_per_node", n, *args], cwd=cwd
+    )
     assert p.returncode == code and "Traceback" not in p.stderr, (p.returncode, p.stdout, p.stderr)
     return p.stderr if code else p.stdout
+
 
 def ended(cwd: Path, name: str) -> tuple[list, dict]:
     "Losses of all steps, and the weights at the end."
     folder = cwd / "checkpoints" / name / "single"
-    return torch.load(max(folder.glob("training_*.pt")), weights_only=True)["history"]["losses"], load_file(max(folder.glob("model_*.safetensors")))
+    return torch.load(max(folder.glob("training_*.pt")), weights_only=True)["history"]["losses"], load_file(
+        max(folder.glob("model_*.safetensors"))
+    )
+
 
 def alike(a: tuple, b: tuple):
     "Two runs are one: losses to rounding, which grows a little from step to step; weights as a whole, since AdamW makes a step of rounding where a gradient is nothing else."
     assert a[0] == pytest.approx(b[0], rel=1e-4) and len(a[0]) == 6
     assert a[1].keys() == b[1].keys()
-    assert sum((v - b[1][k]).square().sum() for k, v in a[1].items()).sqrt() < 5e-3 * sum(v.square().sum() for v in b[1].values()).sqrt()
+    assert (
+        sum((v - b[1][k]).square().sum() for k, v in a[1].items()).sqrt()
+        < 5e-3 * sum(v.square().sum() for v in b[1].values()).sqrt()
+    )
 
 
 @pytest.mark.slow
@@ -53,15 +69,33 @@ def test_as_many_ranks_as_you_like(place):
 def test_a_run_changes_its_number_of_ranks(place):
     "Two ranks begin, are stopped by a signal, one goes on and is stopped, three with slices end it: losses of a run that was left in peace."
     go(place, "peace", 1)
-    command = lambda n, *more: [BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "moved", *STILL, "--nproc_per_node", str(n), *more]
+    command = lambda n, *more: [
+        BIN / "diffx2ct_train",
+        "--config",
+        "tiny.yml",
+        "--study_name",
+        "moved",
+        *STILL,
+        "--nproc_per_node",
+        str(n),
+        *more,
+    ]
     folder = place / "checkpoints" / "moved" / "single"
     for n, least in ((2, 1), (1, 3)):
-        p = subprocess.Popen(command(n), cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+        p = subprocess.Popen(
+            command(n),
+            cwd=place,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,
+        )
         until = time.monotonic() + 120
         while not any(int(f.stem[-6:]) >= least for f in folder.glob("model_*.safetensors")):
             assert p.poll() is None and time.monotonic() < until, p.communicate()
             time.sleep(0.002)
-        os.killpg(p.pid, signal.SIGINT)                                        # as Ctrl-C in a terminal does: to all of them
+        os.killpg(p.pid, signal.SIGINT)  # as Ctrl-C in a terminal does: to all of them
         out, err = p.communicate(timeout=120)
         assert p.returncode == 130 and "Traceback" not in err, (p.returncode, out, err)
     go(place, "moved", 3, "--set", "PARALLEL=fsdp")
@@ -71,17 +105,49 @@ def test_a_run_changes_its_number_of_ranks(place):
 @pytest.mark.slow
 def test_a_rank_that_dies(place):
     "The others stop within a minute with one sentence, the last checkpoint is whole, and the trial of the search can be gone on with."
-    p = subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "dies", *STILL[1:], "--n_trials", "1", "--nproc_per_node", "2", "--set", "EPOCHS=500", "--set", "TRAINING.VALIDATION_FREQ=100"], cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    p = subprocess.Popen(
+        [
+            BIN / "diffx2ct_train",
+            "--config",
+            "tiny.yml",
+            "--study_name",
+            "dies",
+            *STILL[1:],
+            "--n_trials",
+            "1",
+            "--nproc_per_node",
+            "2",
+            "--set",
+            "EPOCHS=500",
+            "--set",
+            "TRAINING.VALIDATION_FREQ=100",
+        ],
+        cwd=place,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
     folder, until = place / "checkpoints" / "dies" / "trial_0", time.monotonic() + 120
     while not next(folder.glob("model_*.safetensors"), None):
         assert p.poll() is None and time.monotonic() < until, p.communicate()
         time.sleep(0.01)
     children = [int(c) for c in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
-    number = lambda pid: dict(v.partition("=")[::2] for v in Path(f"/proc/{pid}/environ").read_text().split("\0")).get("RANK")
+    number = lambda pid: dict(v.partition("=")[::2] for v in Path(f"/proc/{pid}/environ").read_text().split("\0")).get(
+        "RANK"
+    )
     os.kill(next(c for c in children if number(c) == "1"), signal.SIGKILL)
     out, err = p.communicate(timeout=60)
-    assert p.returncode == 2 and "Traceback" not in err and "another process has stopped" in err, (p.returncode, out, err)
-    assert load_file(max(folder.glob("model_*.safetensors"))) and torch.load(max(folder.glob("training_*.pt")), weights_only=True)["step"] > 0
+    assert p.returncode == 2 and "Traceback" not in err and "another process has stopped" in err, (
+        p.returncode,
+        out,
+        err,
+    )
+    assert (
+        load_file(max(folder.glob("model_*.safetensors")))
+        and torch.load(max(folder.glob("training_*.pt")), weights_only=True)["step"] > 0
+    )
     assert states(place, "dies") == ["RUNNING"]
 
 
@@ -94,36 +160,106 @@ def test_bad_input(place):
 
 def test_ranks_with_other_settings(place):
     "torchrun on two machines with different files is refused, naming the key and both values."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    run = lambda r: subprocess.Popen([sys.executable, "-m", "diffx2ct.train", "--config", "tiny.yml", "--study_name", "other", *STILL, "--set", f"TRAINING.LEARNING_RATE=0.00{r + 1}"], cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                                     env=os.environ | dict(RANK=str(r), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    run = lambda r: subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "diffx2ct.train",
+            "--config",
+            "tiny.yml",
+            "--study_name",
+            "other",
+            *STILL,
+            "--set",
+            f"TRAINING.LEARNING_RATE=0.00{r + 1}",
+        ],
+        cwd=place,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=os.environ
+        | dict(
+            RANK=str(r),
+            WORLD_SIZE="2",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        ),
+    )
     for p in [run(0), run(1)]:
         out, err = p.communicate(timeout=120)
-        assert p.returncode == 2 and "process 1 has TRAINING.LEARNING_RATE = 0.002, process 0 has 0.001" in err and "Traceback" not in err, (out, err)
+        assert (
+            p.returncode == 2
+            and "process 1 has TRAINING.LEARNING_RATE = 0.002, process 0 has 0.001" in err
+            and "Traceback" not in err
+        ), (out, err)
 
 
 @pytest.fixture
 def database() -> str:
     "URL of a PostgreSQL server of our own, on a socket in a scratch folder."
-    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")): pytest.skip("no PostgreSQL server (Debian: apt-get install postgresql)")
-    with postgres() as (url, _): yield url
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        pytest.skip("no PostgreSQL server (Debian: apt-get install postgresql)")
+    with postgres() as (url, _):
+        yield url
 
 
 def share_a_study(tmp_path: Path, storage: str):
     "Two machines, which is to say two folders, work on one study: every trial is done once, and each folder holds its own."
-    for name in ("a", "b"): (tmp_path / name).mkdir(); (tmp_path / name / "tiny.yml").write_text(TINY)
-    run = lambda name: subprocess.Popen([BIN / "diffx2ct_train", "--config", "tiny.yml", "--study_name", "shared", "--n_trials", "6", "--set", f"OPTUNA.STORAGE={storage}", "--set", "EPOCHS=4", "--set", "DEVICES=cpu"], cwd=tmp_path / name, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tiny.yml").write_text(TINY)
+    run = lambda name: subprocess.Popen(
+        [
+            BIN / "diffx2ct_train",
+            "--config",
+            "tiny.yml",
+            "--study_name",
+            "shared",
+            "--n_trials",
+            "6",
+            "--set",
+            f"OPTUNA.STORAGE={storage}",
+            "--set",
+            "EPOCHS=4",
+            "--set",
+            "DEVICES=cpu",
+        ],
+        cwd=tmp_path / name,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
     for p in [run("a"), run("b")]:
         out, err = p.communicate(timeout=300)
         assert p.returncode == 0 and "Traceback" not in err and "best trial" in out, (out, err)
-    there = {name: {f.name for f in (tmp_path / name / "checkpoints" / "shared").glob("trial_*") if next(f.glob("model_*.safetensors"), None)} for name in ("a", "b")}
-    assert there["a"] | there["b"] == {f"trial_{k}" for k in range(6)} and not there["a"] & there["b"] and all(there.values()), there
+    there = {
+        name: {
+            f.name
+            for f in (tmp_path / name / "checkpoints" / "shared").glob("trial_*")
+            if next(f.glob("model_*.safetensors"), None)
+        }
+        for name in ("a", "b")
+    }
+    assert (
+        there["a"] | there["b"] == {f"trial_{k}" for k in range(6)}
+        and not there["a"] & there["b"]
+        and all(there.values())
+    ), there
     assert not list(tmp_path.glob("*/*.db"))
 
 
 @pytest.mark.slow
-def test_two_machines_share_a_study_in_postgresql(tmp_path, database): share_a_study(tmp_path, database)
+def test_two_machines_share_a_study_in_postgresql(tmp_path, database):
+    share_a_study(tmp_path, database)
 
 
 @pytest.mark.slow
-def test_two_machines_share_a_study_in_a_journal(tmp_path): share_a_study(tmp_path, f"journal:{tmp_path}/study.log")
+def test_two_machines_share_a_study_in_a_journal(tmp_path):
+    share_a_study(tmp_path, f"journal:{tmp_path}/study.log")

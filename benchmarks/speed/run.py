@@ -13,7 +13,9 @@ MONAI           DiffusionModelUNet, two blocks a level, self- and cross-attentio
 
 Evaluation: the network once, its conditions known, as at each step of a sampler. All rows in turn, in bf16 autocast and in single precision, CPU seconds of one
 thread, medians of --repeats rounds. The bars: an evaluation of ours at most 1/6 and a step at most 1/4 of the original's kind."""
-import argparse, sys
+
+import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -22,63 +24,135 @@ sys.path.insert(0, str(HERE.parent))
 from common import config, cpu_seconds, network, one_thread, random_cases, save, table, training_step
 
 WIDTH32 = {"MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256]}
-ORIGINAL = WIDTH32 | {"MODEL.BASE": "none", "MODEL.CONDITIONING_ENCODER.LIFT": "none", "MODEL.UNET.HALF_RESOLUTION": False, "MODEL.UNET.PLANAR_LEVELS": 0, "MODEL.UNET.NUM_RES_BLOCKS": 2,
-                      "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True], "TRAINING.COARSE_EPOCHS": [], "DIFFUSION.CONSISTENCY": "off", "TRAINING.AUGMENT.SHARE": 0.0}
-ROWS = {"original style": ORIGINAL, "ours, width 32": WIDTH32, "ours, width 32, two blocks a level": WIDTH32 | {"MODEL.UNET.NUM_RES_BLOCKS": 2}, "ours, demo as shipped": {}}
+ORIGINAL = WIDTH32 | {
+    "MODEL.BASE": "none",
+    "MODEL.CONDITIONING_ENCODER.LIFT": "none",
+    "MODEL.UNET.HALF_RESOLUTION": False,
+    "MODEL.UNET.PLANAR_LEVELS": 0,
+    "MODEL.UNET.NUM_RES_BLOCKS": 2,
+    "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True],
+    "TRAINING.COARSE_EPOCHS": [],
+    "DIFFUSION.CONSISTENCY": "off",
+    "TRAINING.AUGMENT.SHARE": 0.0,
+}
+ROWS = {
+    "original style": ORIGINAL,
+    "ours, width 32": WIDTH32,
+    "ours, width 32, two blocks a level": WIDTH32 | {"MODEL.UNET.NUM_RES_BLOCKS": 2},
+    "ours, demo as shipped": {},
+}
 
 
 def denoiser(sets: dict, edge: int, amp: str) -> tuple:
     "Evaluation, step and parameters of a row made of settings."
     import torch
+
     import diffx2ct.train as T
-    c = config("demo", {"DATA.TARGET_VOLUME_SIZE": edge, "DATA.TARGET_DRR_SIZE": edge, "TRAINING.PATCH_SIZE": edge, "BATCH_SIZE": 1, "TRAINING.AMP": amp, "DEVICES": "cpu"} | sets)
+
+    c = config(
+        "demo",
+        {
+            "DATA.TARGET_VOLUME_SIZE": edge,
+            "DATA.TARGET_DRR_SIZE": edge,
+            "TRAINING.PATCH_SIZE": edge,
+            "BATCH_SIZE": 1,
+            "TRAINING.AMP": amp,
+            "DEVICES": "cpu",
+        }
+        | sets,
+    )
     net = network(c)
     item = T.Crops(Whole(random_cases(1, net)), [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
     with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
         base = net.base(item[3], amp=T.AMP[amp])
         known = net.condition(base, net.encode(item[3]))
     x, t = torch.randn(base.shape), torch.ones(1)
+
     def evaluate():
         net.eval()
-        with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None): net(x, t, known)
+        with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
+            net(x, t, known)
+
     return evaluate, partial(training_step(net, c), [item]), sum(p.numel() for p in net.parameters())
 
 
 class Whole(list):
     "Cases in memory, read as `Crops` reads a folder."
-    def part(self, i, origin, patch): return self[i]
+
+    def part(self, i, origin, patch):
+        return self[i]
 
 
 def monai(edge: int, amp: str) -> tuple:
     "The same of MONAI's network."
     import torch
     import torch.nn.functional as F
-    import diffx2ct.train as T
     from monai.networks.nets import DiffusionModelUNet
-    net = DiffusionModelUNet(spatial_dims=3, in_channels=1, out_channels=1, num_res_blocks=2, channels=(32, 64, 128, 256), attention_levels=(False, False, False, True), norm_num_groups=8, num_head_channels=32, with_conditioning=True, cross_attention_dim=64)
-    optimizer, x, t, tokens = torch.optim.AdamW(net.parameters(), 1e-4), torch.randn(1, 1, edge, edge, edge), torch.ones(1), torch.randn(1, 2 * max(1, edge // 16) ** 2, 64)
+
+    import diffx2ct.train as T
+
+    net = DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        num_res_blocks=2,
+        channels=(32, 64, 128, 256),
+        attention_levels=(False, False, False, True),
+        norm_num_groups=8,
+        num_head_channels=32,
+        with_conditioning=True,
+        cross_attention_dim=64,
+    )
+    optimizer, x, t, tokens = (
+        torch.optim.AdamW(net.parameters(), 1e-4),
+        torch.randn(1, 1, edge, edge, edge),
+        torch.ones(1),
+        torch.randn(1, 2 * max(1, edge // 16) ** 2, 64),
+    )
+
     def forward():
-        with torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None): return net(x, t, tokens)
+        with torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
+            return net(x, t, tokens)
+
     def evaluate():
         net.eval()
-        with torch.no_grad(): forward()
+        with torch.no_grad():
+            forward()
+
     def step():
         net.train()
         F.mse_loss(forward().float(), x).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step(); optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     return evaluate, step, sum(p.numel() for p in net.parameters())
 
 
 def measure(edge: int, amp: str, repeats: int) -> list[dict]:
     "All rows in one precision."
     made = {name: denoiser(sets, edge, amp) for name, sets in ROWS.items()}
-    try: made["MONAI DiffusionModelUNet"] = monai(edge, amp)
-    except ImportError as e: print(f"MONAI's network is left out: {e}", file=sys.stderr)
-    spent = cpu_seconds({(name, what): call for name, (*calls, _) in made.items() for what, call in zip(("evaluation", "step"), calls)}, repeats)
+    try:
+        made["MONAI DiffusionModelUNet"] = monai(edge, amp)
+    except ImportError as e:
+        print(f"MONAI's network is left out: {e}", file=sys.stderr)
+    spent = cpu_seconds(
+        {(name, what): call for name, (*calls, _) in made.items() for what, call in zip(("evaluation", "step"), calls)},
+        repeats,
+    )
     first = next(iter(made))
-    return [{"network": name, "precision": "bf16" if amp == "bf16" else "single", "parameters": n, "evaluation, CPU s": spent[name, "evaluation"], "of the original's": spent[name, "evaluation"] / spent[first, "evaluation"],
-             "step, CPU s": spent[name, "step"], "of the original's step": spent[name, "step"] / spent[first, "step"]} for name, (_, _, n) in made.items()]
+    return [
+        {
+            "network": name,
+            "precision": "bf16" if amp == "bf16" else "single",
+            "parameters": n,
+            "evaluation, CPU s": spent[name, "evaluation"],
+            "of the original's": spent[name, "evaluation"] / spent[first, "evaluation"],
+            "step, CPU s": spent[name, "step"],
+            "of the original's step": spent[name, "step"] / spent[first, "step"],
+        }
+        for name, (_, _, n) in made.items()
+    ]
 
 
 def main(argv):
@@ -88,10 +162,13 @@ def main(argv):
     p.add_argument("--out", type=Path, default=HERE / "results", help="speed.json goes there (default: %(default)s)")
     a = p.parse_args(argv)
     from diffx2ct.train import bf16_pays
-    if not bf16_pays(): print("this machine has no bf16 units: both precisions are single", file=sys.stderr)
+
+    if not bf16_pays():
+        print("this machine has no bf16 units: both precisions are single", file=sys.stderr)
     rows = [r for amp in ("bf16", "off") for r in measure(a.edge, amp, a.repeats)]
     save(a.out / "speed.json", dict(edge=a.edge, repeats=a.repeats, differs=ROWS, rows=rows))
     print(table(rows))
 
 
-if __name__ == "__main__": one_thread(main)
+if __name__ == "__main__":
+    one_thread(main)
