@@ -98,7 +98,7 @@ def test_a_rehearsal_fills_every_table_and_is_not_repeated(tmp_path, checkpoint)
         assert text in got.stdout
     for how in ("before", "after"):
         assert all(0 <= v <= 1 for v in tables["calibration"]["levels"]["body"][how])
-    for diameter, methods in tables["lesions"]["lung, solid"].items():
+    for _diameter, methods in tables["lesions"]["lung, solid"].items():
         assert set(methods) == {
             "consistent_mean",
             "expected",

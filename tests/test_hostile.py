@@ -27,14 +27,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-import yaml
 from conftest import ROOT, run_cmd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffx2ct.checkpoint import SUMS, describe, load_model, load_training, save_checkpoint, save_model
+from diffx2ct.checkpoint import SUMS, describe, load_model, load_training, save_checkpoint
 from diffx2ct.data import (
     CTPairs,
     UserError,
@@ -1158,7 +1157,7 @@ def test_names(reader, good, name):
     shutil.copy(good / "AP.png", view)
     shutil.copytree(good / "dicom", folder, dirs_exist_ok=True)
     out = ["--out", reader.out, "--size", N]
-    for kind, path, *argv in (
+    for kind, _path, *argv in (
         ("scan", scan, "prepare", scan, *out),
         ("folder", folder, "prepare", folder, *out),
         (
@@ -1185,7 +1184,7 @@ def test_names(reader, good, name):
         )
     scan.write_bytes(b"x")
     view.write_bytes(b"x")
-    for kind, path, *argv in (
+    for kind, _path, *argv in (
         ("scan", scan, "prepare", scan, *out),
         (
             "image",

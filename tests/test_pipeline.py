@@ -1,7 +1,5 @@
 "The plan over three processes: `torchrun` starts this file, which is its own worker."
 
-import sys
-
 import pytest
 from conftest import run_cmd
 

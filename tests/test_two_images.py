@@ -16,7 +16,7 @@ from diffx2ct.data import density, load_config, save_tensor, to_unit, write_mani
 from diffx2ct.diffusion import build
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom
-from diffx2ct.two_images import ORDER, View, calibrate, main, on_panel, read_view, save_dicom
+from diffx2ct.two_images import ORDER, calibrate, main, on_panel, read_view, save_dicom
 
 N, MM, WINDOW = 16, 20.0, (-1024.0, 1500.0)
 TINY = [
@@ -342,7 +342,7 @@ def test_the_same_image_in_every_format(here, tmp_path):
 
     kinds["nifti"] = nifti
     try:
-        import pydicom
+        import pydicom  # noqa: F401
     except ImportError:
         pass
     else:

@@ -288,7 +288,7 @@ def calibrated(b: Bench, done: dict) -> dict:
         m, s, _ = ensemble(b.ensemble(n))
         data[n] = distance(b.cases[n].volume, m, s, b.window).flatten(), kinds(m, seen, b.window).flatten()
     cat = lambda ns: [torch.cat([data[n][i] for n in ns]) for i in (0, 1)]
-    parts, fine, per = {}, {}, {}
+    parts, per = {}, {}
     for ways, levels in (("levels", LEVELS), ("fine", FINE)):
         for fold in (0, 1):
             fit, test = cat(names[fold::2]), cat(names[1 - fold :: 2])

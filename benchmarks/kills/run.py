@@ -292,10 +292,8 @@ def kills(
             pid = start(folder, args, (lambda: None) if off or kind == "time" else trap, **offline)
             if kind == "time" and not off:
                 until = time.monotonic() + at
-                while (
-                    time.monotonic() < until
-                    and (gone := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None
-                ):
+                running = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                while time.monotonic() < until and os.waitid(os.P_PID, pid, running) is None:
                     time.sleep(0.002)
                 os.kill(pid, signal.SIGKILL)  # a process that has ended waits to be asked; then this does nothing
             code = ended(pid)
@@ -549,9 +547,9 @@ def main(argv: list[str]) -> None:
     p.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results (default: %(default)s)")
     a = p.parse_args(argv)
     import optuna
-    import wandb  # before forking
+    import wandb  # noqa: F401  imported before forking
 
-    import diffx2ct.train as T
+    import diffx2ct.train as T  # noqa: F401
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     parts = {
