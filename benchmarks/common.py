@@ -63,11 +63,10 @@ def training_step(net, c) -> Callable[[list[tuple]], None]:
     import torch
 
     import diffx2ct.train as T
+    from diffx2ct.optimizer import make_optimizer
 
-    optimizer, scaler = (
-        torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-4),
-        torch.amp.GradScaler("cpu", enabled=False),
-    )
+    optimizer = make_optimizer(net, c)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(items):
         net.train()

@@ -251,6 +251,9 @@ def read_header(
         Header.model_validate(meta)
     except ValidationError as e:
         raise UserError(sentence(e, str(path))) from None
+    training = meta["config"].get("TRAINING", {})
+    if "OPTIMIZER" not in training:  # written by a version that had only AdamW
+        meta["config"]["TRAINING"] = training | {"OPTIMIZER": "adamw"}
     return meta
 
 # %% ../nbs/03b_checkpoint.ipynb #ad6d626f

@@ -290,7 +290,8 @@ class TrainingConfig(Section):
     FULL_NOISE_RATIO: Ratio = 0.75
     FLIP_AXES: list[Literal["D", "H", "W"]] = []
     AUGMENT: AugmentConfig = AugmentConfig()
-    LEARNING_RATE: Positive = 1e-3
+    OPTIMIZER: Literal["muon", "adamw"] = "muon"
+    LEARNING_RATE: Positive = 4e-3
     WEIGHT_DECAY: Weight = 0.01
     WARMUP_STEPS: Annotated[int, Field(ge=0)] = 10
     GRADIENT_ACCUMULATION_STEPS: Count = 1
@@ -366,7 +367,7 @@ class OptunaConfig(Section):
     GRACE: Positive = 600.0
     RETRAIN_FACTOR: Positive = 3.0
     PARAMS: dict[str, Range] = {
-        "TRAINING.LEARNING_RATE": Range(low=3e-4, high=2e-3, log=True),
+        "TRAINING.LEARNING_RATE": Range(low=2e-3, high=2e-2, log=True),
         "TRAINING.CLIP_PERCENTILE": Range(low=50, high=99),
         "TRAINING.LOSS_WEIGHTS.SSIM": Range(low=0.0, high=0.5),
         "TRAINING.LOSS_WEIGHTS.FOURIER": Range(low=0.0, high=0.5),

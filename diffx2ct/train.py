@@ -96,6 +96,7 @@ from diffx2ct.data import (
 from .diffusion import BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
 from .drr import Geometry, Projector, geometry
 from .metrics import metrics, psnr
+from .optimizer import make_optimizer
 from .parallel import devices_of, distribute
 from .phantom import phantom
 from diffx2ct.ranks import (
@@ -789,9 +790,9 @@ def begin(
         distribute(model, devices, c.PLAN, c.TRAINING.PATCH_SIZE)
         if c.PARALLEL == "fsdp" and ranks() > 1:
             shard(model)
-    loss, params = wrap(Loss(denoiser, c), c), [p for p in denoiser.parameters() if p.requires_grad]
+    loss = wrap(Loss(denoiser, c), c)
     average.n_averaged = average.n_averaged.to(devices[0])
-    optimizer = torch.optim.AdamW(params, c.TRAINING.LEARNING_RATE, weight_decay=c.TRAINING.WEIGHT_DECAY)
+    optimizer = make_optimizer(denoiser, c)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=c.TRAINING.AMP == "fp16")
     r = Running(
         denoiser,
@@ -803,6 +804,7 @@ def begin(
         0,
     )
     if saved:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.load_state_dict(sliced(saved["optimizer"], params))
         scaler.load_state_dict(saved["scaler"])
         average.n_averaged.fill_(saved["averaged"])
