@@ -309,21 +309,15 @@ def nifti_affine(
             f"{path} does not say how it lies in the patient (no affine: its qform_code and sform_code are 0); "
             "left and right are unknown, so convert the original again"
         )
-    others = dict(found)
-    edges, pixdim = np.linalg.norm(next(iter(found.values()))[:, :3], axis=0), np.abs(head["pixdim"][1:4].astype(float))
-    if "qform" not in found and (pixdim > 0).all():
-        unit = {1: 1000.0, 3: 0.001}.get(int(head["xyzt_units"]) & 7, 1.0)
-        others["pixdim"] = found["sform"].copy()
-        others["pixdim"][:, :3] *= pixdim * unit / np.maximum(edges, 1e-12)
-    (name, one), *rest = others.items()
-    if not rest or (np.abs(one - rest[0][1])[:, :3] <= 0.01 * edges).all():
+    (name, one), *rest = found.items()
+    if not rest or (np.abs(one - rest[0][1])[:, :3] <= 0.01 * np.linalg.norm(one[:, :3], axis=0)).all():
         return one, ""
     if choice in found:
         return found[choice], choice
     raise UserError(
         f"{path} contradicts itself: its {name} states {describe_affine(one)}, its {rest[0][0]} "
         f"{describe_affine(rest[0][1])}{angle_between(one, rest[0][1])}; find out which is right and choose it with "
-        f"{' or '.join(f'--affine {n}' for n in found)}, or convert the original again"
+        "--affine sform or --affine qform, or convert the original again"
     )
 
 
@@ -620,7 +614,7 @@ def slice_headers(
     kind = str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
     modality = str(ds.get("Modality") or "")
     if "PixelData" not in ds:
-        if kind in CT_CLASSES or not (kind or modality or ds.file_meta):
+        if kind in CT_CLASSES or not (kind or modality):
             raise UserError(f"{path} is a damaged or truncated DICOM file; copy it again, or take it out of the folder")
         return []
     pixels = ds.get_item("PixelData", keep_deferred=True)
@@ -692,7 +686,8 @@ def find_slices(
         except UserError:
             with open(f, "rb") as opened:
                 head = opened.read(1024)
-            if CT_CLASSES[0].encode() in head or named and head[128:132] != b"DICM":
+            other = re.search(rb"1\.2\.840\.10008\.(5\.1\.4\.1\.1\.|1\.3\.10)", head)
+            if CT_CLASSES[0].encode() in head or not other and (named or is_dicom(f)):
                 raise
     return found
 
