@@ -13,8 +13,8 @@ __all__ = ['LPI', 'AIR', 'SUFFIXES', 'NIFTI_FIELDS', 'NIFTI_HEADERS', 'NIFTI_TYP
            'stored_values', 'rescaled', 'frames_hu', 'read_dicom', 'check_h5', 'read_h5', 'open_npz', 'case_name',
            'fingerprint', 'Scan', 'file_scans', 'complement', 'join_folders', 'visible_folders', 'dicom_folders',
            'folder_scans', 'find_scans', 'fill_slices', 'pieces', 'surface_share', 'body_mask', 'smooth', 'resample',
-           'extent', 'to_cube', 'resample_mask', 'inside', 'prepare_volume', 'settings', 'same', 'plain', 'keep_names',
-           'todo', 'prepare', 'parser', 'main']
+           'extent', 'to_cube', 'resample_mask', 'inside', 'prepare_volume', 'settings', 'same', 'plain',
+           'number_series', 'keep_names', 'todo', 'prepare', 'parser', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
 import argparse
@@ -52,6 +52,7 @@ from diffx2ct.data import (
     density,
     hold,
     one_line,
+    patient_of,
     read_manifest,
     save_case,
     show_mpr,
@@ -1535,6 +1536,30 @@ def plain(value) -> str:
     )
 
 # %% ../nbs/00b_scans.ipynb #82372e0c
+def number_series(
+    scans: list[Scan],  # what was found
+    cases: dict[str, dict],  # the manifest's
+) -> None:
+    "Call a DICOM series as the folder calls it already, and its new neighbours after the same patient."
+    patients, used = dict[str, str](), {n.lower() for n in cases}
+    series = [s for s in scans if s.kind == "dicom"]
+    name_of = lambda s: next(
+        (n for n, c in cases.items() if c.get("fingerprint") == s.mark and n == case_name(n)), None
+    )
+    for s in series:
+        if name := name_of(s):
+            patients.setdefault(s.source, patient_of(name))
+            if name != s.case:
+                print(f"note: {s.case} is in the folder already, as {name}, and keeps that name")
+            s.case = name
+    for s in series:
+        if s.source not in patients or name_of(s):
+            continue
+        patient = patients[s.source]
+        s.case = next(n for k in range(2, 1 << 20) if (n := f"{patient}__{k}").lower() not in used)
+        used.add(s.case.lower())
+
+
 def keep_names(
     scans: list[Scan],  # what was found
     cases: dict[str, dict],  # the manifest's
@@ -1563,6 +1588,7 @@ def todo(
             f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out"
         )
     if old:
+        number_series(scans, old["cases"])
         keep_names(scans, old["cases"])
     rest = []
     for s in scans:
@@ -1575,7 +1601,7 @@ def todo(
             rest.append(s)
         elif known.get("fingerprint") not in (s.mark, fingerprint(s.files, s.part, (0, 1))):
             raise UserError(
-                f"{out} has a case {s.case!r} already, made from other files than {s.source}; rename the scan, or say --overwrite to replace the case"
+                f"{out} has a case {s.case!r} already, made from other files than {s.source} or with another --affine; rename the scan, or say --overwrite to replace the case"
             )
     return rest
 
