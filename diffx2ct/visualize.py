@@ -61,7 +61,7 @@ from .metrics import PROTOCOLS
 from .metrics import metrics as compare
 from .parallel import device_option
 from .reconstruct import METHODS, careful, reconstruct, samples
-from .scans import as_image, as_tensor, check_file, extent, hushed, orient, resample
+from .scans import as_image, as_tensor, extent, hushed, orient, read_image, resample
 from .train import AMP, start_wandb
 
 # %% ../nbs/05_visualize.ipynb #4cc801f1
@@ -299,12 +299,7 @@ def load_nifti(
 ) -> tuple[np.ndarray, float]:  # (D, H, W) float32, voxel side in mm
     "Read a volume and turn it to our axes; unequal voxel sides are resampled to the smallest."
     path = Path(path)
-    check_file(path)
-    try:
-        with hushed():
-            image = orient(sitk.ReadImage(str(path), sitk.sitkFloat32))
-    except RuntimeError:
-        raise UserError(f"{path} cannot be read to its end; it is truncated or damaged, so copy it again") from None
+    image = orient(read_image(path))
     mm = min(image.GetSpacing())
     if max(image.GetSpacing()) > 1.001 * mm:
         middle, edges = extent(image)

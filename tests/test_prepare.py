@@ -122,7 +122,9 @@ def cases(tmp_path_factory):
     for name, code in {"axial": "LPS", "coronal": "LSA", "sagittal": "PSR"}.items():
         write_dicom(sitk.DICOMOrient(img, code), tmp / name)
         scans.append(tmp / name)
-    return tmp, tmp / "out", run(*scans, "--out", tmp / "out", "--size", 16, "--mm", 20, "--pictures")
+    return tmp, tmp / "out", run(
+        *scans, "--out", tmp / "out", "--size", 16, "--mm", 20, "--pictures", "--keep_names"
+    )
 
 
 def test_every_format_and_orientation_gives_the_same_patient(cases):
@@ -511,10 +513,10 @@ def test_series_is_picked(tmp_path):
     img = sitk.DICOMOrient(image(patient()), "LPS")
     write_dicom(img, tmp_path / "p")
     write_dicom(img[:, :, :9], tmp_path / "p", uid="1.2.826.0.1.3680043.2.1125.2", prefix="t")
-    run(tmp_path / "p", "--out", tmp_path / "o", "--size", 16, "--series", 2)
+    run(tmp_path / "p", "--out", tmp_path / "o", "--size", 16, "--series", 2, "--keep_names")
     assert json.loads((tmp_path / "o/drrs/manifest.json").read_text())["cases"]["p"]["scan_size"] == [9, 24, 32]
     write_dicom(img, tmp_path / "q", uid="1.2.826.0.1.3680043.2.1125.3")
-    run(tmp_path / "p", tmp_path / "q", "--out", tmp_path / "o", "--series", 2)  # q has no choice to make
+    run(tmp_path / "p", tmp_path / "q", "--out", tmp_path / "o", "--series", 2, "--keep_names")  # q has no choice to make
     assert json.loads((tmp_path / "o/drrs/manifest.json").read_text())["cases"]["q"]["scan_size"] == [28, 24, 32]
     assert "no series '7'" in run(tmp_path / "p", "--out", tmp_path / "o2", "--series", 7, code=2)
 
@@ -526,7 +528,7 @@ def test_help_teaches():
 
 @real
 def test_two_real_chests(tmp_path):
-    run(CT / "lidc_idri_0001.nii.gz", CT / "lung_dx_a0001_dicom", "--out", tmp_path, "--size", 32)
+    run(CT / "lidc_idri_0001.nii.gz", CT / "lung_dx_a0001_dicom", "--out", tmp_path, "--size", 32, "--keep_names")
     for case in ("lidc_idri_0001", "lung_dx_a0001_dicom"):
         v = hu_of(tmp_path, case)
         spine, lung, heart = v[24:] > 250, (v < -600) & (v > -980), (v > -100) & (v < 400)
