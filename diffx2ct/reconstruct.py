@@ -188,9 +188,7 @@ def reconstruct(
         return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=DAMPING[c.CONSISTENCY])[0]
     if method == "expected":
         base = denoiser.base(v, c.CONSISTENCY, amp)
-        x = denoiser.to_volume(
-            settled(denoiser, v, base, patch, c, amp)(torch.zeros_like(base), 1.0), base
-        )
+        x = denoiser.to_volume(settled(denoiser, v, base, patch, c, amp)(torch.zeros_like(base), 1.0), base)
         return finish(denoiser, x, v, c.CONSISTENCY)[0]
     many = samples(denoiser, v[0], list(range(seed, seed + (1 if method == "sample" else k))), c, patch, amp)
     return finish(denoiser, many.mean(0, keepdim=True), v, c.CONSISTENCY)[0]

@@ -14,6 +14,7 @@ __all__ = ['EXIF_ORIENTATION', 'UPRIGHT', 'NIFTI', 'XRAY', 'DARK', 'OPPOSITE', '
 # %% ../nbs/05a_two_images.ipynb #9219d129
 import argparse
 import gzip
+import io
 import json
 import math
 import os
@@ -157,7 +158,9 @@ def read_picture(path: Path) -> View:
     "A PNG file (or JPEG, or TIFF), as viewers show it."
     done = []
     try:
-        with hushed(), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        # not by name: Pillow 13 maps such a file into memory and mixes the pixels of a TIFF that is to be turned
+        data = io.BytesIO(path.read_bytes())
+        with hushed(), Image.open(data, formats=("PNG", "JPEG", "TIFF")) as image:
             unpacked(path, math.prod(image.size) * len(image.getbands()) * 4)
             pages = getattr(image, "n_frames", 1) if image.format in ("PNG", "TIFF") else 1
             turned, deep = orientation_of(image), ";16" in str(image.tile) and not image.mode.startswith("I")
