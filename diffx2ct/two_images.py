@@ -830,8 +830,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""Make a CT of two X-ray images: a frontal view (AP) and a lateral view (LAT) of one patient, each as PNG, DICOM (CR, DX), NIfTI (2D or one slice) or .pt.
 
-Images must be upright: in AP the patient's right at the left, in LAT the patient facing left. Orientation tags (EXIF, Patient Orientation) are obeyed; padding and transparent pixels count as no image. Grey values may follow any tone curve, also inverted: they are matched to the views of
-the model's mean patient. Only .pt files, as diffx2ct_prepare stores them, are taken for line integrals. What was done to each image is printed. Not for clinical use.""",
+Images must be upright: in AP the patient's right at the left, in LAT the patient facing left.
+Orientation tags (EXIF, Patient Orientation) are obeyed; padding and transparent pixels count as no image.
+Grey values may follow any tone curve, also inverted: they are matched to the views of the model's mean patient.
+Only .pt files, as diffx2ct_prepare stores them, are taken for line integrals.
+What was done to each image is printed. Not for clinical use.""",
         epilog="""examples:
   diffx2ct_reconstruct AP.png LAT.png --checkpoint_dir checkpoints/best --out case.nii.gz
   diffx2ct_reconstruct AP.png LAT.png --checkpoint_dir checkpoints/best --out case.nii.gz --pixel_mm 0.14 0.14

@@ -47,6 +47,7 @@ def test_one_study_has_one_time(case):
     first = slices[0]
     for word in ("Study", "Series", "Content"):
         assert len(first[f"{word}Date"].value) == 8 and len(first[f"{word}Time"].value) == 6
+    assert (first.WindowCenter, first.WindowWidth) == (40, 400)  # mediastinum
     assert first.StudyID == "1" and "Laterality" in first and first.AccessionNumber == ""
     assert {e.keyword for e in slices[0]} == {e.keyword for e in slices[-1]}
 

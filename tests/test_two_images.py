@@ -958,6 +958,12 @@ def test_one_sentence_and_nothing_written(name, here, say, tmp_path):
     assert [p for p in tmp_path.rglob("*") if p not in before] == []
 
 
+def test_pixel_sizes_belong_to_their_images(here, say, tmp_path):
+    out, _ = say("--out", tmp_path / "c.nii", "--method", "mean", "--pixel_mm", 3.3, 2.5)
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert "AP.png: pixels of 3.3 x 3.3 mm" in notes[0] and "LAT.png: pixels of 2.5 x 2.5 mm" in notes[1]
+
+
 def test_there_must_be_somewhere_to_write(here, say, tmp_path):
     assert "--out" in say(code=2)[1]
     assert list(tmp_path.iterdir()) == []
