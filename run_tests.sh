@@ -11,11 +11,14 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/docker/setup.sh"
 setup dev
 
-# What tests use and pip does not bring: a browser, a PostgreSQL server. Where they are absent, their tests are skipped, saying so.
+# What tests use and pip does not bring: a browser, a PostgreSQL server, and DICOM validators.
+# Where they are absent, their tests are skipped, saying so.
 if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   missing=()
   if ! command -v chromium >/dev/null; then missing+=(chromium); fi
   if ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null; then missing+=(postgresql); fi
+  if ! command -v dciodvfy >/dev/null; then missing+=(dicom3tools); fi
+  if ! command -v dcm2niix >/dev/null; then missing+=(dcm2niix); fi
   if [ "${#missing[@]}" -gt 0 ] && ! { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1; then
     echo "diffx2ct: ${missing[*]} could not be installed; their tests will be skipped"
   fi

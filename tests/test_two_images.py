@@ -1,6 +1,8 @@
 "`diffx2ct_reconstruct` from the outside: images of all kinds as other programs write them, a NIfTI volume and a DICOM series as other programs read them."
 
+import gzip
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,11 +13,12 @@ import torch
 from conftest import run_cmd
 from PIL import Image
 
-from diffx2ct.checkpoint import describe, save_model
-from diffx2ct.data import density, load_config, save_tensor, to_unit, write_manifest
+from diffx2ct.checkpoint import describe, load_model, save_model
+from diffx2ct.data import UserError, density, load_config, save_tensor, to_unit, write_manifest
 from diffx2ct.diffusion import build
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom
+from diffx2ct.reconstruct import reconstruct
 from diffx2ct.two_images import ORDER, calibrate, main, on_panel, read_view, save_dicom
 
 N, MM, WINDOW = 16, 20.0, (-1024.0, 1500.0)
@@ -72,35 +75,31 @@ def png(a, path, kind=np.uint8):
     return path
 
 
-def dicom(path, numbers, photometric="MONOCHROME2", sop=DX, modality="DX", bits=12, **tags):
+def dicom(
+    path,
+    numbers,
+    photometric="MONOCHROME2",
+    sop=DX,
+    modality="DX",
+    bits=12,
+    signed=False,
+    syntax="ExplicitVRLittleEndian",
+    **tags,
+):
     "A radiograph as pydicom writes it."
     pydicom = pytest.importorskip("pydicom")
     ds = pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientName, ds.PatientID = (
-        sop,
-        pydicom.uid.generate_uid(),
-        "DOE^JANE",
-        "MRN12345",
-    )
-    ds.file_meta.TransferSyntaxUID, ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = (
-        pydicom.uid.ExplicitVRLittleEndian,
-        sop,
-        ds.SOPInstanceUID,
-    )
-    ds.Modality, ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = (
-        modality,
-        *numbers.shape,
-        1,
-        photometric,
-    )
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.PixelData = (
-        16,
-        bits,
-        bits - 1,
-        0,
-        numbers.astype(np.uint16).tobytes(),
-    )
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = sop
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    ds.PatientName, ds.PatientID, ds.Modality = "DOE^JANE", "MRN12345", modality
+    ds.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    ds.Rows, ds.Columns = numbers.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, photometric
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits, bits - 1, int(signed)
+    order = ">" if "BigEndian" in syntax else "<"
+    ds.PixelData = np.asarray(numbers).astype(f"{order}i8").astype(f"{order}i2").tobytes()
+    ds["PixelData"].VR = "OW"
     for key, value in tags.items():
         setattr(ds, key, value)
     ds.save_as(path, enforce_file_format=True)
@@ -289,6 +288,27 @@ def test_nothing_of_the_input_header_leaves_it(here, say, tmp_path):
         assert not f.is_file() or not any(word in f.read_bytes() for word in (b"DOE", b"MRN12345")), f
 
 
+def test_names_of_folders_and_files_leave_no_trace(here, say, tmp_path):
+    "A patient's name as a folder or a file is in no output, packed or not."
+    at = tmp_path / "DOE_JANE_1970"
+    at.mkdir()
+    for name, files in {
+        "png": [shutil.copy(p, at / f"Doe^Jane {p.name}") for p in here.pngs],
+        "pt": [shutil.copy(p, at / f"Doe^Jane {p.name}") for p in here.pts],
+        "dcm": [
+            dicom(at / f"Doe^Jane {n}", grey(v, 4000), ImagerPixelSpacing=[3.3] * 2) for v, n in zip(here.y, ORDER)
+        ],
+    }.items():
+        out = tmp_path / "out" / name
+        say("--out", out / "c.nii.gz", "--dicom", out / "s", "--samples", 2, "--steps", 1, files=files)
+        written = [f for f in out.rglob("*") if f.is_file()]
+        assert len(written) > N + 6
+        for f in written:
+            b = f.read_bytes()
+            b = (gzip.decompress(b) + b if f.suffix == ".gz" else b).lower()
+            assert not any(w in b for w in (b"doe", b"jane", b"1970", b"mrn12345", bytes(tmp_path))), f
+
+
 def test_samples_mean_and_spread(here, say, tmp_path):
     read = lambda name: sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name))).astype(float)
     note = lambda name: sitk.ReadImage(str(tmp_path / name)).GetMetaData("descrip").strip()
@@ -441,11 +461,261 @@ def test_half_a_header_is_none(here, tmp_path):
     assert view.mm is None and view.enlarged is None and view.grey.max() > 3900  # a centre without a width is no window
 
 
-def test_patient_orientation_is_believed(here, tmp_path):
-    n = grey(here.y[1], 4000)
-    plain = read_view(dicom(tmp_path / "a", n, PatientOrientation=["P", "F"]), "LAT")
-    turned = read_view(dicom(tmp_path / "b", n[::-1, ::-1], PatientOrientation=["A", "H"]), "LAT")
-    assert torch.equal(plain.grey, turned.grey) and len(turned.done) == 2 and not plain.done
+@pytest.mark.parametrize("which", ["AP", "LAT"])
+def test_patient_orientation_is_obeyed(which, here, tmp_path):
+    "All eight ways to store an image: each comes out as the upright one, with the edges of its pixels."
+    right, down = ORDER[which]
+    opposite = dict(zip("LRAPFH", "RLPAHF"))
+    n = grey(here.y[list(ORDER).index(which)], 4000)[:, :80]
+    plain = read_view(dicom(tmp_path / "a", n, PatientOrientation=[right, down], ImagerPixelSpacing=[0.2, 0.1]), which)
+    assert not plain.done and plain.mm == (0.2, 0.1)
+    for k in range(8):
+        a, columns, rows, mm = n, right, down, [0.2, 0.1]
+        if k & 1:
+            a, columns = a[:, ::-1], opposite[columns]
+        if k & 2:
+            a, rows = a[::-1], opposite[rows]
+        if k & 4:
+            a, columns, rows, mm = a.T, rows, columns, mm[::-1]
+        file = dicom(tmp_path / "b", a, PatientOrientation=[columns, rows], ImagerPixelSpacing=mm)
+        turned = read_view(file, which)
+        assert torch.equal(plain.grey, turned.grey) and turned.mm == plain.mm and not turned.doubts, k
+        assert len(turned.done) == bin(k).count("1"), turned.done
+    other = "LAT" if which == "AP" else "AP"
+    assert (
+        "those of this view lead to"
+        in read_view(dicom(tmp_path / "c", n, PatientOrientation=list(ORDER[other])), which).doubts[0]
+    )
+    for letters in ([right], "", [right, ""], ["X", "Y"]):
+        assert torch.equal(read_view(dicom(tmp_path / "d", n, PatientOrientation=letters), which).grey, plain.grey)
+
+
+def test_pixels_that_are_not_square(here, tmp_path):
+    "PixelAspectRatio, height to width: half the rows, each twice as high, are the same image."
+    n = grey(here.y[0], 4000)
+    plain = on_panel(read_view(dicom(tmp_path / "a", n), "AP"), here.net.A)[0]
+    low = n.reshape(48, 2, 96).mean(1).round()
+    half = read_view(dicom(tmp_path / "b", low, PixelAspectRatio=["2", "1"]), "AP")
+    got, seen = on_panel(half, here.net.A)
+    assert seen.all() and (got - plain).norm() / plain.norm() < 0.02
+    turned = dicom(tmp_path / "c", low.T, PixelAspectRatio=["1", "2"], PatientOrientation=["F", "L"])
+    assert torch.equal(read_view(turned, "AP").grey, half.grey) and read_view(turned, "AP").aspect == half.aspect
+    both = dict(PixelAspectRatio=["2", "1"], ImagerPixelSpacing=[3.0, 3.0])  # not allowed together: the spacing counts
+    square = dict(ImagerPixelSpacing=[3.0, 3.0])
+    views = [read_view(dicom(tmp_path / "d", low, **t), "AP") for t in (both, square)]
+    assert torch.equal(*[on_panel(v, here.net.A)[0] for v in views])
+
+
+SYNTAXES = ["ExplicitVRLittleEndian", "ImplicitVRLittleEndian", "ExplicitVRBigEndian"]
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize("signed, bits", [(False, 12), (False, 16), (True, 12), (True, 15), (True, 16)])
+def test_monochrome1_is_turned_over_after_the_window(signed, bits, syntax, tmp_path):
+    "From the stored numbers, whatever ITK makes of them."
+    n = np.arange(32 * 32).reshape(32, 32) * 3 % 4001 - (2000 if signed else 0)
+    scale = dict(RescaleSlope=2, RescaleIntercept=-50)
+    window = dict(WindowCenter=int(n.mean()), WindowWidth=2001)
+    one, two = (f"MONOCHROME{k}" for k in (1, 2))
+    for tags, v in (({}, n), (scale, 2.0 * n - 50), (window, n), (scale | window, 2.0 * n - 50)):
+        want = np.clip((v - (int(n.mean()) - 0.5)) / 2000 + 0.5, 0, 1) if "WindowCenter" in tags else v
+        assert len(np.unique(want)) > 100
+        for photometric, right in ((two, want), (one, want.max() + want.min() - want)):
+            file = dicom(tmp_path / "x", n, photometric, bits=bits, signed=signed, syntax=syntax, **tags)
+            got = read_view(file, "AP").grey.numpy()
+            np.testing.assert_allclose(got, right, atol=1e-3, err_msg=f"{photometric} {tags}")
+
+
+PADDINGS = {  # bits, signed, value of the padded pixels, header
+    "0": (12, False, 0, dict(PixelPaddingValue=0)),
+    "4095": (12, False, 4095, dict(PixelPaddingValue=4095)),
+    "65535": (16, False, 65535, dict(PixelPaddingValue=65535)),
+    "-1 in place of 65535": (16, False, 65535, dict(PixelPaddingValue=-1)),
+    "above the bits that are stored": (12, False, 65535, dict(PixelPaddingValue=65535)),
+    "-2000": (16, True, -2000, dict(PixelPaddingValue=-2000)),
+    "-2000 of 12 bits": (12, True, -2000, dict(PixelPaddingValue=-2000)),
+    "a range": (12, False, 4050, dict(PixelPaddingValue=4095, PixelPaddingRangeLimit=4000)),
+    "a range below": (16, True, -1500, dict(PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1000)),
+}
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_padding_is_no_image(name, photometric, here, tmp_path):
+    "The views are those of the same images with other values in the same padding; so are the notes."
+    bits, signed, value, header = PADDINGS[name]
+    header = {k: v % 65536 if not signed and v < 0 else v for k, v in header.items()}
+    outside = np.zeros((96, 96), bool)
+    outside[:, :16] = outside[80:] = True
+
+    def calibrated(value, **tags):
+        views = []
+        for v, which in zip(here.y, ORDER):
+            n = 100 + grey(v, 1800)
+            n = np.where(outside, value, 2000 - n if photometric == "MONOCHROME1" else n)
+            file = dicom(
+                tmp_path / which, n, photometric, bits=bits, signed=signed, RescaleSlope=1, RescaleIntercept=-7, **tags
+            )
+            views.append(read_view(file, which))
+        return views, calibrate(here.net, tuple(views))
+
+    views, (y, done, _) = calibrated(value, **header)
+    assert (views[0].covered.numpy() == ~outside).all() and all("padding, which is no image" in line for line in done)
+    want = calibrated(17, PixelPaddingValue=17)[1][0]
+    torch.testing.assert_close(y, want)
+    taken = calibrated(value)[1][0]
+    assert (taken - want).abs().max() > 1  # without the tag it is image
+
+
+@pytest.mark.parametrize("signed, vr, value", [(False, "SS", -2000), (True, "US", 63536)])
+def test_padding_of_the_other_kind_of_number(signed, vr, value, here, tmp_path):
+    "Sixteen bits are sixteen bits, whether the header takes them for a signed number or not."
+    pydicom = pytest.importorskip("pydicom")
+    n = grey(here.y[0], 4000)
+    n[:, :10] = -2000 if signed else 63536
+    file = dicom(tmp_path / "x", n, bits=16, signed=signed)
+    ds = pydicom.dcmread(file)
+    ds.add_new(0x00280120, vr, value)
+    ds.save_as(file)
+    assert (~read_view(file, "AP").covered).sum() == 960
+
+
+def test_headers_as_pydicom_reads_them(here, tmp_path):
+    "Fields that the standard forbids, or says to ignore."
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.pixels import apply_modality_lut
+
+    n = grey(here.y[0], 4000)
+    garbage = n.astype(int) | (np.arange(96) % 16 << 12)
+    for numbers, tags in (
+        (n, dict(RescaleIntercept=-1000)),  # half a rescaling is none
+        (n, dict(RescaleSlope=2)),
+        (n, dict(RescaleSlope=-1, RescaleIntercept=0)),
+        (n, dict(RescaleSlope="0.001", RescaleIntercept="-1")),
+        (garbage, {}),  # bits above those that are stored
+        (garbage, dict(photometric="MONOCHROME1")),
+        (n, dict(HighBit=15)),
+        (n, dict(PixelPaddingRangeLimit=0)),  # a limit without a value
+        (n, dict(SmallestImagePixelValue=7, LargestImagePixelValue=9)),
+    ):
+        file = dicom(tmp_path / "x", numbers, **tags)
+        ds = pydicom.dcmread(file)
+        want = apply_modality_lut(ds.pixel_array, ds).astype(np.float64)
+        if ds.PhotometricInterpretation == "MONOCHROME1":
+            want = want.max() + want.min() - want
+        np.testing.assert_allclose(read_view(file, "AP").grey, want, atol=1e-3, err_msg=str(tags))
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4, 0, 16], "US"
+    table.LUTData = np.arange(4, dtype="<u2").tobytes()
+    table["LUTData"].VR = "OW"
+    window = dict(WindowCenter=1, WindowWidth=2)
+    for key, words in (("ModalityLUTSequence", "modality lookup table"), ("VOILUTSequence", "VOI lookup table")):
+        for syntax in SYNTAXES:
+            tags = {key: pydicom.Sequence([table])} | (window if key[0] == "M" else {})
+            view = read_view(dicom(tmp_path / "y", n, syntax=syntax, **tags), "AP")
+            assert words in view.done[0] and (view.grey.numpy() == n).all()
+    assert not read_view(dicom(tmp_path / "z", n), "AP").done
+
+
+def test_spacing_of_a_scanned_film_and_headers_without_sense(here, tmp_path):
+    n = grey(here.y[0], 4000)
+    view = lambda **tags: read_view(dicom(tmp_path / "x", n, **tags), "AP")
+    assert view(NominalScannedPixelSpacing=[0.2, 0.2]).mm == (0.2, 0.2)
+    assert view(ImagerPixelSpacing=[0, 0], PixelSpacing=[0.3, 0.3]).mm == (0.3, 0.3)
+    assert view(EstimatedRadiographicMagnificationFactor=0.5).enlarged is None
+    assert "is not possible" in view(EstimatedRadiographicMagnificationFactor=0.5).done[0]
+
+
+def test_nifti_headers_as_nibabel_reads_them(here, tmp_path):
+    nib = pytest.importorskip("nibabel")
+    n = grey(here.y[0], 4000).T.astype(np.int16)[:, ::-1]  # to the left, to the head
+    path = tmp_path / "x.nii"
+
+    def write(changes, form):
+        nib.save(nib.Nifti1Image(n[:, None].astype(form), np.diag([-3.3, -3.3, 3.3, 1])), path)
+        header = nib.Nifti1Header.template_dtype.fields
+        b = bytearray(path.read_bytes())
+        for field, k, value in changes:
+            dtype, at = header[field][:2]
+            at += dtype.base.itemsize * k
+            b[at : at + dtype.base.itemsize] = np.array(value, dtype.base).tobytes()
+        path.write_bytes(b)
+
+    for form in (np.int16, np.float32):
+        for changes in (
+            [],
+            [("scl_slope", 0, 0), ("scl_inter", 0, 1e12)],
+            [("scl_slope", 0, np.nan), ("scl_inter", 0, 1e12)],
+            [("scl_slope", 0, -2), ("scl_inter", 0, 5)],
+            [("pixdim", 1, -3.3)],
+            [("pixdim", 3, -3.3)],
+            [("pixdim", 0, 0), ("pixdim", 5, np.nan)],
+            [("cal_max", 0, 3), ("cal_min", 0, 1)],
+            [("intent_code", 0, 1007)],
+        ):
+            write(changes, form)
+            want = np.asarray(nib.load(path).get_fdata())[:, 0, ::-1].T
+            view = read_view(path, "AP")
+            np.testing.assert_allclose(view.grey, want, rtol=1e-5, err_msg=str(changes))
+            assert view.mm == pytest.approx((3.3, 3.3), rel=1e-5), changes
+    nib.save(nib.Nifti2Image(n[:, None], np.eye(4)), path)
+    with pytest.raises(UserError, match="is NIfTI-2, which is not read"):
+        read_view(path, "AP")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError, IndexError, RuntimeError, MemoryError, OverflowError, KeyError, TypeError]
+)
+def test_whatever_a_library_raises_is_one_sentence(error, here, say, tmp_path, monkeypatch):
+    def fail(*a, **k):
+        raise error("first line\nsecond line")
+
+    dicom(tmp_path / "a.dcm", grey(here.y[0], 4000))
+    nifti(grey(here.y[0], 4000), tmp_path / "a.nii")
+    for target, file in (
+        ("open_dicom", tmp_path / "a.dcm"),
+        ("read_nifti_view", tmp_path / "a.nii"),
+        ("read_picture", here.pngs[0]),
+        ("load_tensor", here.pts[0]),
+    ):
+        with monkeypatch.context() as m:
+            m.setattr(f"diffx2ct.two_images.{target}", fail)
+            said = say("--out", tmp_path / "c.nii", files=[file, here.pngs[1]], code=2)[1]
+        assert f"{file} cannot be read as an X-ray image ({error.__name__}" in said, said
+
+
+def test_damaged_headers_are_one_sentence_or_an_image(here, tmp_path):
+    "Bytes of the header replaced by others, a few hundred times."
+    g = grey(here.y[0], 4000)
+    files = [
+        dicom(
+            tmp_path / "a.dcm", g, WindowCenter=500, WindowWidth=300, PixelPaddingValue=0, PatientOrientation=["F", "L"]
+        ),
+        nifti(g.astype(np.int16), tmp_path / "a.nii"),
+        png(g, tmp_path / "a.png", np.uint16),
+        tmp_path / "a.tiff",
+        tmp_path / "a.jpg",
+    ]
+    exif = Image.Exif()
+    exif[274] = 6
+    for file in files[3:]:
+        Image.fromarray((g / 16).astype(np.uint8)).save(file, exif=exif)
+    r = np.random.default_rng(0)
+    ends = {"View": 0, "UserError": 0}
+    for file in files:
+        whole = file.read_bytes()
+        for _ in range(60):
+            b = bytearray(whole)
+            for at in r.integers(0, min(len(b), 600), 3):
+                b[at] = r.integers(256)
+            bad = tmp_path / f"bad{file.suffix}"
+            bad.write_bytes(b)
+            try:
+                ends[type(read_view(bad, "AP")).__name__] += 1
+            except UserError as e:
+                ends["UserError"] += 1
+                assert "bad" in str(e) and "\n" not in str(e), str(e)
+    assert min(ends.values()) > 10, ends
 
 
 def test_stored_views_are_line_integrals(here, say, tmp_path):
@@ -543,6 +813,19 @@ def photo(tmp):
     return png(np.random.default_rng(0).integers(0, 255, (40, 40, 3)), tmp / "photo.png")
 
 
+def pages(tmp, n=2):
+    "A TIFF file of several pages."
+    a = [Image.fromarray(np.random.default_rng(k).integers(0, 255, (32, 32)).astype(np.uint8)) for k in range(n)]
+    a[0].save(tmp / "pages.tiff", save_all=True, append_images=a[1:])
+    return tmp / "pages.tiff"
+
+
+def clear(tmp, alpha):
+    a = np.random.default_rng(0).integers(0, 255, (32, 32)).astype(np.uint8)
+    Image.fromarray(np.dstack([a, np.full_like(a, alpha)]), "LA").save(tmp / "clear.png")
+    return tmp / "clear.png"
+
+
 BAD = {  # name: (what stands for the AP image, or for both; options; words of the sentence)
     "missing": (lambda h, t: t / "no.png", [], "no.png does not exist"),
     "a folder": (lambda h, t: t, [], "is a folder; name the one image file of the AP view"),
@@ -584,6 +867,32 @@ BAD = {  # name: (what stands for the AP image, or for both; options; words of t
     ),
     "NaN": (lambda h, t: save_tensor(torch.full((N, N), torch.nan), t / "a.pt"), [], "a.pt holds NaN"),
     "black": (lambda h, t: png(np.zeros((64, 64)), t / "a.png"), [], "value 0 in every pixel"),
+    "two pages": (lambda h, t: pages(t), [], "pages.tiff holds 2 pictures; export the one that is meant"),
+    "transparent everywhere": (
+        lambda h, t: clear(t, 0),
+        [],
+        "clear.png holds no image: 1 of its pixels are transparent",
+    ),
+    "padding everywhere": (
+        lambda h, t: dicom(t / "a", np.full((32, 32), 7), PixelPaddingValue=7),
+        [],
+        "a holds no image: 1 of its pixels are padding",
+    ),
+    "two frames": (
+        lambda h, t: dicom(t / "a", np.ones((32, 32)), NumberOfFrames=2, PixelData=bytes(4096)),
+        [],
+        "a holds 2 frames",
+    ),
+    "a slope of nothing": (
+        lambda h, t: dicom(t / "a", grey(h.y[0], 4000), RescaleSlope=0, RescaleIntercept=5),
+        [],
+        "a has a Rescale Slope of 0",
+    ),
+    "MONOCHROME1, deflated": (
+        lambda h, t: dicom(t / "a", grey(h.y[0], 4000), "MONOCHROME1", syntax="DeflatedExplicitVRLittleEndian"),
+        [],
+        "a is MONOCHROME1 inside a deflated file",
+    ),
     "a stamp": (lambda h, t: png(np.eye(5), t / "a.png"), [], "5 x 5 pixels"),
     "stored at another size": (
         lambda h, t: save_tensor(torch.rand(N, 8), t / "a.pt"),
@@ -649,6 +958,12 @@ def test_one_sentence_and_nothing_written(name, here, say, tmp_path):
     assert [p for p in tmp_path.rglob("*") if p not in before] == []
 
 
+def test_pixel_sizes_belong_to_their_images(here, say, tmp_path):
+    out, _ = say("--out", tmp_path / "c.nii", "--method", "mean", "--pixel_mm", 3.3, 2.5)
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert "AP.png: pixels of 3.3 x 3.3 mm" in notes[0] and "LAT.png: pixels of 2.5 x 2.5 mm" in notes[1]
+
+
 def test_there_must_be_somewhere_to_write(here, say, tmp_path):
     assert "--out" in say(code=2)[1]
     assert list(tmp_path.iterdir()) == []
@@ -667,3 +982,17 @@ def test_a_series_alone_has_its_maps_beside_it(here, say, tmp_path):
     ]
     assert [p.suffix for p in (tmp_path / "s").iterdir()] == [".dcm"] * N
     assert all(str(p) in out for p in tmp_path.iterdir())
+
+
+def test_one_call_from_python(here, say, tmp_path):
+    "`reconstruct(load_model(...), views)` is the command's volume, with the checkpoint's own settings."
+    model = load_model(here.at / "model")
+    x = reconstruct(model, here.y.numpy())
+    assert torch.equal(x, reconstruct(model.denoiser, here.y[None], c=model.config.DIFFUSION))
+    say("--out", tmp_path / "c.nii", files=here.pts)
+    made = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "c.nii"))).astype(np.float32)
+    assert np.abs(made - (x[0].numpy() * (WINDOW[1] - WINDOW[0]) + WINDOW[0])).max() <= 0.51
+    with pytest.raises(UserError, match="mm of water"):
+        reconstruct(model, here.y / here.y.max())
+    with pytest.raises(UserError, match="display images"):
+        reconstruct(load_model(here.at / "display"), here.y)
