@@ -6,11 +6,12 @@
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'SHIPPED', 'WINDOWS', 'CAUTION', 'PLANES', 'UserError',
            'one_line', 'command', 'write_beside', 'write_together', 'write_atomic', 'writable', 'hold', 'Section',
            'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights', 'AugmentConfig',
-           'TrainingConfig', 'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig', 'Config', 'check_config', 'sentence',
-           'set_key', 'merge', 'Loader', 'read_yaml', 'load_config', 'comments', 'flat_schema', 'words', 'shown',
-           'explain', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr', 'draw_plane', 'save_tensor', 'write_pt',
-           'unpacked', 'read_pt', 'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'Beams', 'Manifest',
-           'read_manifest', 'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
+           'TrainingConfig', 'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig', 'Config', 'check_config',
+           'known_keys', 'unknown_key', 'sentence', 'set_key', 'merge', 'Loader', 'read_yaml', 'load_config',
+           'comments', 'flat_schema', 'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density', 'planes', 'show_mpr',
+           'draw_plane', 'save_tensor', 'write_pt', 'unpacked', 'read_pt', 'load_tensor', 'save_case', 'cases_in',
+           'write_manifest', 'Beams', 'Manifest', 'read_manifest', 'patient_of', 'split_cases', 'crop_origin', 'crop',
+           'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
 import copy
@@ -474,6 +475,39 @@ def check_config(
                 ) from None
     return c
 
+# %% ../nbs/00_data.ipynb #5c0700d1
+def known_keys(
+    section: Section,  # such as Config()
+    path: str = "",  # dotted path in front, with a dot at its end
+) -> Iterator[str]:
+    "Every dotted key of a section and of the sections in it."
+    for name, value in section:
+        yield path + name
+        if isinstance(value, Section):
+            yield from known_keys(value, f"{path}{name}.")
+
+
+def unknown_key(
+    key: str,  # dotted, as a user has written it
+    source: str,  # the file or option it came from
+) -> str:
+    "The sentence about a key that does not exist, with the key that is spelt most like it."
+    if key in ("PROFILE", "PROFILES"):
+        return f"{source}: {key} cannot be set here; choose a profile by --profile"
+    if key.startswith("OPTUNA.PARAMS."):
+        keys = [*Range.model_fields]
+    else:
+        keys = [*known_keys(Config()), *known_keys(GeometryConfig(), "DATA.GEOMETRY.")]
+    spelt, last = key.upper(), key.upper().rpartition(".")[2]
+    ends = {k.rpartition(".")[2].upper() for k in keys}
+    close = [last] if last in ends else difflib.get_close_matches(last, ends, 1, 0.75)
+    same_end = {k.upper(): k for k in keys if [k.rpartition(".")[2].upper()] == close}
+    found = difflib.get_close_matches(spelt, same_end or {k.upper(): k for k in keys}, 1, 0 if same_end else 0.85)
+    hint = "see config.yml for the keys there are"
+    if found:
+        hint = f"did you mean {next(k for k in keys if k.upper() == found[0])}?"
+    return f"{source}: {key} is not a known key; {hint}"
+
 # %% ../nbs/00_data.ipynb #f78a7823
 def sentence(
     e: ValidationError,  # pydantic's complaint
@@ -492,7 +526,7 @@ def sentence(
     key = ".".join(s for s in [prefix, *map(str, first["loc"])] if s)
     key = re.sub(r"\.(GeometryConfig|literal\[.*?\]|str|list\[.*?\])$", "", key)
     if first["type"] == "extra_forbidden":
-        return f"{source}: {key} is not a known key; see config.yml for the keys there are"
+        return unknown_key(key, source)
     if first["type"] == "value_error":
         return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}"
     return f"{source}: {key} is {repr(first['input'])[:200]}; {first['msg'][0].lower() + first['msg'][1:]}"
@@ -518,7 +552,7 @@ def set_key(
             f"{source}: {'.'.join(parents)} is {section}, which has no {last}; set {'.'.join(parents)} as a whole, as config.yml shows"
         )
     if not isinstance(section, Section) or last not in type(section).model_fields:
-        raise UserError(f"{source}: {key} is not a known key; see config.yml for the keys there are")
+        raise UserError(unknown_key(key, source))
     try:
         setattr(section, last, value)
     except ValidationError as e:

@@ -44,6 +44,10 @@ install_torch() { # PIP...: of the pinned version the build that the user's inde
   esac
 }
 
+install_project() { # PIP...: this folder, editable; pyproject.toml decides how it is found
+  "$@" --no-deps --no-build-isolation -e "$root"
+}
+
 install_into_venv() { # [dev]
   local base pip old
   base=$(find_python)
@@ -57,7 +61,7 @@ install_into_venv() { # [dev]
   install_torch "${pip[@]}"
   install_part "${pip[@]}" run
   if [ "${1:-}" ]; then install_part "${pip[@]}" "$1"; fi
-  "${pip[@]}" --no-deps --no-build-isolation -e "$root"
+  install_project "${pip[@]}"
   if [ "${1:-}" ]; then echo "$root" >"$(stamp_of)"; fi
   echo "$root" >"$(stamp_of "$@")"
 }
@@ -94,17 +98,30 @@ launch_in_docker() { # DRY_RUN COMMAND [ARG...]
 }
 
 launch() { # COMMAND [ARG...]
-  local command=$1 docker='' dry='' arg rest=()
+  local command=$1 docker='' dry='' help='' arg rest=()
   shift
-  case " $* " in *' --docker '*) docker=1 ;; esac
   for arg in "$@"; do
-    if [ "$docker" ] && [ "$arg" = --docker ]; then continue; fi
-    if [ "$docker" ] && [ "$arg" = --dry_run ]; then dry=1; continue; fi
-    rest+=("$arg")
+    case $arg in
+      --docker) docker=1 ;;
+      --dry_run) dry=1 ;;
+      -h | --help) help=1 rest+=("$arg") ;;
+      *) rest+=("$arg") ;;
+    esac
   done
   if [ "$docker" ]; then launch_in_docker "$dry" "$command" ${rest[@]+"${rest[@]}"}; return; fi
+  if [ "$dry" ] && [ -z "$help" ]; then fail "--dry_run shows what --docker would start; give --docker as well"; fi
   setup
   cd "$root"
+  if [ "$help" ]; then
+    "$(dirname "$python")/$command" ${rest[@]+"${rest[@]}"}
+    cat <<'EOF'
+
+options of this script:
+  --docker              run in a container (docker/compose.yml; needs Docker and the NVIDIA container toolkit)
+  --dry_run             with --docker: print the command that starts the container, and exit
+EOF
+    return
+  fi
   exec "$(dirname "$python")/$command" ${rest[@]+"${rest[@]}"}
 }
 

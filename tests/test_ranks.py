@@ -5,14 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BIN, ROOT, run_cmd
 from safetensors.torch import load_file
-from test_training import TINY, states
+from test_training import MINUTES, TINY, at_file, signal_at_file, states
 
 sys.path.append(str(ROOT / "benchmarks"))
 from common import postgres
@@ -80,8 +79,8 @@ def test_a_run_changes_its_number_of_ranks(place):
         str(n),
         *more,
     ]
-    folder = place / "checkpoints" / "moved" / "single"
-    for n, least in ((2, 1), (1, 3)):
+    for n, steps in ((2, "[1-9]"), (1, "[3-9]")):  # Ctrl-C in a terminal reaches all of them
+        hook = signal_at_file(place, f"/moved/single/model_00000{steps}.safetensors", signal.SIGINT)
         p = subprocess.Popen(
             command(n),
             cwd=place,
@@ -89,22 +88,33 @@ def test_a_run_changes_its_number_of_ranks(place):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
+            env=os.environ | hook,
             start_new_session=True,
         )
-        until = time.monotonic() + 120
-        while not any(int(f.stem[-6:]) >= least for f in folder.glob("model_*.safetensors")):
-            assert p.poll() is None and time.monotonic() < until, p.communicate()
-            time.sleep(0.002)
-        os.killpg(p.pid, signal.SIGINT)  # as Ctrl-C in a terminal does: to all of them
-        out, err = p.communicate(timeout=120)
+        out, err = p.communicate(timeout=MINUTES)
         assert p.returncode == 130 and "Traceback" not in err, (p.returncode, out, err)
     go(place, "moved", 3, "--set", "PARALLEL=fsdp")
     alike(ended(place, "moved"), ended(place, "peace"))
 
 
+KILL_RANK_1 = """
+from pathlib import Path
+children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+rank = lambda pid: b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(bytes(1))
+os.kill(next(int(c) for c in children if rank(c)), signal.SIGKILL)
+"""
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies(place):
-    "The others stop within a minute with one sentence, the last checkpoint is whole, and the trial of the search can be gone on with."
+    "The others stop with one sentence, the last checkpoint is whole, and the trial of the search can be gone on with."
+    # Rank 0 kills rank 1, another child of the same parent, when the first checkpoint is there.
+    (place / "kill.py").write_text(KILL_RANK_1)
+    hook = at_file(
+        place,
+        "/trial_0/model_*.safetensors",
+        f"exec(open({str(place / 'kill.py')!r}).read(), dict(os=os, signal=signal))",
+    )
     p = subprocess.Popen(
         [
             BIN / "diffx2ct_train",
@@ -127,18 +137,11 @@ def test_a_rank_that_dies(place):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
+        env=os.environ | hook,
         start_new_session=True,
     )
-    folder, until = place / "checkpoints" / "dies" / "trial_0", time.monotonic() + 120
-    while not next(folder.glob("model_*.safetensors"), None):
-        assert p.poll() is None and time.monotonic() < until, p.communicate()
-        time.sleep(0.01)
-    children = [int(c) for c in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
-    number = lambda pid: dict(v.partition("=")[::2] for v in Path(f"/proc/{pid}/environ").read_text().split("\0")).get(
-        "RANK"
-    )
-    os.kill(next(c for c in children if number(c) == "1"), signal.SIGKILL)
-    out, err = p.communicate(timeout=60)
+    folder = place / "checkpoints" / "dies" / "trial_0"
+    out, err = p.communicate(timeout=MINUTES)
     assert p.returncode == 2 and "Traceback" not in err and "another process has stopped" in err, (
         p.returncode,
         out,
@@ -192,7 +195,7 @@ def test_ranks_with_other_settings(place):
         ),
     )
     for p in [run(0), run(1)]:
-        out, err = p.communicate(timeout=120)
+        out, err = p.communicate(timeout=MINUTES)
         assert (
             p.returncode == 2
             and "process 1 has TRAINING.LEARNING_RATE = 0.002, process 0 has 0.001" in err
@@ -214,6 +217,13 @@ def share_a_study(tmp_path: Path, storage: str):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tiny.yml").write_text(TINY)
+
+    def met(name: str) -> dict[str, str]:
+        "Each waits at its first checkpoint for the first trial of the other: neither can do everything alone."
+        other = str(tmp_path / ("b" if name == "a" else "a") / "checkpoints" / "shared" / "trial_*")
+        wait = f"import glob, time; [time.sleep(0.1) for _ in range(10 * {MINUTES}) if not glob.glob({other!r})]"
+        return at_file(tmp_path, "/shared/trial_*/model_*.safetensors", wait)
+
     run = lambda name: subprocess.Popen(
         [
             BIN / "diffx2ct_train",
@@ -235,15 +245,16 @@ def share_a_study(tmp_path: Path, storage: str):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
+        env=os.environ | met(name),
     )
     for p in [run("a"), run("b")]:
-        out, err = p.communicate(timeout=300)
+        out, err = p.communicate(timeout=MINUTES)
         assert p.returncode == 0 and "Traceback" not in err and "best trial" in out, (out, err)
     there = {
         name: {
             f.name
             for f in (tmp_path / name / "checkpoints" / "shared").glob("trial_*")
-            if next(f.glob("model_*.safetensors"), None)
+            if (f / "best.safetensors").exists()
         }
         for name in ("a", "b")
     }

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def train(cwd: Path, *args, **how) -> str:
     return go(cwd, "--config", "tiny.yml", *args, **how)
 
 
-def start(cwd: Path, *args) -> subprocess.Popen:
+def start(cwd: Path, *args, **env: str) -> subprocess.Popen:
     "Start training in a process group of its own, as a terminal does."
     return subprocess.Popen(
         [BIN / "diffx2ct_train", "--config", "tiny.yml", *args],
@@ -63,16 +63,37 @@ def start(cwd: Path, *args) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
+        env=os.environ | env,
         start_new_session=True,
     )
 
 
-def wait_for(pattern: str, folder: Path, p: subprocess.Popen):
-    "Until a file is there."
-    until = time.monotonic() + 120
-    while not next(folder.glob(pattern), None):
-        assert p.poll() is None and time.monotonic() < until, p.communicate()
-        time.sleep(0.005)
+HOOK = """
+import fnmatch, os, signal
+real, done = os.replace, []
+
+def replace(old, new, **how):
+    real(old, new, **how)
+    if not done and fnmatch.fnmatch(str(new), {pattern!r}):
+        done.append(new)
+        {act}
+
+os.replace = replace
+"""
+MINUTES = 600  # s: no test waits longer for a process, and none needs it
+
+
+def at_file(folder: Path, pattern: str, act: str) -> dict[str, str]:
+    "Variables with which a command acts as soon as it has put a file of that pattern into its place, however busy we are."
+    hook = folder / f"hook{len(list(folder.glob('hook*')))}"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(HOOK.format(pattern=f"*{pattern}", act=act))
+    return {"PYTHONPATH": str(hook)}
+
+
+def signal_at_file(folder: Path, pattern: str, number: int) -> dict[str, str]:
+    "Variables with which a command's process group gets a signal at that moment, as from a terminal."
+    return at_file(folder, pattern, f"os.killpg(os.getpgrp(), {int(number)})")
 
 
 def trials(cwd: Path, name: str) -> list:
@@ -84,12 +105,12 @@ def states(cwd: Path, name: str) -> list[str]:
 
 
 def tensors(folder: Path) -> dict:
-    "File and tensor -> hash, of the best and the newest model in a trial's folder."
-    out = {}
-    for path in (folder / "best.safetensors", max(folder.glob("model_*.safetensors"))):
-        with safe_open(path, "np") as f:
-            out |= {(path.name, k): hashlib.sha256(f.get_tensor(k).tobytes()).hexdigest() for k in f.keys()}
-    return out
+    "Tensor -> hash, of the best model in a finished trial's folder, and its history: losses, norms, thresholds, values."
+    with safe_open(folder / "best.safetensors", "np") as f:
+        out = {k: hashlib.sha256(f.get_tensor(k).tobytes()).hexdigest() for k in f.keys()}
+    history = json.loads((folder / "history.json").read_text())
+    assert history["losses"] and history["norms"] and history["values"]
+    return out | history
 
 
 def good_picture(path: Path, least=(300, 200)):
@@ -162,13 +183,15 @@ def test_a_search_from_nothing(searched):
         assert words in said
     for n in range(2):
         names = {p.name for p in (root / f"checkpoints/s/trial_{n}").iterdir()}
-        assert names >= {"best.safetensors", "model_000012.safetensors", "training_000012.pt", "gradients.png"}
+        assert names >= {"best.safetensors", "history.json", "gradients.png", "checksums.sha256"}
+        assert not [name for name in names if name.startswith(("model_", "training_"))]  # nothing to resume
         link = root / f"checkpoints/trial_{n}"
         assert (
             link.is_symlink()
             and link.resolve() == root / f"checkpoints/s/trial_{n}"
             and not os.readlink(link).startswith("/")
         )
+    assert os.readlink(root / "checkpoints/best") == f"s/trial_{best.number}"
     pictures = list((root / f"checkpoints/trial_{best.number}/visualizations").glob("*_mpr.png"))
     assert len(pictures) == 2 and not (root / "wandb").exists()
     for path in pictures:
@@ -181,7 +204,11 @@ def test_the_same_command_resumes_and_more_trials_add_to_it(searched):
     root, before = searched[0], tensors(searched[0] / "checkpoints/s/trial_0")
     made = {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
     said = train(root, "--study_name", "s")
-    assert "resuming study s: 2 of 2 trials there" in said and states(root, "s") == ["COMPLETE"] * 2
+    assert (
+        "resuming study s: 2 of 2 trials there" in said
+        and "raise --n_trials" in said
+        and states(root, "s") == ["COMPLETE"] * 2
+    )
     assert made == {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
     assert "resuming study s: 2 of 3 trials there" in train(root, "--study_name", "s", "--n_trials", "3")
     assert states(root, "s") == ["COMPLETE"] * 3 and tensors(root / "checkpoints/s/trial_0") == before
@@ -192,13 +219,103 @@ def test_retrain_best(searched):
     said = train(root, "--study_name", "s", "--retrain_best", "--n_trials", "2")
     assert "best validation PSNR" in said and "pictures: checkpoints/s/best/visualizations" in said
     assert (root / "checkpoints/s/best/model_000018.safetensors").exists()  # 1.5 times 6 epochs of 2 steps
+    trial, again = (max(t.value for t in trials(root, "s")), float(re.search(r"PSNR (\S+) dB", said)[1]))
+    leads = Path(os.readlink(root / "checkpoints/best"))
+    assert leads.parent.name == "s" and leads.name.startswith("trial_" if trial > again + 0.01 else "best")
+    assert ("checkpoints/best leads there" in said) == (leads.name != "best")
+
+
+def links(root: Path) -> dict[str, str]:
+    return {p.name: os.readlink(p) for p in (root / "checkpoints").iterdir() if p.is_symlink()}
+
+
+def test_links_are_of_one_study_and_best_always_leads_to_its_best(searched):
+    root, before = searched[0], links(searched[0])
+    assert {Path(target).parts[0] for target in before.values()} == {"s"} and len(before) == 4  # three trials and best
+    train(root, "--no_search", "--study_name", "once", "--set", "EPOCHS=1")
+    assert links(root) == {"single": "once/single", "best": "once/single"}
+    pruned = ["--study_name", "none", "--n_trials", "1", "--set", "TRAINING.LEARNING_RATE=1e30"]
+    assert "no trial completed" in train(root, *pruned, "--set", "OPTUNA.PARAMS={}")
+    assert links(root) == {"trial_0": "none/trial_0"}  # no best there
+    said = train(root, "--study_name", "s")
+    assert links(root) == before and "best trial" in said
+    go(root, "--checkpoint_dir", "checkpoints/best", "--samples", "0", command="diffx2ct_visualize")
+
+
+@pytest.mark.parametrize(
+    "sets, words",
+    [
+        (["EPOCHS=7"], "EPOCHS=6, not 7"),
+        (["MODEL.EMA_DECAY=0.9"], "MODEL.EMA_DECAY=0.8, not 0.9"),
+        (["MODEL.UNET.NUM_CHANNELS=[8, 8]"], "MODEL.UNET.NUM_CHANNELS=[16, 24], not [8, 8]"),
+        (["DATA.PHANTOMS=7"], "DATA.PHANTOMS=6, not 7"),
+        (["DATA.GEOMETRY=x2ct"], "geometry of DATA.DRR_DIR=parallel"),
+        (["SEED=1"], "SEED=0, not 1"),
+        (["VALIDATION_SPLIT=0.5"], "VALIDATION_SPLIT=0.34, not 0.5"),
+        (["BATCH_SIZE=4"], "BATCH_SIZE times TRAINING.GRADIENT_ACCUMULATION_STEPS=2, not 4"),
+        (["TRAINING.LOSS_PHASE_EPOCHS=[3, 1]"], "TRAINING.LOSS_PHASE_EPOCHS=[2, 1], not [3, 1]"),
+        (["OPTUNA.PARAMS={TRAINING.LEARNING_RATE: {low: 0.0003, high: 0.003}}"], "with log: true"),
+        (["OPTUNA.PARAMS={TRAINING.ENCODER: {choices: [resnet]}}"], "choices"),
+        (["OPTUNA.PARAMS={TRAINING.LEARNING_RATE: {choices: [0.001]}}"], "a range of real numbers"),
+    ],
+)
+def test_a_study_goes_on_only_with_what_its_trials_were_made_with(searched, sets, words):
+    root, n = searched[0], len(trials(searched[0], "s"))
+    more = [x for item in sets for x in ("--set", item)]
+    said = train(root, "--study_name", "s", "--n_trials", "9", *more, code=2)
+    assert words in said and "study s" in said and "another --study_name" in said and said.count("\n") == 1, said
+    assert len(trials(root, "s")) == n and states(root, "s") == ["COMPLETE"] * n
+
+
+def test_a_study_goes_on_where_only_paths_machines_and_sampling_differ(searched):
+    root = searched[0]
+    moved = root / "moved"
+    shutil.copytree(next((root / "data").glob("phantoms_16*parallel*")), moved)
+    said = train(root, "--study_name", "s", *sum((["--set", s] for s in ("DIFFUSION.STEPS=3", "NUM_WORKERS=1")), []))
+    assert "best trial" in said
+    own = ["DATA.PT_DATA_DIR=moved/volumes", "DATA.DRR_DIR=moved/drrs"]
+    assert "best trial" in train(root, "--study_name", "s", *sum((["--set", s] for s in own), []))
+
+
+def test_nothing_is_on_stderr_but_progress_bars(here):
+    "W&B as a user has it who has never logged in, or a key in the netrc file: no warning of a library."
+    env = dict.fromkeys(("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "PYTHONWARNINGS")) | {"HOME": str(here / "home")}
+    (here / "home").mkdir()
+    args = ["--config", "tiny.yml", "--study_name", "loud", "--n_trials", "1", "--set", "EPOCHS=2"]
+    for command in (
+        ["diffx2ct_train", *args],
+        ["diffx2ct_train", *args, "--retrain_best"],
+        ["diffx2ct_visualize", "--checkpoint_dir", "checkpoints/best", "--samples", "2"],
+    ):
+        p = run_cmd(command, cwd=here, **env)
+        assert p.returncode == 0, p.stderr
+        lines = [line for line in re.split(r"[\r\n]+", p.stderr) if line.strip()]
+        assert not [line for line in lines if not re.match(r"[\w ,]+: +\d+%\|", line)], p.stderr
+        assert "\x1b" not in p.stdout + p.stderr and "arning" not in p.stdout
+    assert len(list(here.glob("wandb/offline-run-*"))) == 3
+
+
+@pytest.mark.parametrize(
+    "lines, found", [("", False), ("machine elsewhere.org login a password b\n", False), (None, True)]
+)
+def test_a_login_of_wandb_is_found_without_a_word(tmp_path, lines, found):
+    code = "from diffx2ct.train import has_wandb_login; import wandb; print(wandb.setup().settings.base_url, has_wandb_login())"
+    env = {"HOME": str(tmp_path), "WANDB_API_KEY": None, "WANDB_MODE": None, "NETRC": None}
+    if lines is None:
+        lines = "machine api.example.org\n  login user\n  password 0123456789012345678901234567890123456789\n"
+        env["WANDB_BASE_URL"] = "https://api.example.org"
+    (tmp_path / ".netrc").write_text(lines)
+    (tmp_path / ".netrc").chmod(0o600)
+    p = run_cmd([sys.executable, "-c", code], cwd=tmp_path, **env)
+    assert p.returncode == 0 and p.stderr == "" and p.stdout.split()[-1] == str(found), (p.stdout, p.stderr)
+    env["WANDB_API_KEY"] = "0123456789012345678901234567890123456789"
+    assert run_cmd([sys.executable, "-c", code], cwd=tmp_path, **env).stdout.split()[-1] == "True"
 
 
 def test_kill_9_in_mid_trial_leaves_no_trace(here, searched):
-    p = start(here, "--study_name", "s", "--n_trials", "1")
-    wait_for("checkpoints/s/trial_0/model_*", here, p)
-    p.kill()
-    p.communicate()
+    hook = at_file(here, "/trial_0/model_*", "os.kill(os.getpid(), signal.SIGKILL)")
+    p = start(here, "--study_name", "s", "--n_trials", "1", **hook)
+    p.communicate(timeout=MINUTES)
     (killed,) = trials(here, "s")
     assert p.returncode == -signal.SIGKILL and killed.state.name == "RUNNING"
     assert not list(here.glob("checkpoints/s/trial_0/model_000012*"))  # it had not finished
@@ -226,12 +343,9 @@ def test_a_stopped_run_saves_and_goes_on(here, searched, number):
         "TRAINING.CHECKPOINT_FREQ=6",
         *(["--set", "NUM_WORKERS=2"] if number == signal.SIGINT else []),
     ]
-    p = start(here, *how)
-    wait_for(
-        "checkpoints/s/trial_0/best.safetensors", here, p
-    )  # after the second epoch; no checkpoint is due before the last
-    os.killpg(p.pid, number)  # Ctrl-C reaches the reading processes as well
-    said = p.communicate(timeout=120)[1]
+    # After the second epoch; no checkpoint is due before the last. Ctrl-C reaches the reading processes as well.
+    p = start(here, *how, **signal_at_file(here, "/trial_0/best.safetensors", number))
+    said = p.communicate(timeout=MINUTES)[1]
     assert (
         p.returncode == 130
         and "Traceback" not in said
@@ -247,7 +361,7 @@ def test_a_stopped_run_saves_and_goes_on(here, searched, number):
 @pytest.mark.slow
 def test_two_processes_share_a_study(here):
     both = [start(here, "--study_name", "s", "--n_trials", "3", "--set", "EPOCHS=3") for _ in range(2)]
-    said = [p.communicate(timeout=200) for p in both]
+    said = [p.communicate(timeout=MINUTES) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert states(here, "s") == ["COMPLETE"] * 3
     begun = [
@@ -283,7 +397,7 @@ def test_a_trial_that_diverges_is_pruned_and_the_search_goes_on(here):
         for t in found
         if t.params["TRAINING.LEARNING_RATE"] == "1e+30" or t.params["TRAINING.LEARNING_RATE"] == '"1e30"'
     ]
-    assert 0 < len(pruned) < 3 and found[-1].state.name, [t.params for t in found]
+    assert len(found) == 3 and 0 < len(pruned) < 3 and found.index(pruned[0]) < 2, [t.params for t in found]
     for t in found:
         assert t.state.name == ("PRUNED" if t in pruned else "COMPLETE")
         assert (t.value is None and "nan" in t.user_attrs["pruned"]) if t in pruned else np.isfinite(t.value)
