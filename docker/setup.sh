@@ -4,6 +4,8 @@
 #   launch COMMAND [ARG...]  runs an installed command in the project folder, or with --docker in a container
 # Environment: DIFFX2CT_PYTHON  an interpreter with diffx2ct in it, used as it is
 #              DIFFX2CT_VENV    where the environment is made (default: .venv in the project folder)
+# With --docker, see docker/compose.yml: DIFFX2CT_GPU (auto, on or off), DIFFX2CT_DATA, DIFFX2CT_CHECKPOINTS, DIFFX2CT_CONFIG,
+#              DIFFX2CT_UID and DIFFX2CT_GID (default: the owner of the project folder)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${DIFFX2CT_VENV:-$root/.venv}
@@ -39,7 +41,8 @@ install_torch() { # PIP...: of the pinned version the build that the user's inde
   torch=$(grep '^torch==' "$root/requirements.txt")
   build=$("$@" --dry-run --ignore-installed --no-deps --report - "$torch" | "$venv/bin/python" -c 'import json, sys; print(*(p["metadata"]["version"] for p in json.load(sys.stdin)["install"]))')
   case $build in
-    *+*) "$@" --no-deps "$torch" ;; # such as +cpu: from an index the user chose and trusts; the lock knows the files of PyPI only
+    *+cu*) "$@" "$torch" ;; # from an index the user chose and trusts; the lock has the CUDA libraries of PyPI's build only
+    *+*) "$@" --no-deps "$torch" ;; # such as +cpu
     *) install_part "$@" torch ;;
   esac
 }
@@ -85,15 +88,70 @@ setup() { # [dev]
   ) 9>"$venv.lock"
 }
 
+container_user() { # prints UID GID: the owner of the project folder, so that what a run writes there is theirs
+  local ids
+  ids=$(stat -c '%u %g' "$root" 2>/dev/null || stat -f '%u %g' "$root" 2>/dev/null || true)
+  case $ids in
+    '' | '0 '*) if [ "$(id -u)" != 0 ]; then ids="$(id -u) $(id -g)"; fi ;; # root only for root
+  esac
+  case $(docker info --format '{{.SecurityOptions}}' 2>/dev/null || true) in
+    *name=rootless*) ids='0 0' ;; # there root in the container is the caller outside
+  esac
+  ids=${ids:-0 0}
+  echo "${DIFFX2CT_UID:-${ids% *}} ${DIFFX2CT_GID:-${ids#* }}"
+}
+
+toolkit_found() {
+  command -v nvidia-ctk >/dev/null || command -v nvidia-container-runtime >/dev/null ||
+    [[ $(docker info --format '{{json .Runtimes}}' 2>/dev/null || true) == *nvidia* ]]
+}
+
+wants_gpu() { # whether the container gets the GPUs
+  local missing='the NVIDIA container toolkit was not found'
+  case ${DIFFX2CT_GPU:-auto} in
+    off) return 1 ;;
+    on) toolkit_found || fail "DIFFX2CT_GPU is on, but $missing; install it, or set DIFFX2CT_GPU=off to run on the CPU" ;;
+    auto)
+      nvidia-smi -L >/dev/null 2>&1 || return 1
+      if toolkit_found; then return; fi
+      echo "diffx2ct: this machine has a GPU, but $missing, so the container runs on the CPU; install the toolkit, or set DIFFX2CT_GPU=off to leave this line out" >&2
+      return 1
+      ;;
+    *) fail "DIFFX2CT_GPU is $DIFFX2CT_GPU; use auto, on or off" ;;
+  esac
+}
+
+mounted() { # NAME: prints NAME=PATH for the variable of that name; the folder or file must exist
+  local path=${!1}
+  case $path in /*) ;; *) path=$PWD/$path ;; esac
+  [ -e "$path" ] || fail "$1 is $path, which does not exist; set it to what the container is to use, or leave it out"
+  echo "$1=$path"
+}
+
 launch_in_docker() { # DRY_RUN COMMAND [ARG...]
-  local dry=$1 uid gid line=(docker compose -f "$root/docker/compose.yml" run --rm --build)
+  local dry=$1 user name folder files=(-f "$root/docker/compose.yml") settings=() line
   shift
-  uid=${DIFFX2CT_UID:-$(id -u)} gid=${DIFFX2CT_GID:-$(id -g)}
-  if [ "$uid" = 0 ]; then uid=${SUDO_UID:-1000} gid=${SUDO_GID:-1000}; fi # never root in the container
-  line=(env "DIFFX2CT_UID=$uid" "DIFFX2CT_GID=$gid" "${line[@]}" diffx2ct "$@")
+  [ "$dry" ] || docker compose version >/dev/null 2>&1 || fail "docker compose was not found; install Docker with its compose plugin, or leave --docker out"
+  user=$(container_user)
+  settings=("DIFFX2CT_UID=${user% *}" "DIFFX2CT_GID=${user#* }")
+  : "${DIFFX2CT_DATA:=}" "${DIFFX2CT_CHECKPOINTS:=}" "${DIFFX2CT_CONFIG:=}"
+  for name in DIFFX2CT_DATA DIFFX2CT_CHECKPOINTS DIFFX2CT_CONFIG; do
+    if [ "${!name}" ]; then
+      settings+=("$(mounted "$name")")
+    elif [ "$name" = DIFFX2CT_DATA ]; then
+      settings+=("$name=$root/data")
+    fi
+  done
+  if [ -z "${DIFFX2CT_NETRC:-}" ] && [ -r "${HOME:-}/.netrc" ]; then settings+=("DIFFX2CT_NETRC=$HOME/.netrc"); fi # a W&B login
+  if wants_gpu; then files+=(-f "$root/docker/compose.gpu.yml"); fi
+  line=(env "${settings[@]}" docker compose "${files[@]}" run --rm --build diffx2ct "$@")
   if [ "$dry" ]; then printf '%q ' "${line[@]}" | sed 's/ $//'; echo; return; fi
-  docker compose version >/dev/null 2>&1 || fail "docker compose was not found; install Docker with its compose plugin and the NVIDIA container toolkit, or leave --docker out"
-  mkdir -p "$root/data" "$root/checkpoints"
+  for folder in "$root/data" "$root/checkpoints"; do
+    if [ ! -d "$folder" ]; then
+      mkdir "$folder"
+      if [ "$(id -u)" = 0 ]; then chown "${settings[0]#*=}:${settings[1]#*=}" "$folder"; fi
+    fi
+  done
   exec "${line[@]}"
 }
 
