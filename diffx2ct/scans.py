@@ -194,10 +194,10 @@ def as_user_error(
         except UserError:
             raise
         except Exception as e:
-            lines = re.split(r"ERROR: |\n", str(getattr(e, "strerror", None) or e).strip())
+            why = one_line(getattr(e, "strerror", None) or e)[-160:].strip() or type(e).__name__
+            why = "" if re.search(r"\bitk", str(e), re.I) else f" ({why})"  # ITK's reasons often blame something else
             raise UserError(
-                f"{path} cannot be read ({one_line(lines[-1])[:160].strip() or type(e).__name__}); "
-                "it is truncated, damaged or of another kind, so copy or export it again"
+                f"{path} cannot be read{why}; it is truncated, damaged or of another kind, so copy or export it again"
             ) from None
 
     return wrapped
