@@ -196,8 +196,9 @@ def as_user_error(
         except Exception as e:
             why = one_line(getattr(e, "strerror", None) or e)[-160:].strip() or type(e).__name__
             why = "" if re.search(r"\bitk", str(e), re.I) else f" ({why})"  # ITK's reasons often blame something else
+            end = " to its end" if isinstance(e, EOFError | zlib.error | gzip.BadGzipFile) else ""
             raise UserError(
-                f"{path} cannot be read{why}; it is truncated, damaged or of another kind, so copy or export it again"
+                f"{path} cannot be read{end}{why}; it is truncated, damaged or of another kind, so copy or export it again"
             ) from None
 
     return wrapped

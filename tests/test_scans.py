@@ -585,7 +585,7 @@ def test_compressed_nifti(tmp_path):
     packed = bytearray(gzip.compress(raw))
     packed[-8] ^= 1
     (tmp_path / "e.nii.gz").write_bytes(packed)
-    with pytest.raises(UserError, match="e.nii.gz cannot be read .CRC check failed"):
+    with pytest.raises(UserError, match="e.nii.gz cannot be read to its end .CRC check failed"):
         read(tmp_path / "e.nii.gz")
 
 
