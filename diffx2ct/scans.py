@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['LPI', 'AIR', 'SUFFIXES', 'NIFTI_FIELDS', 'NIFTI_HEADERS', 'NIFTI_TYPES', 'CT_CLASSES', 'CAPTURE', 'HEADER', 'X2CT_MM',
-           'orient', 'as_image', 'as_tensor', 'check_hu', 'suffix_of', 'called', 'hushed', 'as_user_error',
-           'open_nifti', 'nifti_header', 'nifti_shape', 'nifti_affines', 'describe_affine', 'nifti_affine',
-           'angle_between', 'whole_nifti', 'check_rest', 'nifti_image', 'held_by', 'placed', 'check_nrrd', 'check_file',
-           'check_size', 'read_image', 'read_file', 'Slice', 'frame_value', 'numbers', 'check_deflated',
-           'slice_headers', 'is_dicom', 'without_preamble', 'find_slices', 'NoCT', 'pixels_equal', 'drop_copies',
-           'pick_series', 'why_no_series', 'slice_gap', 'check_alike', 'sort_slices', 'decompressed', 'whole_number',
-           'stored_values', 'rescaled', 'frames_hu', 'read_dicom', 'check_h5', 'read_h5', 'open_npz', 'case_name',
-           'fingerprint', 'Scan', 'file_scans', 'complement', 'join_folders', 'visible_folders', 'dicom_folders',
-           'folder_scans', 'find_scans', 'fill_slices', 'pieces', 'surface_share', 'body_mask', 'smooth', 'resample',
-           'extent', 'to_cube', 'resample_mask', 'inside', 'prepare_volume', 'settings', 'same', 'plain',
-           'number_series', 'keep_names', 'todo', 'prepare', 'parser', 'main']
+           'orient', 'as_image', 'as_tensor', 'check_hu', 'check_values', 'suffix_of', 'called', 'hushed',
+           'as_user_error', 'open_nifti', 'nifti_header', 'nifti_shape', 'nifti_affines', 'describe_affine',
+           'nifti_affine', 'angle_between', 'whole_nifti', 'check_rest', 'nifti_image', 'held_by', 'placed',
+           'check_meta', 'check_nrrd', 'check_file', 'check_size', 'read_image', 'read_file', 'Slice', 'frame_value',
+           'numbers', 'check_deflated', 'slice_headers', 'is_dicom', 'without_preamble', 'find_slices', 'NoCT',
+           'pixels_equal', 'drop_copies', 'pick_series', 'why_no_series', 'slice_gap', 'check_alike', 'sort_slices',
+           'decompressed', 'whole_number', 'stored_values', 'rescaled', 'frames_hu', 'read_dicom', 'check_h5',
+           'read_h5', 'open_npz', 'case_name', 'fingerprint', 'Scan', 'file_scans', 'complement', 'join_folders',
+           'visible_folders', 'dicom_folders', 'folder_scans', 'find_scans', 'fill_slices', 'pieces', 'surface_share',
+           'body_mask', 'smooth', 'resample', 'extent', 'to_cube', 'resample_mask', 'inside', 'prepare_volume',
+           'settings', 'same', 'plain', 'number_series', 'keep_names', 'todo', 'prepare', 'parser', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
 import argparse
@@ -115,11 +115,19 @@ AIR = -1000.0  # HU
 
 
 def check_hu(
-    img: sitk.Image | np.ndarray,  # a scan that claims to be in HU, or its values
+    img: sitk.Image,  # a scan that claims to be in HU
     name: str,  # the file, for the sentence
-) -> sitk.Image | np.ndarray:
+) -> sitk.Image:
+    "Refuse a scan whose values cannot be Hounsfield units."
+    check_values(sitk.GetArrayViewFromImage(img), name)
+    return img
+
+
+def check_values(
+    a: np.ndarray,  # values that claim to be HU
+    name: str,  # the file, for the sentence
+) -> None:
     "Refuse values that cannot be Hounsfield units."
-    a = sitk.GetArrayViewFromImage(img) if isinstance(img, sitk.Image) else img
     if a.dtype.kind == "f" and not np.isfinite(a).all():
         raise UserError(
             f"{name} has {int((~np.isfinite(a)).sum())} voxels that are NaN or infinite; "
@@ -137,7 +145,6 @@ def check_hu(
             f"{name} has values from {low:g} to {high:g}, which are not Hounsfield units (air is -1000); "
             "subtract the offset, often 1024, and save it again"
         )
-    return img
 
 # %% ../nbs/00b_scans.ipynb #c2e47d70
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")  # volume files; any capitalisation
@@ -187,10 +194,11 @@ def as_user_error(
         except UserError:
             raise
         except Exception as e:
-            lines = re.split(r"ERROR: |\n", str(getattr(e, "strerror", None) or e).strip())
+            why = one_line(getattr(e, "strerror", None) or e)[-160:].strip() or type(e).__name__
+            why = "" if re.search(r"\bitk", str(e), re.I) else f" ({why})"  # ITK's reasons often blame something else
+            end = " to its end" if isinstance(e, EOFError | zlib.error | gzip.BadGzipFile) else ""
             raise UserError(
-                f"{path} cannot be read ({one_line(lines[-1])[:160].strip() or type(e).__name__}); "
-                "it is truncated, damaged or of another kind, so copy or export it again"
+                f"{path} cannot be read{end}{why}; it is truncated, damaged or of another kind, so copy or export it again"
             ) from None
 
     return wrapped
@@ -200,7 +208,7 @@ NIFTI_FIELDS = [
     *("magic", "datatype", "dim", "pixdim", "vox_offset", "scl_slope", "scl_inter"),
     *("qform_code", "sform_code", "quatern", "qoffset", "srow", "xyzt_units"),
 ]
-NIFTI_HEADERS = {  # bytes of the header -> where its fields are
+NIFTI_HEADERS: dict[int, dict[str, Any]] = {  # bytes of the header -> where its fields are
     348: dict(
         names=NIFTI_FIELDS,
         formats=["S4", "i2", "8i2", "8f4", "f4", "f4", "f4", "i2", "i2", "3f4", "3f4", "(3,4)f4", "u1"],
@@ -233,7 +241,8 @@ def nifti_header(
     for size in NIFTI_HEADERS:
         for order in "<>":
             if raw[:4] == struct.pack(f"{order}i", size) and len(raw) >= size:
-                layout = np.dtype(dict(NIFTI_HEADERS[size], itemsize=size)).newbyteorder(order)
+                fields: Any = dict(NIFTI_HEADERS[size], itemsize=size)
+                layout = np.dtype(fields).newbyteorder(order)
                 head = np.frombuffer(raw, layout, 1)[0]
                 break
         else:
@@ -249,7 +258,9 @@ def nifti_header(
             "so copy or download it again"
         )
     if int(head["datatype"]) not in NIFTI_TYPES:
-        raise UserError(f"{path} has voxels of type {head['datatype']} (colours, say); a CT has one number a voxel")
+        raise UserError(
+            f"{path} has voxels of type {head['datatype']} (colours, for example); one number a voxel is needed"
+        )
     if not size <= head["vox_offset"] < 1 << 24:
         raise UserError(
             f"{path} says that its voxels begin at byte {head['vox_offset']:g}; it is damaged, so copy or download it again"
@@ -439,6 +450,23 @@ def placed(
     return re.search(rb"^(TransformMatrix|Orientation|Rotation) *=", head, re.M) is not None
 
 
+def check_meta(
+    path: Path,
+) -> None:
+    "Refuse a unit or a scale of a MetaImage file that ITK passes over."
+    text = path.open("rb").read(8192).split(b"ElementDataFile")[0].decode("latin-1")
+    stated = dict(re.findall(r"(?m)^(\w+) *= *(.*?)\s*$", text))
+    plain = dict(DistanceUnits="mm", ElementToIntensityFunctionSlope="1", ElementToIntensityFunctionOffset="0")
+    for key, usual in plain.items():
+        value = stated.get(key, usual)
+        try:
+            same_value = float(value) == float(usual)
+        except ValueError:
+            same_value = value.lower() in (usual, "?")
+        if not same_value:
+            raise UserError(f"{path} states {key} = {value}, which is not read; save it in mm and in HU")
+
+
 def check_nrrd(
     path: Path,
 ) -> None:
@@ -479,8 +507,7 @@ def check_file(
         check_size(path, size, parts, held)
         spacing, origin = np.array(info.GetSpacing()[:3]), np.array(info.GetOrigin())
         direction = np.array(info.GetDirection()).reshape(len(size), -1)[:3, :3]
-        if suffix_of(path) == ".nrrd":
-            check_nrrd(path)
+        (check_nrrd if suffix_of(path) == ".nrrd" else check_meta)(path)
     if not all(np.isfinite(v).all() for v in (spacing, origin, direction)) or min(spacing) <= 0:
         raise UserError(
             f"{path} says its voxels are {' x '.join(f'{v:g}' for v in spacing)} mm, or lies nowhere; "
@@ -557,9 +584,13 @@ class Slice:
     instance: str
     size: tuple[int, int]  # columns, rows
     frames: int  # of the file
-    position: np.ndarray | None = None  # (3,) mm of the first pixel, left, back, head
-    orientation: np.ndarray | None = None  # (2, 3) where the columns and the rows lead to
-    spacing: np.ndarray | None = None  # (2,) mm between rows and between columns
+    position: np.ndarray  # (3,) mm of the first pixel, left, back, head; empty where it is not stated
+    orientation: np.ndarray  # (2, 3) where the columns and the rows lead to
+    spacing: np.ndarray  # (2,) mm between rows and between columns
+
+    @property
+    def placed(self) -> bool:
+        return len(self.position) == 3
 
     @property
     def normal(self) -> np.ndarray:  # (3,)
@@ -584,13 +615,13 @@ def frame_value(
     return ds.get(key)
 
 
-def numbers(value, n: int) -> np.ndarray | None:
-    "The n finite numbers of a header's value, or None."
+def numbers(value, n: int) -> np.ndarray:  # (n,), or empty
+    "The n finite numbers of a header's value; nothing where it holds anything else."
     try:
         found = np.array([float(v) for v in value])
     except (TypeError, ValueError):
-        return None
-    return found if len(found) == n and np.isfinite(found).all() else None
+        return np.empty(0)
+    return found if len(found) == n and np.isfinite(found).all() else np.empty(0)
 
 # %% ../nbs/00b_scans.ipynb #2c1d0a3c
 def check_deflated(path: Path) -> None:
@@ -618,7 +649,7 @@ def slice_headers(
         if kind in CT_CLASSES or not (kind or modality):
             raise UserError(f"{path} is a damaged or truncated DICOM file; copy it again, or take it out of the folder")
         return []
-    pixels = ds.get_item("PixelData", keep_deferred=True)
+    pixels: Any = ds.get_item("PixelData", keep_deferred=True)
     if pixels.length != 0xFFFFFFFF and "Deflated" not in getattr(ds.file_meta.get("TransferSyntaxUID"), "name", ""):
         if pixels.value_tell + pixels.length > path.stat().st_size:
             raise UserError(f"{path} is a damaged or truncated DICOM file: its pixels end too early; copy it again")
@@ -639,11 +670,14 @@ def slice_headers(
             instance=str(ds.get("SOPInstanceUID") or ""),
             size=(columns, rows),
             frames=frames,
+            position=np.empty(0),
+            orientation=np.empty((0, 3)),
+            spacing=np.empty(0),
         )
         position = numbers(frame_value(ds, i, "PlanePositionSequence", "ImagePositionPatient"), 3)
         turn = numbers(frame_value(ds, i, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
         spacing = numbers(frame_value(ds, i, "PixelMeasuresSequence", "PixelSpacing"), 2)
-        known = position is not None and turn is not None and spacing is not None and min(spacing) > 0
+        known = len(position) == 3 and len(turn) == 6 and len(spacing) == 2 and min(spacing) > 0
         if known and not (single and frames > 1):
             s.position, s.orientation, s.spacing = position, turn.reshape(2, 3), spacing
         found.append(s)
@@ -671,6 +705,7 @@ def without_preamble(path: Path) -> bool:
     return group in (2, 8) and element < 0x20
 
 
+@as_user_error
 def find_slices(
     folder: Path,  # not looked into deeper
 ) -> list[Slice]:
@@ -710,7 +745,7 @@ def drop_copies(
     kept: dict[tuple, Slice] = {}
     for s in slices:
         first = kept.setdefault((s.instance or str(s.path), s.frame), s)
-        same = first is not s and s.position is not None and first.position is not None
+        same = first is not s and s.placed and first.placed
         if first is not s and not (same and np.allclose(s.position, first.position) and pixels_equal(s, first)):
             kept[(str(s.path), s.frame)] = s
     return list(kept.values())
@@ -728,7 +763,7 @@ def pick_series(
     cts = {
         uid: found[uid]
         for uid in sorted(found)
-        if found[uid][0].modality == "CT" and sum(s.position is not None for s in found[uid]) > 3
+        if found[uid][0].modality == "CT" and sum(s.placed for s in found[uid]) > 3
     }
     if not cts:
         raise NoCT(f"{folder} holds no CT series of four slices or more ({why_no_series(found)})")
@@ -741,7 +776,7 @@ def pick_series(
     listing = "; ".join(
         f"{i}: {len(s)} slices of {s[0].size[0]}x{s[0].size[1]}, {s[0].spacing[0]:.2f} mm a pixel, "
         f"{slice_gap(s):.2f} mm apart"
-        for i, s in enumerate(([s for s in ct if s.position is not None] for ct in cts.values()), 1)
+        for i, s in enumerate(([s for s in ct if s.placed] for ct in cts.values()), 1)
     )
     if series is not None:
         raise UserError(f"{folder} has no series {series!r}; --series takes a UID or one of these numbers: {listing}")
@@ -756,9 +791,9 @@ def why_no_series(
     if not cts:
         kinds = sorted({s.modality for slices in found.values() for s in slices})
         return f"its modality is {', '.join(kinds)}" if kinds else "its DICOM files are not images"
-    if any(s.frames > 1 and s.position is None for slices in cts for s in slices):
+    if any(s.frames > 1 and not s.placed for slices in cts for s in slices):
         return "its files hold several frames without a position for each; export single slices or an enhanced CT"
-    if any(s.position is None for slices in cts for s in slices):
+    if any(not s.placed for slices in cts for s in slices):
         return "its files lack position, orientation or pixel spacing"
     most = max(len(slices) for slices in cts)
     return f"its largest one has {most} slice{'s' * (most != 1)}"
@@ -777,7 +812,7 @@ def check_alike(
     "Refuse a slice without a place, and slices of several acquisitions."
     first = slices[0]
     for s in slices:
-        if s.position is None:
+        if not s.placed:
             raise UserError(f"{s.path} does not say where its slice lies; export the series again")
         if np.abs(s.orientation @ s.orientation.T - np.eye(2)).max() > 0.01:
             raise UserError(f"{s.path} states directions that are not at right angles; export the series again")
@@ -870,7 +905,11 @@ def stored_values(
         cells = decompressed(ds).astype(cell).reshape(shape)
     else:
         order = "<" if ds.original_encoding[1] else ">"
-        cells = np.frombuffer(ds.PixelData, cell.newbyteorder(order), math.prod(shape)).astype(cell).reshape(shape)
+        cells = (
+            np.frombuffer(ds.PixelData, np.dtype(f"{order}{cell.str[1:]}"), math.prod(shape))
+            .astype(cell)
+            .reshape(shape)
+        )
     stored = int(ds.get("BitsStored") or bits)
     if not 1 <= stored <= bits:
         raise UserError(f"{ds.filename} stores {stored} of {bits} bits; it is damaged, so export it again")
@@ -942,7 +981,7 @@ def read_dicom(
     true = np.empty(hu.shape, bool)
     for path, at in places.items():
         hu[at], true[at] = frames_hu(path, [slices[i].frame for i in at])
-    check_hu(hu if true.all() else hu[true], str(folder))
+    check_values(hu if true.all() else hu[true], str(folder))
     img = sitk.GetImageFromArray(hu)
     step = (slices[-1].position - first.position) @ first.normal / (len(slices) - 1)
     img.SetSpacing([*map(float, first.spacing[::-1]), float(step)])
@@ -954,6 +993,7 @@ def read_dicom(
 X2CT_MM = 320.0  # edge of an X2CT-GAN cube
 
 
+@as_user_error
 def check_h5(path: Path) -> int:  # voxels along an edge
     "Refuse an HDF5 file without a cube `ct`."
     try:
@@ -1113,8 +1153,11 @@ def file_scans(
             Scan(case_name(ids[i]), path.name, "npz", [path], one(i), (volumes.shape[1], mm), ids[i])
             for i in range(len(ids))
         ]
-    if kind in (".dcm", ".ima"):
-        raise UserError(f"{path} is one DICOM slice; give the folder that holds the series")
+    if kind in (".dcm", ".ima") or is_dicom(path):
+        if len(slices := slice_headers(path)) < 2:
+            raise UserError(f"{path} is one file of a DICOM folder; give the folder that holds the series")
+        slices, name = sort_slices(pick_series(path, slices), path), "scan_" + fingerprint([path], places=(0, 1))[:10]
+        return [Scan(name, name, "dicom", [path], functools.partial(read_dicom, path, slices))]
     raise UserError(f"{path} is of no kind that can be read; give {' '.join(SUFFIXES)} .h5 .npz or a DICOM folder")
 
 # %% ../nbs/00b_scans.ipynb #9e37cdf1
@@ -1139,7 +1182,7 @@ def join_folders(
     series: dict[tuple, dict[Path, list[Slice]]] = {}
     for at, slices in found.items():
         for s in slices:
-            if s.series and s.modality == "CT" and s.position is not None:
+            if s.series and s.modality == "CT" and s.placed:
                 series.setdefault((s.series, s.patient), {}).setdefault(at, []).append(s)
     for parts in series.values():
         if len(parts) < 2 or not complement(list(parts.values())):
@@ -1669,7 +1712,7 @@ def parser() -> argparse.ArgumentParser:
   diffx2ct_train --set DATA.PT_DATA_DIR=data/volumes --set DATA.DRR_DIR=data/drrs
 
 SCAN is a file (.nii .nii.gz .nrrd .mha .mhd, .h5 of the X2CT-GAN data, a packed .npz) or a folder, searched to its depth, of DICOM slices, volume files or
-X2CT-GAN cases. Orientation comes from the file's header. Cases are named after their files;
+X2CT-GAN cases. Orientation comes from the file's header. Cases are named after their files, and after their folders where two files share a name;
 nothing of a DICOM header's identity is kept, nor the name of its folder.""",
         epilog="Run it again with the same --out to add scans: settings are taken over, finished cases are kept, a stopped run goes on. Look at DIR/pictures once: R is the patient's right, A the front, H the head.",
     )

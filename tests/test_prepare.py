@@ -122,9 +122,7 @@ def cases(tmp_path_factory):
     for name, code in {"axial": "LPS", "coronal": "LSA", "sagittal": "PSR"}.items():
         write_dicom(sitk.DICOMOrient(img, code), tmp / name)
         scans.append(tmp / name)
-    return tmp, tmp / "out", run(
-        *scans, "--out", tmp / "out", "--size", 16, "--mm", 20, "--pictures", "--keep_names"
-    )
+    return tmp, tmp / "out", run(*scans, "--out", tmp / "out", "--size", 16, "--mm", 20, "--pictures", "--keep_names")
 
 
 def test_every_format_and_orientation_gives_the_same_patient(cases):
@@ -516,7 +514,9 @@ def test_series_is_picked(tmp_path):
     run(tmp_path / "p", "--out", tmp_path / "o", "--size", 16, "--series", 2, "--keep_names")
     assert json.loads((tmp_path / "o/drrs/manifest.json").read_text())["cases"]["p"]["scan_size"] == [9, 24, 32]
     write_dicom(img, tmp_path / "q", uid="1.2.826.0.1.3680043.2.1125.3")
-    run(tmp_path / "p", tmp_path / "q", "--out", tmp_path / "o", "--series", 2, "--keep_names")  # q has no choice to make
+    run(
+        tmp_path / "p", tmp_path / "q", "--out", tmp_path / "o", "--series", 2, "--keep_names"
+    )  # q has no choice to make
     assert json.loads((tmp_path / "o/drrs/manifest.json").read_text())["cases"]["q"]["scan_size"] == [28, 24, 32]
     assert "no series '7'" in run(tmp_path / "p", "--out", tmp_path / "o2", "--series", 7, code=2)
 

@@ -585,7 +585,7 @@ def test_compressed_nifti(tmp_path):
     packed = bytearray(gzip.compress(raw))
     packed[-8] ^= 1
     (tmp_path / "e.nii.gz").write_bytes(packed)
-    with pytest.raises(UserError, match="e.nii.gz cannot be read .CRC check failed"):
+    with pytest.raises(UserError, match="e.nii.gz cannot be read to its end .CRC check failed"):
         read(tmp_path / "e.nii.gz")
 
 
@@ -677,3 +677,46 @@ def test_nrrd_spaces_and_units(tmp_path):
             read(nrrd(tmp_path / "a.nrrd", space))
     with pytest.raises(UserError, match="not in mm"):
         read(nrrd(tmp_path / "a.nrrd", more='space units: "cm" "cm" "cm"\n'))
+
+
+@pytest.mark.parametrize(
+    "line", ["DistanceUnits = cm", "ElementToIntensityFunctionSlope = 2", "ElementToIntensityFunctionOffset = -1024"]
+)
+def test_metaimage_units_and_scale(tmp_path, line):
+    img = sitk.GetImageFromArray(body())
+    sitk.WriteImage(img, str(tmp_path / "a.mha"))
+    raw = (tmp_path / "a.mha").read_bytes()
+    np.testing.assert_array_equal(read(tmp_path / "a.mha"), body())
+    (tmp_path / "a.mha").write_bytes(raw.replace(b"ElementType", line.encode() + b"\nElementType", 1))
+    with pytest.raises(UserError, match=f"a.mha states {line}, which is not read"):
+        read(tmp_path / "a.mha")
+
+
+def test_a_new_series_of_a_patient_stays_with_that_patient(tmp_path):
+    "Whatever the order of its folders: the first name is kept, new series get the next number."
+    out = tmp_path / "out"
+    for new in ("b", "a", "c"):
+        series(tmp_path / "in/somebody" / new, body() + np.int16(ord(new)))
+        main([str(tmp_path / "in"), "--out", str(out), "--size", "16", "--mm", "12"])
+    cases = json.loads((out / "drrs/manifest.json").read_text())["cases"]
+    first = min(cases, key=len)
+    assert set(cases) == {first, f"{first}__2", f"{first}__3"}
+
+
+def test_one_enhanced_file_and_one_slice(tmp_path):
+    inside = body() > -900
+    got = read(enhanced(tmp_path / "scan") / "all.dcm")
+    np.testing.assert_allclose(got[inside], body()[inside], atol=1e-3)
+    with pytest.raises(UserError, match="give the folder"):
+        read(series(tmp_path / "slices") / "003.dcm")
+
+
+def test_every_reader_of_a_volume_obeys_the_header(tmp_path):
+    "The viewer's reader too: a slope of 0 is no scaling, two affines that differ are refused."
+    from diffx2ct.visualize import read_volume
+
+    volume, mm = read_volume(nifti(tmp_path / "a.nii", fields=[(112, "<2f", 0, -1024)]))
+    np.testing.assert_array_equal(volume[::-1], body())
+    assert mm == pytest.approx(MM)
+    with pytest.raises(UserError, match="contradicts itself"):
+        read_volume(nifti(tmp_path / "b.nii", other=MIRROR))
