@@ -14,7 +14,6 @@ __all__ = ['EXIF_ORIENTATION', 'UPRIGHT', 'PIXDIM', 'SCALE', 'XRAY', 'DARK', 'OP
 # %% ../nbs/05a_two_images.ipynb #9219d129
 import argparse
 import gzip
-import io
 import json
 import math
 import os
@@ -159,9 +158,8 @@ def read_picture(path: Path) -> View:
     "A PNG file (or JPEG, or TIFF), as viewers show it."
     done = []
     try:
-        # not by name: Pillow 13 maps such a file into memory and mixes the pixels of a TIFF that is to be turned
-        data = io.BytesIO(path.read_bytes())
-        with hushed(), Image.open(data, formats=("PNG", "JPEG", "TIFF")) as image:
+        # an open file, not a name: Pillow 13 maps a named file into memory and mixes the pixels of a turned TIFF
+        with hushed(), open(path, "rb") as f, Image.open(f, formats=("PNG", "JPEG", "TIFF")) as image:
             unpacked(path, math.prod(image.size) * len(image.getbands()) * 4)
             pages = getattr(image, "n_frames", 1) if image.format in ("PNG", "TIFF") else 1
             turned, deep = orientation_of(image), ";16" in str(image.tile) and not image.mode.startswith("I")
