@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .consistency import consistent, doubt
-from .data import Case, DiffusionConfig, UserError, show_mpr, to_hu
+from .data import Case, DiffusionConfig, Layer, UserError, show_mpr, to_hu
 from .diffusion import DAMPING, SAMPLERS, Denoiser, times_of, windowed
 
 # %% ../nbs/02b_reconstruct.ipynb #37954420
@@ -152,6 +152,9 @@ def picture(
 ) -> plt.Figure:
     "MPR of truth, generated volume and difference, with the input views."
     x, truth = to_hu(x[0].float().cpu(), window), to_hu(case.volume[0], window)
-    return show_mpr(
-        {"truth": truth, "generated": x, "difference (HU)": x - truth}, show, views=case.views.cpu(), path=path
-    )
+    rows = {
+        "truth": truth,
+        "generated": Layer(x, generated=True),
+        "difference (HU)": Layer(x - truth, "difference", generated=True),
+    }
+    return show_mpr(rows, show, views=case.views.cpu(), path=path)
