@@ -826,13 +826,13 @@ def view(
     return Viewer(layers, mm, window, pixels, drawn)
 
 # %% ../nbs/05_visualize.ipynb #d084e339
-BONE = [0, 0.60, 0.30, 0.20, 0.35, 0.95, 0.80, 0.62, 1, 1, 1, 0.96]  # value, red, green, blue; bright from the start
+BONE = [0, 0.75, 0.45, 0.32, 0.35, 0.95, 0.82, 0.66, 1, 1, 1, 0.96]  # value, red, green, blue; bright from the start
 
 
 def cloud(
     source,  # one volume, as `view` takes it
     *,
-    window=(150, 800),  # HU, from wholly transparent to opaque; or a name in `WINDOWS`
+    window=(150, 700),  # HU, from wholly transparent to opaque; or a name in `WINDOWS`
     mm=None,  # voxel side where the source does not say, mm
 ):  # a k3d plot, seen from the front, the head up
     "One volume rendered in 3D, by k3d."
