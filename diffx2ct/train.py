@@ -1237,7 +1237,7 @@ LENGTHS = re.compile(
 
 
 def comparable(c: Config, data: Data) -> dict[str, Any]:
-    "What must be the same in all trials of a study, by dotted key; the batch counts as a whole unless a part is searched."
+    "What must be equal in all trials of a study, by dotted key; the batch counts as a whole unless a part is searched."
     settings, product = flat(c.model_dump()), ("BATCH_SIZE", "TRAINING.GRADIENT_ACCUMULATION_STEPS")
     if not {*product} & c.OPTUNA.PARAMS.keys():
         settings[" times ".join(product)] = math.prod(settings.pop(k) for k in product)
@@ -1263,7 +1263,7 @@ def check_comparable(
     data: Data,
     longer: bool = False,  # for --retrain_best: how long is trained may differ, and nothing is stored
 ) -> None:
-    "Refuse what makes trials that cannot be compared with those of the study; the first command stores what they are made with."
+    "Refuse settings or data whose trials cannot be compared with those of the study; the first command stores them."
     was, now = study.user_attrs.get("comparable", {}), json.loads(json.dumps(comparable(c, data)))
     for k in was.keys() & now.keys() if longer else ():
         if LENGTHS.fullmatch(k):

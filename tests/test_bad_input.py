@@ -124,6 +124,14 @@ BAD = {
         "tiny.yml is not valid YAML at line 3, column 1: found character a tab",
     ),
     "unknown key": (text("tiny.yml", "TRAINING: {LERNING_RATE: 1}"), TRAIN, "TRAINING.LERNING_RATE is not a known key"),
+    "key spelt almost right": (nothing, [*TRAIN, *sets("EPOCH=1")], "EPOCH is not a known key; did you mean EPOCHS?"),
+    "key of another section": (
+        text("tiny.yml", "DATA: {LEARNING_RATE: 1}"),
+        TRAIN,
+        "DATA.LEARNING_RATE is not a known key; did you mean TRAINING.LEARNING_RATE?",
+    ),
+    "no trials": (nothing, [*TRAIN, "--n_trials", "0"], "--n_trials is 0; give 1 or more"),
+    "no processes": (nothing, [*TRAIN, "--nproc_per_node", "0"], "--nproc_per_node is 0; give 1 or more"),
     "unknown key explained": (
         nothing,
         [*TRAIN, "--explain", "LERNING_RATE"],

@@ -10,6 +10,8 @@ import torch
 from conftest import run_cmd
 
 GOLDEN = Path(__file__).with_name("golden.json")  # torch release -> CPU, hash and losses of the run below
+# Sums in another order change the losses by a few 1e-7 (see `test_the_golden_run` for what was tried).
+TOLERANCE = 1e-5
 RUN = """
 import hashlib, json, sys
 from pathlib import Path
@@ -68,7 +70,7 @@ def test_the_golden_run(twice):
     if release not in known:
         pytest.skip(f"{GOLDEN.name} has no losses of torch {release}")
     want = known[release]
-    assert twice[0]["losses"] == pytest.approx(want["losses"], rel=1e-3)
+    assert twice[0]["losses"] == pytest.approx(want["losses"], rel=TOLERANCE)
     if cpu() != want["cpu"]:
         pytest.skip(f"equal to rounding; the bits in {GOLDEN.name} are of another CPU, {want['cpu']}")
     assert twice[0]["losses"] == want["losses"]

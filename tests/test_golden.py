@@ -1,8 +1,8 @@
 """Outputs, losses and gradients of networks whose weights are all other than zero stay what they were.
 
-A new network ends in layers of zeros, so a run of a few steps sees little of what lies before them. Here every weight is
-drawn, and each setting that changes how the parts are joined has a case of its own. `python tests/test_golden.py` writes
-golden_outputs.json again; do that only where a change of the numbers is meant, and say why.
+A new network ends in layers of zeros, so a run of a few steps sees little of what lies before them. Here every weight
+is drawn, and each setting that changes how the parts are joined has a case of its own. `python tests/test_golden.py`
+writes golden_outputs.json again; do that only where a change of the numbers is meant, and say why.
 """
 
 import json

@@ -127,6 +127,40 @@ def installed(tmp_path_factory):
     return base / "env/bin"
 
 
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory):
+    "A clone in a folder named as the package, with data/ in it, installed as docker/setup.sh does it; its interpreter."
+    tmp_path = tmp_path_factory.mktemp("editable")
+    clone = tmp_path / "diffx2ct"
+    (clone / "data" / "phantoms").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "config.yml"):
+        shutil.copy(ROOT / name, clone / name)
+    for name in ("diffx2ct", "docker"):
+        shutil.copytree(ROOT / name, clone / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    made = run_cmd([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"])
+    assert made.returncode == 0, made.stderr
+    (site,) = (tmp_path / "env/lib").glob("python3*/site-packages")
+    (site / "pinned.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    python = tmp_path / "env/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--ignore-installed"]
+    setup = ["bash", "-c", 'source "$1"; shift; install_project "$@"', "-", clone / "docker" / "setup.sh"]
+    done = run_cmd([*setup, *pip], cwd=tmp_path, PYTHONPATH=None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return python
+
+
+@pytest.mark.parametrize("folder", ["..", ".", "data", "nbs"])
+def test_the_package_is_found_from_every_folder(editable, folder):
+    "Also from the folder above the clone, where `diffx2ct` is the clone itself and `diffx2ct.data` its folder of data."
+    clone = editable.parents[2] / "diffx2ct"
+    (clone / "nbs").mkdir(exist_ok=True)
+    code = "from importlib.util import find_spec; print(find_spec('diffx2ct.data').origin)"  # without loading torch
+    (clone / folder / "script.py").write_text(code)
+    for how in (["script.py"], ["-c", code]):
+        p = run_cmd([editable, *how], cwd=clone / folder, PYTHONPATH=None)
+        assert p.returncode == 0 and p.stdout == f"{clone / 'diffx2ct' / 'data.py'}\n", (p.stdout, p.stderr)
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(installed):
     (wheel,) = (installed.parents[1] / "dist").glob("*.whl")

@@ -174,9 +174,18 @@ def test_tests_script_help_and_unknown_word(tmp_path):
 def test_help_from_a_folder_with_spaces(script, tmp_path):
     folder = tmp_path / "here and there"
     folder.mkdir()
-    shown = run_cmd([ROOT / script, "--help"], cwd=folder, DIFFX2CT_PYTHON=sys.executable)
-    assert shown.returncode == 0 and shown.stdout.startswith("usage:"), shown.stderr
+    for option in ("--help", "-h"):
+        shown = run_cmd([ROOT / script, option], cwd=folder, DIFFX2CT_PYTHON=sys.executable)
+        assert shown.returncode == 0 and shown.stdout.startswith("usage:"), shown.stderr
+        assert re.search(r"^  --docker +\S", shown.stdout, re.M) and re.search(r"^  --dry_run +\S", shown.stdout, re.M)
     assert list(folder.iterdir()) == []
+
+
+def test_dry_run_belongs_to_docker(fake):
+    alone = start(fake, "--dry_run", "--study_name", "s")
+    assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "--docker" in alone.stderr and log(fake) == []
+    either_order = [start(fake, *args).stdout for args in (("--docker", "--dry_run"), ("--dry_run", "--docker"))]
+    assert either_order[0] == either_order[1] and "docker compose" in either_order[0]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

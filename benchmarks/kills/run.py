@@ -199,6 +199,9 @@ def facts(folder: Path) -> dict[str, dict]:
             ("validation values, best value", [h["values"], h["best"], h["bad"]]),
         ):
             out.setdefault(aspect, {})[name] = sha(part)
+    for p in sorted(root.rglob("history.json")):  # of finished trials, which keep no state
+        h, name = json.loads(p.read_text()), str(p.relative_to(root))
+        out.setdefault("histories of finished trials", {})[name] = repr(h)
     for t in trials_of(folder):
         out.setdefault("trials: number, state, parameters, value, reports", {})[t.number] = repr(
             (
