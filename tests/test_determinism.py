@@ -68,7 +68,7 @@ def test_the_golden_run(twice):
     if release not in known:
         pytest.skip(f"{GOLDEN.name} has no losses of torch {release}")
     want = known[release]
-    assert twice[0]["losses"] == pytest.approx(want["losses"], rel=1e-3)
+    assert twice[0]["losses"] == pytest.approx(want["losses"], rel=1e-5)
     if cpu() != want["cpu"]:
         pytest.skip(f"equal to rounding; the bits in {GOLDEN.name} are of another CPU, {want['cpu']}")
     assert twice[0]["losses"] == want["losses"]
