@@ -1,4 +1,4 @@
-"The list of planted bugs stays alive: each edit applies exactly once to the module and to its chapter, and still compiles."
+"The list of planted bugs stays alive: each edit applies exactly once to its module and chapter, and compiles."
 
 import sys
 

@@ -1,15 +1,15 @@
 """The wiring of the networks and the numbers of the physics, with weights that are all non-zero.
 
-Untrained networks begin with last layers of zeros, which hide everything before them. Here every weight is drawn from its
-name, so that each connection shows in the output. Outputs are compared with stored numbers (`wiring.json`; after an intended
-change `python tests/test_wiring.py` writes them again), and with an independent formulation wherever there is one."""
+Untrained networks begin with last layers of zeros, which hide everything before them. Here every weight is drawn from
+its name, so that each connection shows in the output. Outputs are compared with stored numbers (`wiring.json`; after an
+intended change `python tests/test_wiring.py` writes them again), and with an independent formulation wherever there is
+one."""
 
 import itertools
 import json
 import math
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffx2ct import augment, checkpoint, consistency, diffusion, drr, encoder, lesions, metrics, parallel, pipeline, unet
+from diffx2ct import (
+    augment,
+    checkpoint,
+    consistency,
+    diffusion,
+    drr,
+    encoder,
+    lesions,
+    metrics,
+    parallel,
+    pipeline,
+    unet,
+)
 from diffx2ct import ranks as groups
 from diffx2ct.data import AugmentConfig, UserError, density, load_config, to_hu
 from diffx2ct.phantom import LABELS
@@ -81,7 +93,9 @@ def case(kind: str = "parallel", n: int = 2, size: int = 16) -> tuple[torch.Tens
     c = drr.centres(size, 320 / size)
     z, y, x = torch.meshgrid(c, c, c, indexing="ij")
     ball = lambda d, h, w, r: torch.sigmoid((r - ((z - d) ** 2 + (y - h) ** 2 + (x - w) ** 2).sqrt()) / 8)
-    volumes = torch.stack([0.4 * ball(20 + 9 * k, -10, 30, 90) + 0.3 * ball(-30, 25 - 30 * k, -40, 35) for k in range(n)])
+    volumes = torch.stack(
+        [0.4 * ball(20 + 9 * k, -10, 30, 90) + 0.3 * ball(-30, 25 - 30 * k, -40, 35) for k in range(n)]
+    )
     A = drr.Projector(geometry_of(kind), size, 320 / size, size)
     return volumes[:, None], A(density(volumes[:, None], WINDOW))
 
@@ -100,7 +114,9 @@ def encoded(kind: str) -> torch.Tensor:
     return torch.cat([v.flatten() for v in (*maps, tokens)])
 
 
-def network(lift: str = "modulate", half: bool = True, planar: int = 1, attention=(False, True), cross=(True, True), **kw):
+def network(
+    lift: str = "modulate", half: bool = True, planar: int = 1, attention=(False, True), cross=(True, True), **kw
+):
     return weigh(unet.UNet(2, 4, [8, 16], attention, cross, planar, 2, lift, 8, half, emb=16, **kw))
 
 
@@ -161,11 +177,21 @@ ANSWERS = (
     | {
         f"consistency {k} {name}": partial(solved, k, **how)
         for k in ("parallel", "near")
-        for name, how in dict(on={}, soft=dict(damping=0.3), momentum=dict(momentum=True), noise=dict(noise=0.2)).items()
+        for name, how in dict(
+            on={}, soft=dict(damping=0.3), momentum=dict(momentum=True), noise=dict(noise=0.2)
+        ).items()
     }
-    | {f"unet {lift} {'half' if h else 'full'}": partial(through, lift=lift, half=h) for lift in ("modulate", "add", "none") for h in (True, False)}
+    | {
+        f"unet {lift} {'half' if h else 'full'}": partial(through, lift=lift, half=h)
+        for lift in ("modulate", "add", "none")
+        for h in (True, False)
+    }
     | {f"unet planar {n}": partial(through, planar=n) for n in (0, 2)}
-    | {f"unet attention {a} {c}": partial(through, attention=(a,) * 2, cross=(c,) * 2) for a in (False, True) for c in (False, True)}
+    | {
+        f"unet attention {a} {c}": partial(through, attention=(a,) * 2, cross=(c,) * 2)
+        for a in (False, True)
+        for c in (False, True)
+    }
     | {
         f"diffusion {s} {p} t={t}": partial(denoised, t, f"DIFFUSION.SCHEDULE={s}", f"DIFFUSION.PREDICTION={p}")
         for s in ("flow", "cosine", "linear")
@@ -187,14 +213,24 @@ ANSWERS = (
         for s in diffusion.SAMPLERS
         for schedule in ("flow", "cosine", "linear")
     }
-    | {f"reconstruct {m} {how}": partial(sampled, f"DIFFUSION.CONSISTENCY={how}", method=m, kind="near") for m in ("expected", "sample", "mean_of_k") for how in ("on", "soft", "off")}
-    | {f"reconstruct {b}": partial(sampled, f"DIFFUSION.BLEND={b}", "DIFFUSION.OVERLAP=0.5", patch=8) for b in ("constant", "gaussian", "cosine")}
+    | {
+        f"reconstruct {m} {how}": partial(sampled, f"DIFFUSION.CONSISTENCY={how}", method=m, kind="near")
+        for m in ("expected", "sample", "mean_of_k")
+        for how in ("on", "soft", "off")
+    }
+    | {
+        f"reconstruct {b}": partial(sampled, f"DIFFUSION.BLEND={b}", "DIFFUSION.OVERLAP=0.5", patch=8)
+        for b in ("constant", "gaussian", "cosine")
+    }
 )
 
 
 def close(got: list[float], want: list[float]) -> None:
     "Within 1e-4 of the size of the numbers."
-    assert np.isfinite(got).all() and np.abs(np.subtract(got, want)).max() < 1e-4 * max(abs(v) for v in want), (got, want)
+    assert np.isfinite(got).all() and np.abs(np.subtract(got, want)).max() < 1e-4 * max(abs(v) for v in want), (
+        got,
+        want,
+    )
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -211,7 +247,10 @@ def test_the_stored_answers_differ_from_each_other():
     def kind(name: str) -> str:
         if name.endswith("t=1.0"):
             return name.split()[2]  # at full noise the schedules are one
-        return {"diffusion sampler euler flow": "diffusion sampler ddim flow", "diffusion base off": "diffusion base consistent_mean"}.get(name, name)
+        return {
+            "diffusion sampler euler flow": "diffusion sampler ddim flow",
+            "diffusion base off": "diffusion base consistent_mean",
+        }.get(name, name)
 
     for a, b in itertools.combinations(stored, 2):
         apart = np.abs(np.subtract(stored[a], stored[b])).max() / stored[a][0]
@@ -258,7 +297,7 @@ def test_drr_cone_beam_through_a_gaussian(kind):
 
 
 def test_drr_readers_interpolate_or_average():
-    "A reader between two cells reads both; one that is wider than a cell reads all it covers, as a triangle of area one."
+    "A reader between two cells reads both; one wider than a cell reads all it covers, as a triangle of area one."
     at = torch.tensor([0.0, 2.5])  # cells at -15, -5, 5, 15
     assert drr.hat_matrix(at, 4, 10.0).tolist() == [[0, 0.5, 0.5, 0], [0, 0.25, 0.75, 0]]
     wide = drr.hat_matrix(at, 4, 10.0, 20.0)
@@ -337,7 +376,7 @@ def test_consistency_is_the_dense_solution(kind, damping):
 
 
 def test_consistency_damping_weakens_by_its_amount():
-    "Parallel beams and one row of rays: every eigenvalue is the mean one, and a step goes 1 / (1 + damping) of the way."
+    "Parallel beams, one view alone: every eigenvalue is the mean one, and a step goes 1 / (1 + damping) of the way."
     A = drr.Projector(geometry_of("parallel"), 8, 40.0, 8)
     r = torch.zeros(1, 2, 8, 8)
     r[0, 0] = uniform(8, 8) - 0.5
@@ -351,8 +390,12 @@ def test_consistency_default_steps_and_the_stop():
     A, cases = drr.Projector(geometry_of("near"), 8, 40.0, 8), uniform(2, 1, 8, 8, 8)
     y, start = A(density(cases, WINDOW)), torch.full((2, 1, 8, 8, 8), 0.2)
     assert torch.equal(consistency.nearest(start, y, A, WINDOW), consistency.nearest(start, y, A, WINDOW, 10))
-    one, all_of = (consistency.residual(consistency.nearest(start, y, A, WINDOW, k, noise=0.05), y, A, WINDOW) for k in (1, 50))
-    assert (all_of <= 0.05).all() and (all_of < one).any() and (all_of > 1e-3).all()  # it stops at the noise, not at zero
+    one, all_of = (
+        consistency.residual(consistency.nearest(start, y, A, WINDOW, k, noise=0.05), y, A, WINDOW) for k in (1, 50)
+    )
+    assert (
+        (all_of <= 0.05).all() and (all_of < one).any() and (all_of > 1e-3).all()
+    )  # it stops at the noise, not at zero
     P = drr.Projector(geometry_of("parallel"), 8, 40.0, 8)
     y = P(density(cases, WINDOW))
     assert torch.equal(consistency.nearest(start, y, P, WINDOW), consistency.nearest(start, y, P, WINDOW, 2))
@@ -497,6 +540,15 @@ def test_encoder_keeps_the_views_apart(kind):
     maps2, _ = net(views.flip(1))
     assert (maps[0].flip(1) - maps2[0]).abs().max() > 0.1  # a head for each view
     assert [tuple(m.shape) for m in maps] == [(2, 2, 8, 8, 8), (2, 2, 16, 4, 4)] and tokens.shape == (2, 2 * 4 * 4, 8)
+
+
+@pytest.mark.parametrize("kind", encoder.BLOCKS)
+def test_encoder_every_weight_learns(kind):
+    net = weigh(encoder.Encoder(kind, [8, 16], 16, 8, 8))
+    maps, tokens = net(uniform(2, 2, 16, 16))
+    sum(v.pow(3).sum() for v in (*maps, tokens)).backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
 def test_encoder_tokens_have_a_place_that_learns():
@@ -718,8 +770,8 @@ def test_diffusion_ddpm_draws_the_posterior(name):
     assert torch.equal(diffusion.ddpm(lambda v, time: x0, x, [t, 0.0], d), x0)
 
 
-def evolved(name: str, steps: int, how: str) -> tuple[float, float]:
-    "A denoiser that is a line, D(x, t) = c x with c of a Gaussian of deviation 0.5, sampled by hand: x at the end, given 1."
+def evolved(name: str, steps: int, how: str) -> float:
+    "The denoiser of a Gaussian of deviation 0.5 is a line, D(x, t) = c(t) x; sampled by hand, from 1."
     times = np.linspace(1, 0, steps + 1)
     c = lambda t: (a := schedule(name, t)[0]) * 0.25 / (a * a * 0.25 + schedule(name, t)[1] ** 2)
 
@@ -744,7 +796,9 @@ def test_diffusion_euler_and_heun_by_hand(name, how):
     c = lambda t: (a := schedule(name, t)[0]) * 0.25 / (a * a * 0.25 + schedule(name, t)[1] ** 2)
     got = diffusion.SAMPLERS[how](lambda x, t: c(t) * x, torch.ones(1, dtype=torch.float64), diffusion.times_of(5), d)
     assert got.item() == pytest.approx(evolved(name, 5, how), rel=2e-3, abs=2e-4)
-    fine = diffusion.SAMPLERS[how](lambda x, t: c(t) * x, torch.ones(1, dtype=torch.float64), diffusion.times_of(400), d)
+    fine = diffusion.SAMPLERS[how](
+        lambda x, t: c(t) * x, torch.ones(1, dtype=torch.float64), diffusion.times_of(400), d
+    )
     assert fine.item() == pytest.approx(0.5, abs=0.02)  # the exact flow maps a deviation of 1 to one of 0.5
 
 
@@ -807,7 +861,7 @@ def test_diffusion_the_mean_views_encode_like_zeros():
 
 @pytest.mark.parametrize("kind", ["parallel", "near"])
 def test_diffusion_the_condition_of_a_block(kind):
-    "Coverage, positions and lifted features of a crop are the crop of those of the cube; lateral features stay lateral."
+    "Coverage, positions and features of a crop are the crop of those of the cube; lateral features stay lateral."
     net, views = denoiser(kind=kind), case(kind)[1]
     maps, tokens = net.encode(views)
     whole, origin = net.condition(torch.zeros(2, 1, 16, 16, 16), (maps, tokens)), (8, 0, 4)
@@ -825,18 +879,20 @@ def test_diffusion_the_condition_of_a_block(kind):
     changed = views.clone()
     changed[:, 1] += 30 * uniform(2, 16, 16)
     lifted = net.condition(torch.zeros(2, 1, 16, 16, 16), net.encode(changed)).lifted
-    for a, b, lift in zip(whole.lifted, lifted, net.lifts[(0, 0, 0), 16, views.device][0]):
+    for a, b in zip(whole.lifted, lifted):
         assert (a - b).abs().max() > 1e-2
         if kind == "parallel":
             assert (a - b).std(4).max() < 1e-4 < (a - b).std(3).max()  # the lateral view: constant along W
 
 
 def test_diffusion_bases():
-    "From the mean, the mean made consistent, and a constant; of a coarse network, its expected volume over mirror images."
+    "The mean, the mean made consistent, a constant; of a coarse network, its expected volume over mirror images."
     views = case()[1]
     A, mean = denoiser().A, denoiser().mean
     for how, damping in (("on", 0.0), ("soft", 0.3), ("off", 0.0)):
-        want = consistency.consistent(mean.expand(2, -1, -1, -1, -1), views, A, WINDOW, 10, 1, damping=damping, momentum=True)
+        want = consistency.consistent(
+            mean.expand(2, -1, -1, -1, -1), views, A, WINDOW, 10, 1, damping=damping, momentum=True
+        )
         torch.testing.assert_close(denoiser().base(views, how), want)
     torch.testing.assert_close(denoiser("MODEL.BASE=mean").base(views), mean.expand(2, -1, -1, -1, -1))
     assert (denoiser("MODEL.BASE=none").base(views) == 0.5).all()
@@ -875,25 +931,53 @@ def test_diffusion_mirror_images():
 def test_diffusion_settling():
     net, x, views = denoiser(), uniform(2, 1, 16, 16, 16), case()[1]
     for how, damping in (("on", 0.0), ("soft", 0.3)):
-        torch.testing.assert_close(net.settle(x, views, how), consistency.nearest(x, views, net.A, WINDOW, damping=damping))
+        torch.testing.assert_close(
+            net.settle(x, views, how), consistency.nearest(x, views, net.A, WINDOW, damping=damping)
+        )
     assert net.settle(x, views, "off") is x and denoiser(line_integrals=False).settle(x, views, "on") is x
 
 
 def test_diffusion_the_coarse_settings():
-    c = load_config(sets=[*TINY, "TRAINING.COARSE_EPOCHS=[9, 40]", "MODEL.UNET.NUM_CHANNELS=[8, 16, 24]", "BATCH_SIZE=3",
-                          "MODEL.UNET.ATTENTION_LEVELS=[false, true, true]", "MODEL.UNET.CROSS_ATTENTION_LEVELS=[true, true, false]",
-                          "MODEL.UNET.PLANAR_LEVELS=2", "DATA.TARGET_VOLUME_SIZE=32", "DATA.TARGET_DRR_SIZE=48"])  # fmt: skip
+    c = load_config(
+        sets=[
+            *TINY,
+            "TRAINING.COARSE_EPOCHS=[9, 40]",
+            "MODEL.UNET.NUM_CHANNELS=[8, 16, 24]",
+            "BATCH_SIZE=3",
+            "MODEL.UNET.ATTENTION_LEVELS=[false, true, true]",
+            "MODEL.UNET.CROSS_ATTENTION_LEVELS=[true, true, false]",
+            "MODEL.UNET.PLANAR_LEVELS=2",
+            "DATA.TARGET_VOLUME_SIZE=32",
+            "DATA.TARGET_DRR_SIZE=48",
+        ]
+    )
     h = diffusion.halved(c)
     assert (h.EPOCHS, h.BATCH_SIZE, h.TRAINING.COARSE_EPOCHS, h.TRAINING.LOSS_PHASE_EPOCHS) == (40, 6, [9], [40, 0])
-    assert (h.TRAINING.FULL_NOISE_RATIO, h.TRAINING.PATCH_SIZE, h.DATA.TARGET_VOLUME_SIZE, h.DATA.TARGET_DRR_SIZE) == (1.0, 16, 16, 24)
+    assert (h.TRAINING.FULL_NOISE_RATIO, h.TRAINING.PATCH_SIZE, h.DATA.TARGET_VOLUME_SIZE, h.DATA.TARGET_DRR_SIZE) == (
+        1.0,
+        16,
+        16,
+        24,
+    )
     u = h.MODEL.UNET
-    assert (u.NUM_CHANNELS, u.ATTENTION_LEVELS, u.CROSS_ATTENTION_LEVELS, u.PLANAR_LEVELS) == ([16, 24], [True, True], [True, False], 1)
+    assert (u.NUM_CHANNELS, u.ATTENTION_LEVELS, u.CROSS_ATTENTION_LEVELS, u.PLANAR_LEVELS) == (
+        [16, 24],
+        [True, True],
+        [True, False],
+        1,
+    )
     assert (h.TRAINING.VALIDATION_FREQ, h.TRAINING.CHECKPOINT_FREQ) == (10, 4) and c.EPOCHS != 40
 
 
 def test_diffusion_sizes_by_scale():
-    net = diffusion.build(load_config(sets=[*TINY, "MODEL.SCALE=2", "MODEL.UNET.NUM_RES_BLOCKS=1"]), geometry_of("parallel"), 20.0)
-    assert net.unet.first.out_channels == 16 and net.encoder.stem.out_channels == 16 and net.encoder.tokens.out_channels == 16
+    net = diffusion.build(
+        load_config(sets=[*TINY, "MODEL.SCALE=2", "MODEL.UNET.NUM_RES_BLOCKS=1"]), geometry_of("parallel"), 20.0
+    )
+    assert (
+        net.unet.first.out_channels == 16
+        and net.encoder.stem.out_channels == 16
+        and net.encoder.tokens.out_channels == 16
+    )
     odd = load_config(sets=TINY)
     odd.DATA.TARGET_DRR_SIZE = 18
     with pytest.raises(UserError, match="multiple of 4 for the 2 levels"):
@@ -918,7 +1002,9 @@ def test_diffusion_loss_terms_and_their_units():
     np.testing.assert_allclose(got["SSIM"], diffusion.ssim_loss(x, truth), rtol=1e-5)
     twice = diffusion.loss_terms(x, truth, 2 * scale, weights, A)
     factors = {k: (got[k] / twice[k].double().numpy()).tolist() for k in weights}
-    assert factors == {k: pytest.approx([v] * 2, rel=1e-4) for k, v in dict(L2=4, L1=2, SSIM=1, FOURIER=2, PROJECTION=2).items()}
+    assert factors == {
+        k: pytest.approx([v] * 2, rel=1e-4) for k, v in dict(L2=4, L1=2, SSIM=1, FOURIER=2, PROJECTION=2).items()
+    }
     counts = 1 + 59 * (uniform(2, 1, 8, 8, 8, seed=2) > 0.9)
     for k, p in (("L2", 2), ("L1", 1)):
         more = diffusion.loss_terms(x, truth, scale, {k: 1.0}, A, counts)[k]
@@ -989,7 +1075,9 @@ def test_augment_renders_where_and_only_where_the_views_no_longer_fit():
     for change in (dict(ROTATE=5), dict(SCALE=0.1), dict(SHIFT=0.1), dict(ELASTIC=0.02), dict(INTENSITY=0.03)):
         assert of(**change) and not of(**change, SHARE=0), change
     assert of(["W"]) and of(["W"], SHARE=0) and of(NODULES=1, SHARE=0) and of(GEOMETRY=0.1, SHARE=0)
-    assert [augment.warps(AugmentConfig(**STILL | {k: 0.02})) for k in ("ROTATE", "SCALE", "SHIFT", "ELASTIC")] == [True] * 4
+    assert [augment.warps(AugmentConfig(**STILL | {k: 0.02})) for k in ("ROTATE", "SCALE", "SHIFT", "ELASTIC")] == [
+        True
+    ] * 4
     assert not augment.warps(AugmentConfig(**STILL | dict(INTENSITY=0.1)))
 
 
@@ -1000,7 +1088,10 @@ def test_augment_flips_and_intensity():
         got = augment.augment(x, np.random.default_rng(seed), still, ["D", "W"])
         seen += [[k for k in range(4) if torch.equal(got, x.flip(((), (1,), (3,), (1, 3))[k]) if k else x)][0]]
     assert sorted(set(seen)) == [0, 1, 2, 3] and min(seen.count(k) for k in range(4)) > 3
-    ratios = [(augment.augment(x, np.random.default_rng(s), AugmentConfig(**STILL | dict(INTENSITY=0.2))) / x) for s in range(50)]
+    ratios = [
+        (augment.augment(x, np.random.default_rng(s), AugmentConfig(**STILL | dict(INTENSITY=0.2))) / x)
+        for s in range(50)
+    ]
     assert all(r.std() < 1e-4 for r in ratios)
     logs = [r.mean().log().item() for r in ratios]
     assert -0.2 <= min(logs) < -0.15 and 0.15 < max(logs) <= 0.2
@@ -1014,7 +1105,9 @@ def test_augment_flips_and_intensity():
 
 def test_augment_warps_by_so_much():
     "Each key alone: its own kind of map, and no more than it says."
-    grid = lambda seed, **change: augment.warp_grid(9, np.random.default_rng(seed), AugmentConfig(**STILL | change))[0].double()
+    grid = lambda seed, **change: augment.warp_grid(9, np.random.default_rng(seed), AugmentConfig(**STILL | change))[
+        0
+    ].double()
     still = grid(0)
     moves = [grid(s, SHIFT=0.1) - still for s in range(30)]
     assert all(m.std((0, 1, 2)).max() < 1e-6 for m in moves)
@@ -1026,7 +1119,10 @@ def test_augment_warps_by_so_much():
         torch.testing.assert_close(turned.norm(dim=-1), still.norm(dim=-1), rtol=1e-4, atol=1e-6)  # lengths stay
     # about D (W and H are exchanged) up to 30 degrees, about H and W a third of it
     corner = torch.stack([grid(s, ROTATE=30)[4, 4, 8] / still[4, 4, 8, 0] for s in range(300)])  # where +W is read
-    about_d, about_h = torch.rad2deg(torch.asin(corner[:, 1])).abs().max(), torch.rad2deg(torch.asin(corner[:, 2])).abs().max()
+    about_d, about_h = (
+        torch.rad2deg(torch.asin(corner[:, 1])).abs().max(),
+        torch.rad2deg(torch.asin(corner[:, 2])).abs().max(),
+    )
     assert 27 < about_d < 30.5 and 9 < about_h < 10.5
     bent = [grid(s, ELASTIC=0.02) - still for s in range(20)]
     assert 0.01 < torch.stack(bent).std() < 0.02 and all(b[..., k].std() > 1e-3 for b in bent for k in range(3))
@@ -1046,12 +1142,17 @@ def test_augment_rotation_matrices():
 def test_augment_nodules():
     ball = augment.blob(32, 2.0, (16, 10, 20), 22)
     assert ball.sum().item() * 8 == pytest.approx(math.pi / 6 * 22**3, rel=0.01) and ball[16, 10, 20] == 1
-    middle = [(ball * torch.arange(32.0).view(shape)).sum().item() / ball.sum().item() for shape in ((32, 1, 1), (32, 1), (32,))]
+    middle = [
+        (ball * torch.arange(32.0).view(shape)).sum().item() / ball.sum().item()
+        for shape in ((32, 1, 1), (32, 1), (32,))
+    ]
     assert middle == pytest.approx([16, 10, 20], abs=0.01)
     spiked = augment.blob(32, 2.0, (16, 10, 20), 22, 12, seed=1)
     assert spiked.sum() > 1.02 * ball.sum() and (spiked >= ball).all()
     assert not torch.equal(spiked, augment.blob(32, 2.0, (16, 10, 20), 22, 12, seed=2))
-    assert augment.blob(32, 2.0, (0, 0, 31), 22).sum() == pytest.approx(0.18 * ball.sum().item(), rel=0.05)  # an octant, and half a voxel more on each side
+    assert augment.blob(32, 2.0, (0, 0, 31), 22).sum() == pytest.approx(
+        0.18 * ball.sum().item(), rel=0.05
+    )  # an octant, and half a voxel more on each side
     x = torch.full((1, 32, 32, 32), (-800 - WINDOW[0]) / 2524)
     hu = to_hu(augment.plant(x, ball, 40.0, WINDOW), WINDOW)[0]
     assert hu[16, 10, 20].item() == pytest.approx(40, abs=0.1) and hu[0, 0, 0].item() == pytest.approx(-800, abs=0.1)
@@ -1073,7 +1174,10 @@ def test_augment_sows_nodules_in_the_lungs():
         assert not touched.any() or touched[:, :, 16:].any()
     assert 60 * 0.6 < sum(numbers) < 60 * 0.95  # 1 - exp(-1.5) is 0.78
     assert min(hus) >= -101 and -100 <= min(hus) < 0 and 100 < max(hus) <= 201
-    assert max(sizes) < 3 * math.pi / 6 * 50**3 and not augment.sown(x, np.random.default_rng(0), 0.0, 10.0, WINDOW)[1].any()
+    assert (
+        max(sizes) < 3 * math.pi / 6 * 50**3
+        and not augment.sown(x, np.random.default_rng(0), 0.0, 10.0, WINDOW)[1].any()
+    )
     soft = torch.full_like(x, (40 - WINDOW[0]) / 2524)
     assert torch.equal(augment.sown(soft, np.random.default_rng(0), 20.0, 10.0, WINDOW)[0], soft)
 
@@ -1083,7 +1187,9 @@ def test_augment_views_of_a_detector():
     y = torch.full((1, 2, 64, 64), 100.0)
     got = augment.grainy(y, torch.Generator().manual_seed(0), 1e4)
     counts = 1e4 * math.exp(-0.02 * 100)
-    assert got.mean().item() == pytest.approx(100, abs=0.1) and got.std().item() == pytest.approx(1 / math.sqrt(counts) / 0.02, rel=0.05)
+    assert got.mean().item() == pytest.approx(100, abs=0.1) and got.std().item() == pytest.approx(
+        1 / math.sqrt(counts) / 0.02, rel=0.05
+    )
     assert augment.grainy(10 * y, torch.Generator(), 100.0).isfinite().all()
     image = uniform(2, 2, 4, 4)
     got = augment.toned(image, torch.Generator().manual_seed(1), 0.5)
@@ -1093,7 +1199,11 @@ def test_augment_views_of_a_detector():
     A = drr.Projector(geometry_of("x2ct"), 8, 40.0, 8)
     B = augment.shaken(A, np.random.default_rng(0), 0.05)
     ratios = [getattr(B.geometry, k) / getattr(A.geometry, k) for k in ("sad_mm", "sdd_mm", "panel_mm")]
-    assert len(set(ratios)) == 3 and all(0 < abs(math.log(r)) <= 0.05 for r in ratios) and (B.size, B.mm, B.pixels) == (8, 40.0, 8)
+    assert (
+        len(set(ratios)) == 3
+        and all(0 < abs(math.log(r)) <= 0.05 for r in ratios)
+        and (B.size, B.mm, B.pixels) == (8, 40.0, 8)
+    )
 
 
 # --------------------------------------------------------------------------------- the same network, cut into pieces
@@ -1118,7 +1228,9 @@ def test_parallel_plans_give_the_same_numbers(plan, micro):
     want, grads = run()
     assert len(grads) and all(g.abs().max() > 0 for g in grads.values())
     moves: list = []
-    spread = parallel.DistributedUNet(net.unet, net.encoder, ["cpu"] * 3, plan, 16, micro, lambda v, at: moves.append(v) or v)
+    spread = parallel.DistributedUNet(
+        net.unet, net.encoder, ["cpu"] * 3, plan, 16, micro, lambda v, at: moves.append(v) or v
+    )
     assert list(spread.plan) == BLOCKS == list(parallel.blocks_of(net.unet, net.encoder))
     got, again = run()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -1137,7 +1249,17 @@ def test_parallel_the_forward_pass_as_data():
     assert flow["down0"] == (["h", "emb", "lifted0", "tokens"], ["h", "skip0.0", "skip0.1"])
     assert flow["mid"] == (["h", "emb", "lifted1", "tokens"], ["h"])
     assert flow["up0"] == (["h", "emb", "lifted0", "tokens", "skip0.0", "skip0.1"], ["h"])
-    assert parallel.needs(flow, ["up1", "up0", "last"]) == ["h", "emb", "lifted1", "tokens", "skip1.0", "skip1.1", "lifted0", "skip0.0", "skip0.1"]
+    assert parallel.needs(flow, ["up1", "up0", "last"]) == [
+        "h",
+        "emb",
+        "lifted1",
+        "tokens",
+        "skip1.0",
+        "skip1.1",
+        "lifted0",
+        "skip0.0",
+        "skip0.1",
+    ]
     assert parallel.needs(flow, ["time", "first"]) == ["t", "x"]
     plain = parallel.flow_of(network(lift="none", cross=(False, False)))
     assert plain["mid"] == (["h", "emb"], ["h"])
@@ -1170,7 +1292,9 @@ def test_parallel_cutting_a_line_and_a_circle():
     ):
         with pytest.raises(UserError, match=word):
             parallel.read_plan(bad, names, 3)
-    assert list(parallel.read_plan([list("hgfe"), list("dcba")], names, 3).items()) == [(b, 1 - (b > "d")) for b in "abcdefgh"]
+    assert list(parallel.read_plan([list("hgfe"), list("dcba")], names, 3).items()) == [
+        (b, 1 - (b > "d")) for b in "abcdefgh"
+    ]
 
 
 def test_parallel_micro_batches_along_the_diagonal():
@@ -1184,7 +1308,16 @@ def test_parallel_micro_batches_along_the_diagonal():
             yield
 
     parallel.diagonal(walk(n) for n in "ab")
-    assert log == ["a copies 0", "a works 0", "a copies 1", "b copies 0", "a works 1", "b works 0", "b copies 1", "b works 1"]
+    assert log == [
+        "a copies 0",
+        "a works 0",
+        "a copies 1",
+        "b copies 0",
+        "a works 1",
+        "b works 0",
+        "b copies 1",
+        "b works 1",
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -1325,7 +1458,9 @@ def test_checkpoint_holds_both_networks_and_goes_on_from_the_newest(tmp_path):
     c, raw, ema = small_pair()
     for step in (9, 100):
         raw.unet.first.bias.data.fill_(step)
-        checkpoint.save_checkpoint(tmp_path, step, raw, ema, dict(norms=[float(step)]), checkpoint.describe(ema, c, step=step))
+        checkpoint.save_checkpoint(
+            tmp_path, step, raw, ema, dict(norms=[float(step)]), checkpoint.describe(ema, c, step=step)
+        )
     _, raw2, ema2 = small_pair()
     for net in (raw2, ema2):
         for v in net.state_dict().values():
@@ -1361,7 +1496,9 @@ def test_checkpoint_older_formats(tmp_path):
     assert got.keys() == {"scales", "coarse.scales", "w"} and got["scales"].tolist() == pytest.approx([0.2] * 2)
     stem = uniform(4, 3, 5, 5)
     got = checkpoint.unenlarged({"encoder.stem.weight": stem, "coarse.encoder.stem.weight": stem}, meta)
-    assert torch.equal(got["encoder.stem.weight"][:, 0], stem[:, 0] / 8) and torch.equal(got["encoder.stem.weight"][:, 1:], stem[:, 1:])
+    assert torch.equal(got["encoder.stem.weight"][:, 0], stem[:, 0] / 8) and torch.equal(
+        got["encoder.stem.weight"][:, 1:], stem[:, 1:]
+    )
     assert got["usual"].shape == (2, 16, 16) and got["coarse.usual"].shape == (2, 8, 8) and not got["usual"].any()
 
 
@@ -1382,7 +1519,9 @@ def test_lesions_sites():
     of = {k: lesions.site(v, k) for k in ("lung", "retrocardiac", "mediastinum", "chest wall")}
     assert torch.equal(of["lung"], lung)
     d, h, w = of["retrocardiac"].nonzero().T
-    assert set(h.tolist()) == set(range(9, 14)) and set(d.tolist()) == set(range(6, 12)) and set(w.tolist()) == {7, 12, 13}
+    assert (
+        set(h.tolist()) == set(range(9, 14)) and set(d.tolist()) == set(range(6, 12)) and set(w.tolist()) == {7, 12, 13}
+    )
     d, h, w = of["mediastinum"].nonzero().T
     assert (w.min(), w.max()) == (7, 13) and not (of["mediastinum"] & ((v == LABELS["trachea"]) | lung)).any()
     assert of["mediastinum"][8, 7, 9] and of["mediastinum"][5, 12, 9]
@@ -1399,7 +1538,9 @@ def test_lesions_spots_and_correlation():
     found = lesions.spots(mask, 50, 10.0, 500)
     shares = {p: (augment.blob(20, 10.0, p, 50) * mask).sum() / augment.blob(20, 10.0, p, 50).sum() for p in found}
     assert min(shares.values()) >= 0.8 - 1e-4 and (8, 8, 8) in found and (4, 8, 8) not in found and (5, 8, 8) in found
-    assert len(lesions.spots(mask, 50, 10.0, 3)) == 3 and lesions.spots(mask, 50, 10.0, 3) != lesions.spots(mask, 50, 10.0, 3, 1)
+    assert len(lesions.spots(mask, 50, 10.0, 3)) == 3 and lesions.spots(mask, 50, 10.0, 3) != lesions.spots(
+        mask, 50, 10.0, 3, 1
+    )
     assert lesions.spots(mask, 160, 10.0, 4)  # nowhere four fifths: as much as ever is
 
 
@@ -1409,7 +1550,9 @@ def test_lesions_template_is_ball_minus_shell():
     assert t.sum().abs() < 1e-4 and t.clamp(min=0).sum().item() == pytest.approx(1, abs=1e-3)
     assert (t[r < 15] > 0).all() and (t[(r > 38) & (r < 42)] < 0).all() and not t[r > 60].any()
     assert lesions.auc([4, 5, 6], [1, 2, 3])[0] == pytest.approx(1) and lesions.auc([1, 2], [3, 4])[0] == 0
-    assert lesions.auc([3, 1, 5], [1, 4, 3])[0] == pytest.approx((0 + 0.5 + 0.5 + 0 + 1 + 1) / 6)  # never against its own spot
+    assert lesions.auc([3, 1, 5], [1, 4, 3])[0] == pytest.approx(
+        (0 + 0.5 + 0.5 + 0 + 1 + 1) / 6
+    )  # never against its own spot
     _, lo, hi = lesions.auc([1.0, 3, 2, 5, 4, 2.5], [0.0, 2, 3, 1, 4.5, 2])
     assert 0 <= lo < 0.79 < hi <= 1
 
@@ -1431,7 +1574,9 @@ def test_lesions_verdict_by_hand():
     moved = judged(mine(((12, 12, 11), 0.4)))
     assert [moved[f"off_{k}"] for k in "dhw"] == [0, 20, 10]
     known = mine((at, 0.1))  # a reconstruction without the lesion that is not the healthy patient
-    assert lesions.judge(known + 0.2 * ball(at), known, truth, healthy, at, 40, mm, WINDOW)["contrast"] == pytest.approx(0.5, abs=1e-3)
+    assert lesions.judge(known + 0.2 * ball(at), known, truth, healthy, at, 40, mm, WINDOW)[
+        "contrast"
+    ] == pytest.approx(0.5, abs=1e-3)
     twice = lesions.judge(mine((at, 0.2)), healthy, healthy + 0.8 * ball(at), healthy, at, 40, mm, WINDOW)
     assert twice["contrast"] == pytest.approx(0.25, abs=1e-3)  # of what was planted
 
