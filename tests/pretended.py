@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -44,11 +45,17 @@ class Copy:
         return f"{self.function} {self.name} {self.source} {self.target}"
 
 
+@cache
+def ours(file: str) -> bool:
+    "Whether a file is of the package."
+    return Path(file).parent.name == PACKAGE
+
+
 def place(target: torch.device) -> tuple[str, str]:
     "Function and name of a copy to a device, from the frames that lead to it."
     frame = sys._getframe(1)
     while frame and (
-        Path(frame.f_code.co_filename).parent.name != PACKAGE
+        not ours(frame.f_code.co_filename)
         or frame.f_code.co_name in ("to_device", "<listcomp>", "<genexpr>", "<lambda>")
     ):
         frame = frame.f_back
@@ -81,7 +88,7 @@ class Devices(TorchFunctionMode):
 
     def __init__(self, gpus: int):
         super().__init__()
-        self.gpus = gpus
+        self.gpus = [torch.device("cuda", i) for i in range(gpus)]
         self.places: dict[int, tuple[StorageWeakRef, torch.device]] = {}  # of storages
         self.copies: list[Copy] = []
         self.used: Counter[torch.device] = Counter()  # operations on each device
@@ -92,25 +99,26 @@ class Devices(TorchFunctionMode):
         "Where a tensor pretends to be."
         if x.is_meta:
             return META
-        ref, device = self.places.get(x.untyped_storage()._cdata, (None, CPU))
-        return CPU if ref is None or ref.expired() else device
+        found = self.places.get(x.untyped_storage()._cdata)
+        return found[1] if found else CPU
 
     def mark(self, x: Tensor, device: torch.device) -> Tensor:
-        "Put a tensor's storage on a device."
+        "Put a tensor's storage on a device; the weak reference keeps the storage's address from being used again."
         storage = x.untyped_storage()
-        if device == CPU:
+        if device is CPU:
             self.places.pop(storage._cdata, None)
         else:
             self.places[storage._cdata] = (StorageWeakRef(storage), device)
         return x
 
     def named(self, device) -> torch.device:
-        "A device as torch would complete it: cuda is cuda:0."
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or 0)
-            assert device.index < self.gpus, f"{device} is not on this machine"
-        return CPU if device.type == "cpu" else device
+        "A device as torch would complete it, cuda is cuda:0; one object for each."
+        device = torch.device("cuda", device) if type(device) is int else torch.device(device)
+        if device.type != "cuda":
+            return {"cpu": CPU, "meta": META}[device.type]
+        index = device.index or 0
+        assert index < len(self.gpus), f"cuda:{index} is not on this machine"
+        return self.gpus[index]
 
     def move(self, x: Tensor, device: torch.device, again: bool = False) -> Tensor:
         "A copy on another device; the tensor itself where it is there already."
@@ -127,34 +135,25 @@ class Devices(TorchFunctionMode):
         return Transfer.apply(x, self, device)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if func == Tensor.device.__get__ and not args[0].is_meta:
-            return self.of(args[0])
-        if func == Tensor.is_cuda.__get__:
-            return self.of(args[0]).type == "cuda"
-        if func is Tensor.get_device:
-            return self.of(args[0]).index if self.of(args[0]).type == "cuda" else -1
-        if func is Tensor.numpy and self.of(args[0]) != CPU:
-            raise MixedDevices(f"numpy of a tensor on {self.of(args[0])}")
-        if func is Tensor.cpu:
-            return self.move(args[0], CPU)
-        if func is Tensor.cuda:
-            return self.move(args[0], self.named(args[1] if len(args) > 1 else kwargs.get("device", 0)))
-        if func is Tensor.to:
-            return self.to(*args, **kwargs)
-        if "device" in kwargs and kwargs["device"] is not None and name != "__get__":
+        kwargs = kwargs or {}
+        if func in ASKED:
+            if not args[0].is_meta:
+                return ASKED[func](self, *args, **kwargs)
+        elif kwargs.get("device") is not None:
             device = self.named(kwargs["device"])
-            if device.type == "meta":
+            if device is META:
                 return func(*args, **kwargs)
             made = func(*args, **kwargs | {"device": CPU})
-            if name == "as_tensor" and args and isinstance(args[0], Tensor):
-                return self.move(made, device)
-            return self.mark(made, device)
+            is_copy = func is torch.as_tensor and isinstance(args[0], Tensor)
+            return self.move(made, device) if is_copy else self.mark(made, device)
         made = func(*args, **kwargs)
-        if name == "new_tensor":
-            self.mark(made, self.of(args[0]))
-        return made
+        return self.mark(made, self.of(args[0])) if func is Tensor.new_tensor else made
+
+    def numpy(self, x: Tensor, *args, **kwargs):
+        "Numbers on a GPU are no array."
+        if self.of(x) is not CPU:
+            raise MixedDevices(f"numpy of a tensor on {self.of(x)}")
+        return x.numpy(*args, **kwargs)
 
     def to(self, x: Tensor, *args, **kwargs) -> Tensor:
         "`Tensor.to` with a device, a type, or a tensor that has both."
@@ -203,7 +202,7 @@ class Devices(TorchFunctionMode):
             return {k: ([c if v else [] for c, v in zip(columns, lists)], p) for k, (columns, p) in groups.items()}
 
         with (
-            mock.patch.object(torch.cuda, "device_count", lambda: self.gpus),
+            mock.patch.object(torch.cuda, "device_count", lambda: len(self.gpus)),
             mock.patch.object(torch.autocast, "__init__", autocast),
             mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
         ):
@@ -219,6 +218,17 @@ def tensors_in(values: Iterable) -> Iterator[Tensor]:
             yield from tensors_in(v)
 
 
+ASKED: dict[Callable, Callable] = {  # what is answered for a pretended device
+    Tensor.device.__get__: lambda devices, x, *_: devices.of(x),
+    Tensor.is_cuda.__get__: lambda devices, x, *_: devices.of(x).type == "cuda",
+    Tensor.get_device: lambda devices, x: -1 if devices.of(x) is CPU else devices.of(x).index,
+    Tensor.numpy: Devices.numpy,
+    Tensor.cpu: lambda devices, x, **_: devices.move(x, CPU),
+    Tensor.cuda: lambda devices, x, device=0, **_: devices.move(x, devices.named(device)),
+    Tensor.to: Devices.to,
+}
+
+
 class Check(TorchDispatchMode):
     "Below autograd: refuses operations on tensors of several devices, and puts results where the operands are."
 
@@ -232,25 +242,35 @@ class Check(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # `.device` and the like are the real ones in here
+            return self.checked(func, args, kwargs or {})
+
+    def checked(self, func, args, kwargs):
+        "Run an operation whose tensors are on one device."
+        of = self.devices.of
         tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
-        if any(t.is_meta for t in tensors):
+        places = [of(t) for t in tensors]
+        at = places[0] if places else CPU
+        if META in places:
             return func(*args, **kwargs)
-        name, places = func._schema.name, [self.devices.of(t) for t in tensors]
-        joined = {  # a number on the CPU may join any device, and so may indices; a copy's source may be anywhere
-            p
-            for i, (t, p) in enumerate(zip(tensors, places))
-            if (p is not CPU or t.dim() > 0 and (i == 0 or name not in INDEXED)) and (i == 0 or name not in COPIES)
-        }
-        if len(joined) > 1:
-            what = ", ".join(f"{tuple(t.shape)} on {p}" for t, p in zip(tensors, places))
-            raise MixedDevices(f"{name} of tensors on several devices: {what}")
-        at = joined.pop() if joined else CPU
+        if any(p is not at for p in places):
+            at = self.common(func._schema.name, tensors, places)
         out = func(*args, **kwargs)
         self.devices.used[at] += 1
         if at is not CPU:
-            known = {t.untyped_storage()._cdata for t in tensors}
             for t in tensors_in((out,)):
-                if t.untyped_storage()._cdata not in known:
+                if of(t) is not at:
                     self.devices.mark(t, at)
         return out
+
+    def common(self, name: str, tensors: list[Tensor], places: list[torch.device]) -> torch.device:
+        "Where an operation on tensors of several devices runs, if it may."
+        joined = {  # a number on the CPU may join any device, and so may indices; a copy's source may be anywhere
+            p
+            for i, (t, p) in enumerate(zip(tensors, places, strict=True))
+            if (p is not CPU or t.dim() > 0 and (i == 0 or name not in INDEXED)) and (i == 0 or name not in COPIES)
+        }
+        if len(joined) > 1:
+            what = ", ".join(f"{tuple(t.shape)} on {p}" for t, p in zip(tensors, places, strict=True))
+            raise MixedDevices(f"{name} of tensors on several devices: {what}")
+        return joined.pop() if joined else CPU

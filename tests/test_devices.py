@@ -233,6 +233,7 @@ def test_a_copy_taken_out_of_the_code_is_missed(small, monkeypatch):
         r.loss(item, {"L2": 1.0})
 
 
+@pytest.mark.slow
 def test_no_copy_of_sampling_in_windows_can_be_left_out(small):
     _, machine, c, data, r = small
 
@@ -256,6 +257,7 @@ def test_a_sampler_stays_on_its_gpu(name):
         assert x.device == GPUS[1] and not any(k.target == CPU and k.shape for k in machine.copies)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_where_its_blocks_are(small, tmp_path):
     plan, machine, c, data, r = small
     if plan == "seed3":

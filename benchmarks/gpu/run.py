@@ -164,24 +164,31 @@ def sampling(part: Part) -> None:
 
     for profile, edge in (("lidc128", 128), ("lidc256", 256)):
 
-        def one(patch):
+        def one(whole: bool = True) -> dict:
             c = part.settings(profile, edge, edge)
             edge_now = c.DATA.TARGET_VOLUME_SIZE
             net = network(c)
             views = random_cases(1, net)[0].views
             net.to(part.device).eval()
-            patch = min(patch or edge_now, edge_now) if not part.tiny else patch and edge_now // 2
-            d = c.DIFFUSION.model_copy(update=dict(STEPS=8))
+            patch = edge_now if whole else edge_now // 2
+            evaluations = 2 if part.tiny else 8
+            d = c.DIFFUSION.model_copy(update=dict(STEPS=evaluations))
             out = []
             sample = lambda: out.append(reconstruct(net, views, "sample", d, patch=patch, amp=T.AMP[c.TRAINING.AMP]))
             part.timed(sample, 1)
             seconds = part.timed(sample, 1 if part.tiny else 2)
             finite = bool(out[-1].isfinite().all())
-            return {"evaluations": 8, "window": patch, "seconds": seconds, "peak, GB": part.peak(), "finite": finite}
+            return {
+                "evaluations": evaluations,
+                "window": patch,
+                "seconds": seconds,
+                "peak, GB": part.peak(),
+                "finite": finite,
+            }
 
-        part.row(f"{profile} {edge}^3 whole", lambda: one(None))
+        part.row(f"{profile} {edge}^3 whole", one)
         if edge > 128:
-            part.row(f"{profile} {edge}^3 in windows of 128^3", lambda: one(128))
+            part.row(f"{profile} {edge}^3 in windows of 128^3", lambda: one(whole=False))
 
 
 def split(part: Part) -> None:
