@@ -548,7 +548,7 @@ def set_key(
             if isinstance(section, Section) and name in type(section).model_fields
             else None
         )
-    if isinstance(section, str):
+    if isinstance(section, str) and last in GeometryConfig.model_fields:
         raise UserError(
             f"{source}: {'.'.join(parents)} is {section}, which has no {last}; set {'.'.join(parents)} as a whole, as config.yml shows"
         )

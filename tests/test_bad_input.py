@@ -198,7 +198,7 @@ BAD = {
     "another rate": (
         nothing,
         [*ALONE, *sets("TRAINING.LEARNING_RATE=0.1")],
-        "checkpoints/s/single was trained with TRAINING.LEARNING_RATE=0.001, not 0.1",
+        "checkpoints/s/single was trained with TRAINING.LEARNING_RATE=0.004, not 0.1",
     ),
     "a case more": (
         lambda here: (
