@@ -117,7 +117,9 @@ def block_bytes(
     device: str = "meta",  # or a real one, to check
 ) -> dict[str, int]:  # block name -> bytes kept for the backward pass of one crop
     "Measure every block by itself, in training mode, weights with gradients, and with the network's own checkpointing."
-    unet, encoder = (copy.deepcopy(m).to(device).train().requires_grad_(True) for m in (unet, encoder))
+    unet, encoder = copy.deepcopy(unet).to(device).train(), copy.deepcopy(encoder).to(device).train()
+    for module in (unet, encoder):
+        module.requires_grad_(True)  # also of a frozen network: its plan is that of the trained one
     count = {name: SavedBytes(block) for name, block in blocks_of(unet, encoder).items()}
     for name, block in blocks_of(unet, encoder).items():
         block.register_forward_pre_hook(lambda module, args, name=name: count[name].__enter__() and None)
