@@ -10,7 +10,7 @@ import torch
 from conftest import run_cmd
 
 GOLDEN = Path(__file__).with_name("golden.json")  # torch release -> CPU, hash and losses of the run below
-# Sums in another order change the losses by a few 1e-7 (see `test_the_golden_run` for what was tried).
+# Sums in another order change the losses by a few 1e-7.
 TOLERANCE = 1e-5
 RUN = """
 import hashlib, json, sys

@@ -188,7 +188,9 @@ def test_an_installed_package_knows_its_settings(installed, tmp_path):
     result = run_cmd(
         [installed / "diffx2ct_train", "--explain", "TRAINING.LEARNING_RATE"], cwd=tmp_path, PYTHONPATH=None
     )
-    assert result.returncode == 0 and "peak learning rate" in result.stdout and "default  0.004" in result.stdout, result.stderr
+    assert result.returncode == 0 and "peak learning rate" in result.stdout and "default  0.004" in result.stdout, (
+        result.stderr
+    )
     result = run_cmd(
         [installed / "diffx2ct_train", "--profile", "few", "--explain", "EPOCHS"], cwd=tmp_path, PYTHONPATH=None
     )
