@@ -1239,7 +1239,9 @@ def test_parallel_plans_give_the_same_numbers(plan, micro):
     sizes = {len(v) for v in moves if isinstance(v, torch.Tensor)}
     assert 1 in sizes if micro == 3 else sizes == {3}
     spread.undo()
+    moves.clear()
     assert "forward" not in vars(net.unet) and not spread.hooks and torch.equal(run()[0], want)
+    assert not moves
 
 
 def test_parallel_the_forward_pass_as_data():
@@ -1561,6 +1563,7 @@ def test_lesions_verdict_by_hand():
     "Half of the contrast, moved by two voxels along H, with a second ball elsewhere."
     n, mm, at = 24, 10.0, (12, 10, 12)
     healthy = torch.full((1, n, n, n), 0.2)
+    healthy[0, 11:14, 10, 12] = 0.5  # a vessel where the lesion will be
     ball = lambda p, d=40: augment.blob(n, mm, p, d)
     truth = healthy + 0.4 * ball(at)
     mine = lambda *parts: healthy + sum(w * ball(p) for p, w in parts)
@@ -1619,6 +1622,7 @@ def test_lesions_measures_by_hand():
 def test_lesions_heart_and_thorax():
     lung = torch.zeros(8, 4, 20, dtype=torch.bool)
     lung[:, :, 1:19] = True  # a thorax of 18 voxels
+    lung[7, :, 16:] = False  # narrower further down
     lung[6, 1:, 7:13] = False  # a heart of 6, through most of the depth, low down
     lung[1, :, 6:15] = False  # a wider one high up does not count
     assert lesions.cardiothoracic(lung) == pytest.approx(6 / 18)

@@ -666,10 +666,10 @@ MUTANTS = {
         ),
         ("convolution instead of correlation", "torch.fft.rfftn(k).conj()", "torch.fft.rfftn(k)", "mirrored kernels"),
         (
-            "chest wall in the lungs",
-            "levels & beside & tissue & ~lung",
-            "levels & beside & tissue",
-            "ribs in the lungs",
+            "chest wall before and behind the lungs",
+            "& (lung.any(2, keepdim=True))",
+            "",
+            "another site",
         ),
         (
             "mediastinum with the trachea",

@@ -54,7 +54,7 @@ CHECKS = {
         "tests/test_wiring.py stored and diffusion",
         "nbs/02a_diffusion.ipynb",
     ],
-    "parallel": ["tests/test_wiring.py parallel", "nbs/03_parallel.ipynb"],
+    "parallel": ["tests/test_wiring.py parallel", "nbs/03c_pipeline.ipynb", "nbs/03_parallel.ipynb"],
     "ranks": ["tests/test_wiring.py ranks", "nbs/03a_ranks.ipynb"],
     "pipeline": ["tests/test_wiring.py pipeline", "nbs/03c_pipeline.ipynb"],
     "checkpoint": ["tests/test_wiring.py checkpoint", "nbs/03b_checkpoint.ipynb"],
@@ -255,6 +255,7 @@ def main() -> int:
             print(f"{module:12} {name:40} {why}")
         return 0
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = {k: r for k, r in results.items() if k in {f"{m[0]}/{m[1]}" for m in mutants()}}
     for name in os.environ.keys() & {"RANK", "WORLD_SIZE", "IN_TEST"}:
         del os.environ[name]
     os.environ["OMP_NUM_THREADS"] = "1"
