@@ -215,9 +215,8 @@ def likeness(
     view: Tensor,  # (P, P) mean view
 ) -> tuple[float, float]:  # as it is, and inverted
     "Greatest correlation with a mean view, mirrored or not."
-    maps = [
-        c for flip in (False, True) for _, c in correlations(*(v.flip(1) if flip else v for v in (grey, seen)), view)
-    ]
+    both = (grey, seen), (grey.flip(1), seen.flip(1))
+    maps = [c for g, m in both for _, c in correlations(g, m, view)]
     return max(c.max().item() for c in maps), max(-c.min().item() for c in maps)
 
 
