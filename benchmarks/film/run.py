@@ -5,6 +5,7 @@ python benchmarks/film/run.py --ct ../shared/ct --calibrator calibrator.safetens
 python benchmarks/film/run.py --xray ../shared/xray --calibrator calibrator.safetensors   real pairs alone
 
 The films are rendered from 2 mm volumes, with settings outside the ranges that `FilmSettings` is randomised in, and then scaled down to the model's detector.
+With --gvxr there are also films whose primary beam another program has made (gvxr_primary.py says how).
 Each row gives the mean relative error of the line integrals; with a checkpoint also PSNR and SSIM of the volume (protocol `unit`, the method `expected`). Cases
 that the calibrator was trained on (--trained_on) are averaged in rows of their own. Without a checkpoint, quantile matching uses the mean views of phantoms.
 For real pairs there is no truth: the figure is the difference of the two views' weight per height."""
@@ -57,6 +58,24 @@ def films_of(fine, A, kind: str, seed: int):
     return F.avg_pool2d(films, 3), F.avg_pool2d(water + bone, 3)
 
 
+def films_of_primary(path: Path, A, kind: str, seed: int):
+    "Films of a primary beam that gvxr_primary.py has made; scatter, noise and processing are those of chapter 00g."
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from diffx2ct.radiograph import FilmSettings, add_noise, local_contrast, quantise, scatter, tone
+
+    s, P = FilmSettings(**KINDS[kind]), torch.from_numpy(np.load(path).copy())
+    pixel, out = A.geometry.panel_mm / P.shape[-1], []
+    for view in P:
+        total = view + scatter(view, s.scatter, s.scatter_mm / pixel)
+        I = add_noise(total, s.photons, s.electronic, torch.Generator().manual_seed(seed))
+        x = local_contrast(-I.log(), s.detail, s.detail_mm / pixel, s.latitude)
+        out.append(quantise(tone(x, s), s.bits))
+    return F.interpolate(torch.stack(out)[None], (A.pixels,) * 2, mode="area")[0]
+
+
 def mean_views(A, phantoms: int):
     "Mean views of phantoms, where no model is given."
     import torch
@@ -78,7 +97,7 @@ def volume_scores(net, c, y, truth, soft: bool, method: str = "expected") -> dic
     return {"PSNR, dB": psnr(x, truth[0]), "SSIM": ssim(x, truth[0])}
 
 
-def chest_rows(name, fine, A, reference, calibrator, model) -> list[dict]:
+def chest_rows(name, fine, A, reference, calibrator, model, primary: Path | None) -> list[dict]:
     "All rows of one chest."
     import torch.nn.functional as F
 
@@ -99,15 +118,32 @@ def chest_rows(name, fine, A, reference, calibrator, model) -> list[dict]:
         add("nothing (mean volume)", None, False, "mean")
         add("ideal line integrals, consistent mean only", y, False, "consistent_mean")
         add("ideal line integrals", y, False)
-    for k, kind in enumerate(KINDS):
-        film, lines = films_of(fine, A, kind, k)
-        if not k:
-            add("line integrals of the 2 mm volume", lines, False)
+    films = {kind: films_of(fine, A, kind, k) for k, kind in enumerate(KINDS)}
+    add("line integrals of the 2 mm volume", next(iter(films.values()))[1], False)
+    films = {kind: film for kind, (film, _) in films.items()}
+    if primary and primary.exists():
+        for k, kind in enumerate(list(KINDS)[1:]):
+            films[f"gvxr, {kind}"] = films_of_primary(primary, A, kind, k)
+    for kind, film in films.items():
         add(f"{kind}; quantile matching", match_quantiles(film, reference), True)
         if calibrator:
             add(f"{kind}; learned calibration", calibrate_films(calibrator, film), True)
     print(name, *(f"{r['row']}: {r['error']:.3f}" for r in rows if r["error"] is not None), sep="\n  ", flush=True)
     return rows
+
+
+def write_densities(paths: dict[str, Path], folder: Path) -> None:
+    "Density at 4 mm in the cube of the preset `chest`."
+    import numpy as np
+    import torch.nn.functional as F
+
+    from diffx2ct.data import density
+    from diffx2ct.drr import CHEST_CUBE_MM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in paths.items():
+        rho = density(F.avg_pool3d(read_case(path, CHEST_CUBE_MM).float(), 2), WINDOW)[0].clamp(min=0)
+        np.save(folder / f"{name}.npy", rho.numpy())
 
 
 def averaged(cases: dict[str, list[dict]]) -> list[dict]:
@@ -166,6 +202,8 @@ def main(argv: list[str]) -> None:
     p.add_argument("--xray", metavar="DIR", help="folder with pairNN_frontal.jpg and pairNN_lateral.jpg")
     p.add_argument("--calibrator", metavar="FILE", help="calibration network, .safetensors; default: baselines alone")
     p.add_argument("--checkpoint_dir", metavar="DIR", help="a model, for PSNR and SSIM; default: errors alone")
+    p.add_argument("--write_density", metavar="DIR", help="write the densities that gvxr_primary.py reads, and end")
+    p.add_argument("--gvxr", metavar="DIR", help="folder with <case>.npy of gvxr_primary.py, for films by that program")
     p.add_argument("--trained_on", nargs="*", default=[], metavar="CASE", help="cases the calibrator was trained on")
     p.add_argument("--chests", nargs="*", metavar="CASE", help="names without suffix; default: all but sts_*")
     p.add_argument("--phantoms", type=int, default=16, help="in the mean views, where no model is given; default: 16")
@@ -197,7 +235,12 @@ def main(argv: list[str]) -> None:
         chosen = a.chests or list(paths)
         if missing := [c for c in chosen if c not in paths]:
             raise UserError(f"{a.ct} has no {missing[0]}; it has {', '.join(paths)}")
-        rows = {c: chest_rows(c, read_case(paths[c], A.size * A.mm), A, reference, calibrator, model) for c in chosen}
+        if a.write_density:
+            return write_densities({c: paths[c] for c in chosen}, Path(a.write_density))
+        rows = {}
+        for c in chosen:
+            primary = Path(a.gvxr, f"{c}.npy") if a.gvxr else None
+            rows[c] = chest_rows(c, read_case(paths[c], A.size * A.mm), A, reference, calibrator, model, primary)
         result["chests"] = rows
         for title, names in (
             ("not trained on", [c for c in chosen if c not in a.trained_on]),
