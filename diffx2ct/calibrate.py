@@ -110,8 +110,8 @@ class Calibrator(nn.Module):
         self.whole = nn.Linear(c[-1], c[-1])
         self.up = nn.ModuleList(conv_block(a + b, a) for a, b in zip(c, c[1:]))
         self.fields = nn.Conv2d(c[0], 2, 1)
-        nn.init.zeros_(self.fields.weight)
-        nn.init.zeros_(self.fields.bias)
+        for p in self.fields.parameters():
+            nn.init.zeros_(p)
 
     def forward(
         self,
@@ -205,7 +205,7 @@ def draw_batch(
     cases = []
     for _ in range(c.PATIENTS):
         pool = real if len(real) and rng.random() < c.REAL_SHARE else phantoms
-        cases += film_case(pool[rng.integers(len(pool))].float(), A, window, rng, c)
+        cases += film_case(pool[int(rng.integers(len(pool)))].float(), A, window, rng, c)
     return [torch.stack(v) for v in zip(*cases)]
 
 # %% ../nbs/01a_calibrate.ipynb #1949ada8
