@@ -281,7 +281,7 @@ def open_dicom(path: Path) -> Radiograph:
     x = Radiograph(path, ds, np.empty(0), np.empty(0))
     if x.text("Modality") not in XRAY:
         raise no_xray(path, f"of modality {x.text('Modality')[:16]}")
-    if x.numbers("NumberOfFrames") > [1]:
+    if (x.numbers("NumberOfFrames") or [1])[0] > 1:
         raise UserError(
             f"{path} holds {x.text('NumberOfFrames')} frames; export the one that is meant as a file of its own"
         )
