@@ -287,10 +287,6 @@ def open_dicom(path: Path) -> Radiograph:
         )
     unpacked(path, ds.Rows * ds.Columns * 4)
     kind = x.text("PhotometricInterpretation")
-    if kind == "MONOCHROME1" and ds.file_meta.TransferSyntaxUID.is_deflated:
-        raise UserError(
-            f"{path} is MONOCHROME1 inside a deflated file, which is not read; export it as Explicit VR Little Endian"
-        )
     if kind in ("MONOCHROME1", "MONOCHROME2", ""):
         x.n, x.padding = (a[0] for a in stored_values(ds))
         x.n = x.n.astype(np.float64)
