@@ -6,15 +6,16 @@
 __all__ = ['LPI', 'AIR', 'SUFFIXES', 'NIFTI_FIELDS', 'NIFTI_HEADERS', 'NIFTI_TYPES', 'CT_CLASSES', 'CAPTURE', 'HEADER', 'X2CT_MM',
            'orient', 'as_image', 'as_tensor', 'check_hu', 'check_values', 'suffix_of', 'called', 'hushed',
            'as_user_error', 'open_nifti', 'nifti_header', 'nifti_shape', 'nifti_affines', 'describe_affine',
-           'nifti_affine', 'angle_between', 'whole_nifti', 'check_rest', 'nifti_image', 'held_by', 'placed',
-           'check_meta', 'check_nrrd', 'check_file', 'check_size', 'read_image', 'read_file', 'Slice', 'frame_value',
-           'numbers', 'check_deflated', 'slice_headers', 'is_dicom', 'without_preamble', 'find_slices', 'NoCT',
-           'pixels_equal', 'drop_copies', 'pick_series', 'why_no_series', 'slice_gap', 'check_alike', 'sort_slices',
-           'decompressed', 'whole_number', 'stored_values', 'rescaled', 'frames_hu', 'read_dicom', 'check_h5',
-           'read_h5', 'open_npz', 'case_name', 'fingerprint', 'Scan', 'file_scans', 'complement', 'join_folders',
-           'visible_folders', 'dicom_folders', 'folder_scans', 'find_scans', 'fill_slices', 'pieces', 'surface_share',
-           'body_mask', 'smooth', 'resample', 'extent', 'to_cube', 'resample_mask', 'inside', 'prepare_volume',
-           'settings', 'same', 'plain', 'number_series', 'keep_names', 'todo', 'prepare', 'parser', 'main']
+           'nifti_affine', 'angle_between', 'whole_nifti', 'check_rest', 'image_at', 'nifti_image', 'held_by', 'placed',
+           'check_meta', 'check_nrrd', 'check_file', 'check_place', 'check_size', 'read_image', 'read_file', 'Slice',
+           'frame_value', 'numbers', 'check_deflated', 'slice_headers', 'is_dicom', 'without_preamble', 'find_slices',
+           'NoCT', 'pixels_equal', 'drop_copies', 'pick_series', 'why_no_series', 'slice_gap', 'check_alike',
+           'sort_slices', 'decompressed', 'whole_number', 'stored_values', 'rescaled', 'frames_hu', 'read_dicom',
+           'check_h5', 'read_h5', 'open_npz', 'case_name', 'fingerprint', 'Scan', 'file_scans', 'complement',
+           'join_folders', 'visible_folders', 'dicom_folders', 'folder_scans', 'find_scans', 'fill_slices', 'pieces',
+           'surface_share', 'body_mask', 'smooth', 'resample', 'extent', 'to_cube', 'resample_mask', 'inside',
+           'prepare_volume', 'settings', 'same', 'plain', 'number_series', 'keep_names', 'todo', 'prepare', 'parser',
+           'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
 import argparse
@@ -313,6 +314,7 @@ def nifti_affine(
     path: Path,
     head: np.ndarray,  # as `nifti_header` gives it
     choice: str | None = None,  # "sform" or "qform", where the two contradict each other
+    advice: str = "choose it with --affine sform or --affine qform",  # for the sentence
 ) -> tuple[np.ndarray, str]:  # (3, 4) in mm; which one was chosen, "" where there was no choice
     "The affine of a NIfTI file; two that differ are refused."
     found = nifti_affines(head)
@@ -328,8 +330,8 @@ def nifti_affine(
         return found[choice], choice
     raise UserError(
         f"{path} contradicts itself: its {name} states {describe_affine(one)}, its {rest[0][0]} "
-        f"{describe_affine(rest[0][1])}{angle_between(one, rest[0][1])}; find out which is right and choose it with "
-        "--affine sform or --affine qform, or convert the original again"
+        f"{describe_affine(rest[0][1])}{angle_between(one, rest[0][1])}; find out which is right and "
+        f"{advice}, or convert the original again"
     )
 
 
@@ -391,6 +393,20 @@ def check_rest(
             raise
 
 
+def image_at(
+    values: np.ndarray,  # (z, y, x)
+    affine: np.ndarray,  # (3, 4) from voxel to mm (right, front, head)
+) -> sitk.Image:  # in LPS
+    "Voxels as an image that lies where an affine of NIfTI says."
+    steps = np.diag([-1.0, -1, 1]) @ affine
+    edges = np.linalg.norm(steps[:, :3], axis=0)
+    img = sitk.GetImageFromArray(values)
+    img.SetSpacing(edges)
+    img.SetDirection((steps[:, :3] / edges).ravel())
+    img.SetOrigin(steps[:, 3])
+    return img
+
+
 @as_user_error
 def nifti_image(
     path: Path,  # .nii or .nii.gz
@@ -398,13 +414,7 @@ def nifti_image(
 ) -> sitk.Image:  # three-dimensional, float32, in LPS
     "Read a NIfTI volume with the affine that it states."
     matrix, _ = nifti_affine(path, nifti_header(path), affine)
-    steps = np.diag([-1.0, -1, 1]) @ matrix
-    edges = np.linalg.norm(steps[:, :3], axis=0)
-    img = sitk.GetImageFromArray(whole_nifti(path))
-    img.SetSpacing(edges)
-    img.SetDirection((steps[:, :3] / edges).ravel())
-    img.SetOrigin(steps[:, 3])
-    return img
+    return image_at(whole_nifti(path), matrix)
 
 # %% ../nbs/00b_scans.ipynb #6b49ac5d
 def held_by(
@@ -508,6 +518,22 @@ def check_file(
         spacing, origin = np.array(info.GetSpacing()[:3]), np.array(info.GetOrigin())
         direction = np.array(info.GetDirection()).reshape(len(size), -1)[:3, :3]
         (check_nrrd if suffix_of(path) == ".nrrd" else check_meta)(path)
+    check_place(path, spacing, origin, direction)
+    if not suffix_of(path).startswith(".nii") and not placed(path, info):
+        raise UserError(
+            f"{path} does not say how it lies in the patient (no space or TransformMatrix); "
+            "left and right are unknown, so convert the original again"
+        )
+    return chosen
+
+
+def check_place(
+    path: Path,
+    spacing: np.ndarray,  # (3,) mm
+    origin: np.ndarray,  # (3,) mm, or more
+    direction: np.ndarray,  # (3, 3) where the axes lead to, as columns
+) -> None:
+    "Refuse voxels without a size or a place, and axes that are not at right angles."
     if not all(np.isfinite(v).all() for v in (spacing, origin, direction)) or min(spacing) <= 0:
         raise UserError(
             f"{path} says its voxels are {' x '.join(f'{v:g}' for v in spacing)} mm, or lies nowhere; "
@@ -515,12 +541,6 @@ def check_file(
         )
     if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
         raise UserError(f"{path} has a sheared affine (a tilted gantry?); resample it to straight axes first")
-    if not suffix_of(path).startswith(".nii") and not placed(path, info):
-        raise UserError(
-            f"{path} does not say how it lies in the patient (no space or TransformMatrix); "
-            "left and right are unknown, so convert the original again"
-        )
-    return chosen
 
 
 def check_size(
@@ -897,7 +917,7 @@ def stored_values(
     bits, signed = int(ds.BitsAllocated), int(ds.get("PixelRepresentation") or 0)
     if int(ds.get("SamplesPerPixel") or 1) != 1 or bits not in (8, 16, 32):
         raise UserError(
-            f"{ds.filename} has {ds.get('SamplesPerPixel')} values of {bits} bits a pixel; a CT has one of 16"
+            f"{ds.filename} has {ds.get('SamplesPerPixel')} values of {bits} bits a pixel; one of 8, 16 or 32 is needed"
         )
     cell = np.dtype(f"{'ui'[signed]}{bits // 8}")
     shape = (max(int(ds.get("NumberOfFrames") or 1), 1), int(ds.Rows), int(ds.Columns))
@@ -905,6 +925,8 @@ def stored_values(
         cells = decompressed(ds).astype(cell).reshape(shape)
     else:
         order = "<" if ds.original_encoding[1] else ">"
+        if len(ds.PixelData) < math.prod(shape) * cell.itemsize:
+            raise EOFError("its pixels end too early")
         cells = (
             np.frombuffer(ds.PixelData, np.dtype(f"{order}{cell.str[1:]}"), math.prod(shape))
             .astype(cell)
