@@ -874,7 +874,7 @@ def show_mpr(
         for row, name, sides, image in zip(axes, ("AP view", "LAT view"), ("RLHF", "APHF"), views):
             draw_plane(row[-1], image, name, sides, cmap="gray")
     fig.tight_layout(pad=0.4, rect=(0, 0, 0.97, 1))
-    margin = dict(color=AMBER, fontsize=6, ha="right", va="center", rotation=90)
+    margin: dict[str, Any] = dict(color=AMBER, fontsize=6, ha="right", va="center", rotation=90)
     fig.text(0.998, 0.5, CAUTION, **margin)
     for row, layer in zip(axes, layers.values()):
         if layer.generated:

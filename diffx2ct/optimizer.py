@@ -62,16 +62,16 @@ class Muon(torch.optim.AdamW):
         for group in (g for g in groups if g["muon"]):
             for p in group["params"]:
                 if p.grad is not None:
-                    self.step_matrix(p, group)
+                    self.step_matrix(p, p.grad, group)
         return loss
 
-    def step_matrix(self, p: nn.Parameter, group: dict) -> None:
+    def step_matrix(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
         "The equation at the head of this chapter, for one weight."
         if "momentum_buffer" not in self.state[p]:
             self.state[p] = dict(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))  # AdamW wants a step
         momentum = self.state[p]["momentum_buffer"]
-        momentum.lerp_(p.grad, 1 - group["momentum"])
-        update = whole(p.grad.lerp(momentum, group["momentum"]))
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = whole(grad.lerp(momentum, group["momentum"]))
         matrix = update.flatten(1)
         update = orthogonalize(matrix).view_as(update)
         if isinstance(p, DTensor):

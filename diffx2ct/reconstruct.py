@@ -219,7 +219,7 @@ def picture(
 ) -> plt.Figure:
     "MPR of truth, generated volume and difference, with the input views."
     x, truth = to_hu(x[0].float().cpu(), window), to_hu(case.volume[0], window)
-    rows = {
+    rows: dict[str, Layer | Tensor] = {
         "truth": truth,
         "generated": Layer(x, generated=True),
         "difference (HU)": Layer(x - truth, "difference", generated=True),

@@ -381,7 +381,7 @@ def turn_to(
         to = to[::-1]
     for axis, (letter, end) in enumerate(zip(to, want)):
         if letter == OPPOSITE[end]:
-            view.turn(lambda a, axis=axis: a.flip(1 - axis))
+            view.turn(partial(torch.flip, dims=(1 - axis,)))
             view.done.append(f"its {('columns', 'rows')[axis]} lead to {letter}, so they were mirrored")
     return transposed
 

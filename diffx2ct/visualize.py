@@ -150,6 +150,7 @@ def dtype_of(name: str) -> type:  # a volume's name -> how it is stored
 class NamedLayer(Layer):
     "A layer of the viewer: it has a name, and its limits are fixed."
 
+    limits: tuple[float, float] = (0.0, 1.0)  # drawn as first and last colour
     name: str = ""  # shown on its button
     less: np.ndarray | None = None  # (D, H, W) float32 taken away from `values`: the truth, in a difference
     replaceable: bool = False  # samples can take the place of `values`
@@ -754,7 +755,8 @@ def stretch(
         middle, half = (low + high) / 2 - up * (high - low), max(math.exp(2 * wide) * (high - low) / 2, 1)
         self.levels.value = (middle - half, middle + half)
     elif layer.kind != "coverage":
-        layer.limits = tuple(math.exp(2 * wide) * end for end in layer.limits)
+        low, high = layer.limits
+        layer.limits = (math.exp(2 * wide) * low, math.exp(2 * wide) * high)
         self.redraw()
 
 # %% ../nbs/05_visualize.ipynb #79bf5fd1
