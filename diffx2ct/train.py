@@ -1215,7 +1215,7 @@ def check_space(
         for d in (was, now):
             if isinstance(d, optuna.distributions.CategoricalDistribution):
                 words.append(f"choices {', '.join(map(str, d.choices))}")
-            else:
+            elif isinstance(d, optuna.distributions.IntDistribution | optuna.distributions.FloatDistribution):
                 whole_ones = isinstance(d, optuna.distributions.IntDistribution)
                 kind = "whole numbers" if whole_ones else "real numbers"
                 words.append(f"a range of {kind} with log: {'true' if d.log else 'false'}")
@@ -1308,10 +1308,10 @@ def suggest(
     c, space = c.model_copy(deep=True), {key: distribution(key, c) for key in c.OPTUNA.PARAMS}
     for key, d in space.items():
         if isinstance(d, optuna.distributions.CategoricalDistribution):
-            value = json.loads(trial.suggest_categorical(key, d.choices))
+            value = json.loads(cast(str, trial.suggest_categorical(key, d.choices)))
         elif isinstance(d, optuna.distributions.IntDistribution):
             value = trial.suggest_int(key, d.low, d.high, step=d.step, log=d.log)
-        else:
+        elif isinstance(d, optuna.distributions.FloatDistribution):
             value = trial.suggest_float(key, d.low, d.high, step=d.step, log=d.log)
         set_key(c, key, value, f"OPTUNA.PARAMS.{key}")
     return check_config(c)

@@ -198,7 +198,7 @@ def test_ranks_with_other_settings(place):
         out, err = p.communicate(timeout=MINUTES)
         assert (
             p.returncode == 2
-            and "process 1 has TRAINING.LEARNING_RATE = 0.002, process 0 has 0.004" in err
+            and "process 1 has TRAINING.LEARNING_RATE = 0.002, process 0 has 0.001" in err
             and "Traceback" not in err
         ), (out, err)
 
