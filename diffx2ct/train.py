@@ -157,7 +157,7 @@ def make_phantoms(
         d.GEOMETRY
         if isinstance(d.GEOMETRY, str)
         else "-".join(
-            f"{v:g}" if isinstance(v, float) else v for v in d.GEOMETRY.model_dump(exclude_none=True).values()
+            v if isinstance(v, str) else f"{v:g}" for v in d.GEOMETRY.model_dump(exclude_none=True).values()
         )
     )
     folder = (
