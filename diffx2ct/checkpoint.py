@@ -26,7 +26,7 @@ from torch import Tensor
 import diffx2ct
 from .data import Beams, Config, Positive, UserError, read_pt, sentence, write_atomic, write_pt
 from .diffusion import BANDS, ENLARGED, Denoiser, build
-from .drr import Geometry
+from .drr import geometry
 from .ranks import first, rank, whole
 
 # %% ../nbs/03b_checkpoint.ipynb #2ce7839b
@@ -338,10 +338,11 @@ def load_model(
     path = model_file(folder)
     meta = read_header(path)
     h = Header.model_validate(meta)
-    make, weights = (
-        lambda: build(h.config, Geometry(**h.geometry.model_dump()), h.mm, h.line_integrals),
-        read_weights(path, "ema"),
-    )
+    try:
+        g = geometry(h.geometry.model_dump(), h.mm * h.config.DATA.TARGET_VOLUME_SIZE)
+    except UserError as e:
+        raise UserError(f"{path}: {e}; it is damaged, use another checkpoint") from None
+    make, weights = lambda: build(h.config, g, h.mm, h.line_integrals), read_weights(path, "ema")
     try:
         with torch.device("meta"):
             fits(make(), weights, path)  # costs no memory, however large the description says it is

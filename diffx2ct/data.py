@@ -199,6 +199,8 @@ class GeometryConfig(Section):
     SAD_MM: Positive = 541
     SDD_MM: Positive = 949
     PANEL_MM: Positive = 500
+    FRONTAL: Literal["pa", "ap"] | None = None
+    LATERAL: Literal["left", "right"] | None = None
 
 
 class DataConfig(Section):
@@ -212,7 +214,7 @@ class DataConfig(Section):
     TARGET_VOLUME_SIZE: Annotated[int, Field(ge=8, le=1024, multiple_of=8)] = 64
     TARGET_DRR_SIZE: Annotated[int, Field(ge=8, le=4096)] = 64
     CUBE_MM: Positive = 320
-    GEOMETRY: Literal["parallel", "x2ct", "x2ct_scaled"] | GeometryConfig = "parallel"
+    GEOMETRY: Literal["parallel", "x2ct", "x2ct_scaled", "chest"] | GeometryConfig = "parallel"
     HU_MIN: Finite = -1024
     HU_MAX: Finite = 1500
     VIS_WINDOW_MIN: Finite = -1000
@@ -522,10 +524,10 @@ def sentence(
             for x in e.errors()
             if x["type"] not in ("literal_error", "model_type", "model_attributes_type") or len(e.errors()) == 1
         ),
-        e.errors()[0],
+        max(e.errors(), key=lambda x: (x["type"] == "literal_error", len(x["loc"]))),
     )
     key = ".".join(s for s in [prefix, *map(str, first["loc"])] if s)
-    key = re.sub(r"\.(GeometryConfig|literal\[.*?\]|str|list\[.*?\])$", "", key)
+    key = re.sub(r"\.(GeometryConfig|literal\[.*?\]|str|list\[.*?\])(?=\.|$)", "", key)
     if first["type"] == "extra_forbidden":
         return unknown_key(key, source)
     if first["type"] == "value_error":
@@ -1019,7 +1021,7 @@ def cases_in(
 
 def write_manifest(
     drr_dir: str | Path,  # `DATA.DRR_DIR`
-    geometry: dict,  # kind, sad_mm, sdd_mm, panel_mm
+    geometry: dict,  # kind, sad_mm, sdd_mm, panel_mm, and the sides of the sources where they are stated
     size: int,  # voxels along an edge
     mm: float,  # voxel edge in mm
     pixels: int,  # detector pixels along an edge
@@ -1052,6 +1054,8 @@ class Beams(BaseModel):
     sad_mm: Weight
     sdd_mm: Weight
     panel_mm: Positive
+    frontal: Literal["ap", "pa"] | None = None
+    lateral: Literal["left", "right"] | None = None
 
 
 class Manifest(BaseModel):

@@ -81,7 +81,7 @@ def geometry(
         raise UserError(
             f"geometry has frontal {g.frontal!r} and lateral {g.lateral!r}; use ap or pa, and left or right"
         )
-    if g.kind == "cone" and not (g.sad_mm > side_mm / 2 and g.sdd_mm >= g.sad_mm + side_mm / 2):
+    if g.kind == "cone" and not (g.sad_mm > side_mm / 2 and g.sdd_mm >= g.sad_mm + side_mm / 2 - 1e-6):
         raise UserError(
             f"SAD_MM {g.sad_mm:g} and SDD_MM {g.sdd_mm:g} put the source or the detector inside the {side_mm:g} mm cube; SAD must exceed {side_mm / 2:g} and SDD exceed SAD + {side_mm / 2:g}"
         )

@@ -105,16 +105,19 @@ def check_like(
         "mm": (net.A.mm,),
         "pixels": (net.A.pixels,),
         "HU window": net.window,
-        "geometry": astuple(net.A.geometry),
+        "geometry": astuple(net.A.geometry)[:4],
+        "source sides": (net.A.geometry.frontal, net.A.geometry.lateral),
     }
     equal = lambda a, b: all(
         p == q if isinstance(q, str) else math.isclose(p, q, rel_tol=1e-4) for p, q in zip(a, b, strict=True)
     )
     say = lambda v: " ".join(u if isinstance(u, str) else f"{u:g}" for u in v)
     try:
+        g = geometry(manifest["geometry"], manifest["size"] * manifest["mm"])
         theirs = {k: (manifest[k],) for k in ("size", "mm", "pixels")} | {
             "HU window": manifest["hu_window"],
-            "geometry": astuple(geometry(manifest["geometry"], manifest["size"] * manifest["mm"])),
+            "geometry": astuple(g)[:4],
+            "source sides": (g.frontal, g.lateral),
         }
         wrong = next(
             (

@@ -62,7 +62,7 @@ from diffx2ct.data import (
     unpacked,
     write_manifest,
 )
-from .drr import Projector, geometry
+from .drr import CHEST_CUBE_MM, Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what a file lacks is said by us, in a sentence
@@ -1540,7 +1540,8 @@ def settings(
     size = first(a.size, there("size"), cube and cube[0], 64)
     if size % 8 or not 8 <= size <= 1024:
         raise UserError(f"--size {size} must be a multiple of 8 from 8 to 1024")
-    mm = first(a.mm, there("mm"), round((cube[0] * cube[1] if cube else 320) / size, 6))
+    edge = cube[0] * cube[1] if cube else CHEST_CUBE_MM if a.geometry == "chest" else 320
+    mm = first(a.mm, there("mm"), round(edge / size, 6))
     if not 0 < mm < 1000:
         raise UserError(f"--mm {mm:g} must be a voxel edge in millimetres, such as {320 / size:g}")
     pixels = first(a.pixels, there("pixels"), size)
@@ -1551,7 +1552,15 @@ def settings(
         raise UserError(f"--window {window[0]:g} {window[1]:g} is empty; the first value must be the lower one")
     if old and old["view_domain"] != "line_integral":
         raise UserError(f"{a.out} holds views in display units, made by another program; use another --out")
-    chosen = asdict(geometry(first(a.geometry, there("geometry"), "parallel"), size * mm))
+    try:
+        chosen = asdict(geometry(first(a.geometry, there("geometry"), "parallel"), size * mm))
+    except UserError:
+        if a.geometry is None:
+            raise
+        raise UserError(
+            f"--geometry {a.geometry} has no room for a cube of {size * mm:g} mm "
+            f"({size} voxels of {mm:g} mm) between source and detector; use a smaller --mm"
+        ) from None
     new: dict[str, Any] = dict(
         size=size,
         mm=mm,
@@ -1744,12 +1753,16 @@ nothing of a DICOM header's identity is kept, nor the name of its folder.""",
         "--size", type=int, metavar="N", help="voxels along an edge of the cube (64; a finished cube keeps its own)"
     )
     p.add_argument(
-        "--mm", type=float, help="voxel edge in mm (320/N, a cube that holds a chest; a finished cube keeps its edge)"
+        "--mm",
+        type=float,
+        help="voxel edge in mm (320/N, a cube that holds a chest; 384/N for --geometry chest; "
+        "a finished cube keeps its edge)",
     )
     p.add_argument(
         "--geometry",
-        choices=("parallel", "x2ct", "x2ct_scaled"),
-        help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data",
+        choices=("parallel", "x2ct", "x2ct_scaled", "chest"),
+        help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data; chest: PA and left lateral "
+        "chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm says otherwise",
     )
     p.add_argument("--pixels", type=int, metavar="P", help="detector pixels along an edge (N)")
     p.add_argument("--window", type=float, nargs=2, metavar=("MIN", "MAX"), help="HU stored as 0 and 1 (-1024 1500)")

@@ -156,7 +156,9 @@ def make_phantoms(
     kind = (
         d.GEOMETRY
         if isinstance(d.GEOMETRY, str)
-        else "-".join(f"{v:g}" if isinstance(v, float) else v for v in d.GEOMETRY.model_dump().values())
+        else "-".join(
+            v if isinstance(v, str) else f"{v:g}" for v in d.GEOMETRY.model_dump(exclude_none=True).values()
+        )
     )
     folder = (
         Path("data")
@@ -265,11 +267,7 @@ def on_phantoms(c: Config, data: Data) -> Config:
         1.0,
         data.mm * d.TARGET_VOLUME_SIZE,
     )
-    d.GEOMETRY = (
-        "parallel"
-        if g.kind == "parallel"
-        else GeometryConfig(KIND=g.kind, SAD_MM=g.sad_mm, SDD_MM=g.sdd_mm, PANEL_MM=g.panel_mm)
-    )
+    d.GEOMETRY = "parallel" if g.kind == "parallel" else GeometryConfig(**{k.upper(): v for k, v in asdict(g).items()})
     return c
 
 
@@ -1245,7 +1243,11 @@ def comparable(c: Config, data: Data) -> dict[str, Any]:
         data.geometry,
         lambda cases: f"{len(cases)} ({hashlib.sha256(json.dumps(cases).encode()).hexdigest()[:8]})",
     )
-    kind = "parallel" if g.kind == "parallel" else f"cone {g.sad_mm:g} {g.sdd_mm:g} {g.panel_mm:g}"
+    kind = (
+        "parallel"
+        if g.kind == "parallel"
+        else " ".join(v if isinstance(v, str) else f"{v:g}" for v in asdict(g).values())
+    )
     held_out = [data.valid[i] for i in range(len(data.valid))]
     return {k: v for k, v in settings.items() if not APART.fullmatch(k)} | {
         "training cases of DATA.PT_DATA_DIR": names(data.train.cases),

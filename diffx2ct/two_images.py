@@ -656,6 +656,9 @@ def same_geometry(
     words = lambda g, pixels, lines: (
         f"{g['kind']} beams, a detector of {g['panel_mm']:g} mm and {pixels} x {pixels} pixels"
         + (f", SAD {g['sad_mm']:g} and SDD {g['sdd_mm']:g} mm" if g["kind"] == "cone" else "")
+        + "".join(
+            f", {k} {g[k]}" for k, usual in (("frontal", "ap"), ("lateral", "left")) if (g.get(k) or usual) != usual
+        )
         + ("" if lines else ", display images")
     )
     there, here = (
