@@ -62,6 +62,7 @@ def check_domain(denoiser: Denoiser, views: Tensor) -> None:
 def as_views(
     denoiser: Denoiser,
     views: Any,  # (2, P, P) or (1, 2, P, P): tensor or array, AP and LAT
+    strict: bool = False,  # refuse values of another kind of view; else `careful` warns of them
 ) -> Tensor:  # (2, P, P) float32, on the model's device
     "Views of one case as the network reads them; errors name the shape or the value that is wrong."
     try:
@@ -78,7 +79,8 @@ def as_views(
     v = v.detach().reshape(2, P, P).to(denoiser.mean.device, torch.float32)
     if not v.isfinite().all():
         raise UserError("the views hold values that are NaN or infinite; replace them first")
-    check_domain(denoiser, v)
+    if strict:
+        check_domain(denoiser, v)
     return v
 
 # %% ../nbs/02b_reconstruct.ipynb #37954420
@@ -124,7 +126,7 @@ def samples(
     denoiser, c, patch = parts(model, c, patch)
     if not seeds:
         raise UserError("there is no seed to sample with; give at least one")
-    views = as_views(denoiser, views)[None]
+    views = as_views(denoiser, views, strict=denoiser is not model)[None]
     base = denoiser.base(views, c.CONSISTENCY, amp)
     denoise = settled(denoiser, views, base, patch, c, amp)
     out = []
@@ -181,7 +183,7 @@ def reconstruct(
         raise UserError(f"method {method!r} is not one this model has; use one of {', '.join(methods_of(denoiser))}")
     if method == "mean_of_k" and k < 1:
         raise UserError(f"k is {k}, but mean_of_k needs 1 sample or more")
-    v = as_views(denoiser, views)[None]
+    v = as_views(denoiser, views, strict=denoiser is not model)[None]
     if method == "mean":
         return denoiser.mean[0].clone()
     if method == "consistent_mean":
