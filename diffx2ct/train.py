@@ -156,9 +156,7 @@ def make_phantoms(
     kind = (
         d.GEOMETRY
         if isinstance(d.GEOMETRY, str)
-        else "-".join(
-            v if isinstance(v, str) else f"{v:g}" for v in d.GEOMETRY.model_dump(exclude_none=True).values()
-        )
+        else "-".join(v if isinstance(v, str) else f"{v:g}" for v in d.GEOMETRY.model_dump(exclude_none=True).values())
     )
     folder = (
         Path("data")
