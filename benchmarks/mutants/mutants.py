@@ -972,7 +972,13 @@ MUTANTS = {
             "an option without effect",
         ),
         ("infinite figures", "v if math.isfinite(v) else None for", "v for", "JSON that is none"),
-        ("geometry not compared", '"geometry": astuple(net.A.geometry)[:4],\n    }', "}", "figures of another machine"),
+        ("geometry not compared", '"geometry": astuple(net.A.geometry)[:4],', "", "figures of another machine"),
+        (
+            "sides not compared",
+            '"source sides": (net.A.geometry.frontal, net.A.geometry.lateral),',
+            "",
+            "figures of films taken from the other side",
+        ),
     ],
     "doubt": [
         (
