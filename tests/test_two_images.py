@@ -996,3 +996,9 @@ def test_one_call_from_python(here, say, tmp_path):
         reconstruct(model, here.y / here.y.max())
     with pytest.raises(UserError, match="display images"):
         reconstruct(load_model(here.at / "display"), here.y)
+
+
+def test_ranks_are_shares_and_equal_values_are_equal():
+    from diffx2ct.two_images import ranks
+
+    assert ranks(torch.tensor([2.0, 1.0, 1.0, 3.0])).tolist() == [0.625, 0.25, 0.25, 0.875]

@@ -71,7 +71,11 @@ CHECKS = {
     ],
     "evaluate": ["tests/test_judging_rules.py", "nbs/04a_evaluate.ipynb", "tests/test_evaluate.py"],
     "doubt": ["tests/test_judging_rules.py", "nbs/04b_doubt.ipynb", "tests/test_doubt.py"],
-    "two_images": ["tests/test_two_images.py", "nbs/05a_two_images.ipynb"],
+    "two_images": [
+        "tests/test_two_images.py ranks or window or monochrome1 or orientation or magnification",
+        "tests/test_two_images.py suspicions or (dicom_series and right)",
+        "nbs/05a_two_images.ipynb",
+    ],
     "visualize": ["tests/test_viewer.py", "nbs/05_visualize.ipynb"],
     "optimizer": ["tests/test_film_rules.py orthogonal or equation or adamw", "nbs/03d_optimizer.ipynb"],
     "radiograph": ["tests/test_film_rules.py", "tests/test_film.py physics", "nbs/00g_radiograph.ipynb"],
