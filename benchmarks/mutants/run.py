@@ -61,7 +61,7 @@ CHECKS = {
     "checkpoint": ["tests/test_wiring.py checkpoint", "nbs/03b_checkpoint.ipynb"],
     "lesions": ["tests/test_wiring.py lesions", "nbs/04c_lesions.ipynb"],
     "data": ["tests/test_data_rules.py", "nbs/00_data.ipynb", "tests/test_wiring.py consistency"],
-    "scans": ["tests/test_scans.py", "nbs/00b_scans.ipynb", "tests/test_prepare.py"],
+    "scans": ["tests/test_scan_rules.py", "nbs/00b_scans.ipynb", "tests/test_prepare.py"],
     "phantom": ["tests/test_phantom.py", "nbs/00c_phantom.ipynb"],
     "reconstruct": ["tests/test_wiring.py reconstruct", "nbs/02b_reconstruct.ipynb"],
     "train": [
