@@ -65,22 +65,31 @@ CHECKS = {
     "phantom": ["tests/test_phantom.py", "nbs/00c_phantom.ipynb"],
     "reconstruct": ["tests/test_wiring.py reconstruct", "nbs/02b_reconstruct.ipynb"],
     "train": [
+        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or means or best_one",
         "tests/test_training_rules.py",
         "tests/test_determinism.py",
         "nbs/04_train_optuna.ipynb",
     ],
-    "evaluate": ["tests/test_judging_rules.py", "nbs/04a_evaluate.ipynb", "tests/test_evaluate.py"],
-    "doubt": ["tests/test_judging_rules.py", "nbs/04b_doubt.ipynb", "tests/test_doubt.py"],
+    "evaluate": [
+        "tests/test_judging_rules.py second or means or figures or evaluation or machine",
+        "nbs/04a_evaluate.ipynb",
+        "tests/test_evaluate.py",
+    ],
+    "doubt": [
+        "tests/test_judging_rules.py factors or kind or distance or half or limits or turned or fitted",
+        "nbs/04b_doubt.ipynb",
+        "tests/test_doubt.py",
+    ],
     "two_images": [
         "tests/test_two_images.py ranks or window or monochrome1 or orientation or magnification",
         "tests/test_two_images.py suspicions or (dicom_series and right)",
         "nbs/05a_two_images.ipynb",
     ],
     "visualize": ["tests/test_viewer.py", "nbs/05_visualize.ipynb"],
-    "optimizer": ["tests/test_film_rules.py orthogonal or equation or adamw", "nbs/03d_optimizer.ipynb"],
+    "optimizer": ["tests/test_optimizer.py", "nbs/03d_optimizer.ipynb"],
     "radiograph": ["tests/test_film_rules.py", "tests/test_film.py physics", "nbs/00g_radiograph.ipynb"],
-    "calibrate": ["tests/test_film_rules.py", "nbs/01a_calibrate.ipynb"],
-    "align": ["tests/test_film_rules.py", "nbs/01b_align.ipynb", "tests/test_film.py tables"],
+    "calibrate": ["tests/test_calibrate_rules.py", "nbs/01a_calibrate.ipynb"],
+    "align": ["tests/test_align.py", "nbs/01b_align.ipynb", "tests/test_film.py tables"],
 }
 
 
