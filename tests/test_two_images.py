@@ -996,23 +996,3 @@ def test_one_call_from_python(here, say, tmp_path):
         reconstruct(model, here.y / here.y.max())
     with pytest.raises(UserError, match="display images"):
         reconstruct(load_model(here.at / "display"), here.y)
-
-
-def test_ranks_are_shares_and_equal_values_are_equal():
-    from diffx2ct.two_images import ranks
-
-    assert ranks(torch.tensor([2.0, 1.0, 1.0, 3.0])).tolist() == [0.625, 0.25, 0.25, 0.875]
-
-
-@pytest.mark.parametrize(
-    "calibrated, enlarged, factor", [(False, None, 1), (True, None, 949 / 541), (False, 1.2, 949 / 541 / 1.2)]
-)
-def test_magnification_of_a_cone_beam(calibrated, enlarged, factor):
-    "Pixels measured in the patient's middle are as many times larger on the detector."
-    from diffx2ct.drr import Projector
-    from diffx2ct.two_images import View
-
-    A = Projector(geometry("x2ct", 320.0), 16, 20.0, 100)  # a detector of 500 mm
-    view = View("x", torch.rand(40, 40), mm=(5.0, 5.0), calibrated=calibrated, enlarged=enlarged)
-    seen = on_panel(view, A)[1]
-    assert seen.sum().item() ** 0.5 * 5 == pytest.approx(200 * factor, abs=10)

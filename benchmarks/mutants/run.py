@@ -81,8 +81,8 @@ CHECKS = {
         "tests/test_doubt.py",
     ],
     "two_images": [
-        "tests/test_two_images.py ranks or window or monochrome1 or orientation or magnification",
-        "tests/test_two_images.py suspicions or (dicom_series and right)",
+        "tests/test_two_images_rules.py",
+        "tests/test_two_images.py window or monochrome1 or orientation or magnification",
         "nbs/05a_two_images.ipynb",
     ],
     "visualize": ["tests/test_viewer.py", "nbs/05_visualize.ipynb"],
