@@ -5,7 +5,20 @@ import os
 import pytest
 import torch
 
-from diffx2ct.data import density, load_config, patient_of, show_mpr, split_cases, to_unit, write_together
+from diffx2ct.data import (
+    UserError,
+    crop_origin,
+    density,
+    load_config,
+    load_tensor,
+    patient_of,
+    planes,
+    save_tensor,
+    show_mpr,
+    split_cases,
+    to_unit,
+    write_together,
+)
 from diffx2ct.drr import Projector, geometry
 
 CASES = [f"p{i:02d}.scan{k}" for i in range(20) for k in range(1 + i % 2)]  # every second patient has two scans
@@ -111,3 +124,40 @@ def test_letters_stand_where_the_patient_is():
             found.add((name, letter))
     seen = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF", "AP view": "RLHF", "LAT view": "APHF"}
     assert found == {(name, letter) for name, letters in seen.items() for letter in letters}
+
+
+def test_unit_values_and_densities_of_known_hu():
+    window = (-1024.0, 1500.0)
+    unit = to_unit(torch.tensor([-3000.0, -1024.0, 0.0, 238.0, 1500.0, 3000.0]), window)
+    torch.testing.assert_close(unit, torch.tensor([0, 0, 1024 / 2524, 0.5, 1, 1]))
+    got = density(to_unit(torch.tensor([-1000.0, 0.0, 1000.0]), window), window)
+    torch.testing.assert_close(got, torch.tensor([0.0, 1.0, 2.0]), atol=1e-5, rtol=0)
+
+
+def test_crops_begin_at_every_place_that_there_is():
+    at = [crop_origin(10, 8, (0, k)) for k in range(60)]
+    assert all({o[axis] for o in at} == {0, 1, 2} for axis in range(3))
+    assert crop_origin(8, 8, (0, 0)) == (0, 0, 0)
+
+
+def test_planes_go_through_their_voxel():
+    v = torch.arange(4 * 5 * 6).view(4, 5, 6)
+    axial, coronal, sagittal = planes(v, (1, 2, 3))
+    assert torch.equal(axial, v[1]) and torch.equal(coronal, v[:, 2]) and torch.equal(sagittal, v[:, :, 3])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_value_that_is_no_number_is_refused(value, tmp_path):
+    x = torch.ones(4, 4, 4)
+    x[1, 2, 3] = value
+    torch.save(x, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        load_tensor(tmp_path / "x.pt")
+    save_tensor(torch.ones(4, 4, 4), tmp_path / "y.pt")
+    assert load_tensor(tmp_path / "y.pt").eq(1).all()
+
+
+def test_a_profile_goes_before_the_settings_of_all(tmp_path):
+    (tmp_path / "c.yml").write_text("EPOCHS: 7\nSEED: 5\nPROFILES:\n  long:\n    EPOCHS: 90\n")
+    assert load_config(tmp_path / "c.yml", "long").EPOCHS == 90 and load_config(tmp_path / "c.yml", "long").SEED == 5
+    assert load_config(tmp_path / "c.yml").EPOCHS == 7

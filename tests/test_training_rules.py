@@ -287,3 +287,42 @@ def test_the_training_state_is_written_before_the_model(data, monkeypatch):
     assert checkpoint.newest(folder).name == "model_000001.safetensors"
     assert train.begin(c, data, folder).step == 1
     assert not os.path.exists(folder / "model_000002.safetensors")
+
+
+def test_the_memory_of_the_average_grows_up_to_its_decay():
+    for steps, kept in ((0, 0.1), (8, 0.5), (10_000, 0.9)):
+        ema, now = [torch.ones(3)], [torch.zeros(3)]
+        train.averaging(0.9)(ema, now, torch.tensor(steps))
+        assert torch.allclose(ema[0], torch.full((3,), kept)), steps
+
+
+def test_the_average_follows_each_step(data, monkeypatch):
+    r = train.begin(config(), data, Path("averaged"))
+    monkeypatch.setattr(train, "train_step", lambda *a: dict(loss=1.0, threshold=1.0))
+    first, moved = next(r.average.module.parameters()), next(r.denoiser.parameters())
+    for _ in range(2):  # the first step of an average is a copy
+        moved.data += 1
+        before = first.detach().clone()
+        train.make_step(r, config(), [], 0, "")
+        assert not torch.equal(first, before)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    c = config("BATCH_SIZE=2", "TRAINING.GRADIENT_ACCUMULATION_STEPS=1")
+    epochs = [sum((d.cases for s in range(3) for d in train.draw(c, 6, 3 * e + s)), ()) for e in range(5)]
+    assert all(sorted(order) == list(range(6)) for order in epochs) and len(set(epochs)) > 3
+
+
+def test_a_crop_of_the_coarse_stage_is_a_crop_of_the_pooled_case(data):
+    coarse = train.pooled(data).train
+    got, whole = coarse.part(0, (1, 2, 3), 4), coarse[0]
+    assert torch.allclose(got.volume, whole.volume[:, 1:5, 2:6, 3:7], atol=1e-6)
+    assert torch.allclose(got.views, whole.views)
+
+
+def test_changed_volumes_have_views_of_their_own(data):
+    net, c = train.prepare_run(config(), data), config("TRAINING.AUGMENT.PHOTONS=0")
+    stored, changed = data.train[0].views[None], data.train[1].volume[None]
+    d = train.Draw((0,), (0, 0, 0), 5)
+    assert torch.allclose(train.seen(net, stored, changed, d, [0], c), data.train[1].views[None], atol=0.5)
+    assert torch.equal(train.seen(net, stored, None, d, [0], c), stored)

@@ -200,6 +200,11 @@ def test_the_readout_of_the_mouse_is_of_the_voxel_under_it():
         assert V.place(expected, SHAPE, 2.0) in row
 
 
+def test_the_place_of_a_voxel_in_the_patient():
+    assert V.place((0, 0, 0), (5, 5, 5), 10.0) == "R 20.0 mm, A 20.0 mm, H 20.0 mm"
+    assert V.place((3, 4, 4), (5, 5, 5), 10.0) == "L 20.0 mm, P 20.0 mm, F 10.0 mm"
+
+
 def test_values_in_words():
     beams = [V.value_at(V.layer("coverage", volume(k)), (0, 0, 0)) for k in range(3)]
     assert beams == ["no beam: prior only", "one beam", "both beams"]

@@ -1,0 +1,184 @@
+"Rules of evaluation and of doubt, each by a small case worked out by hand; the models are untrained."
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_doubt import TINY
+
+import diffx2ct.evaluate as evaluation
+from diffx2ct.checkpoint import describe, load_model, save_model, write_summed
+from diffx2ct.data import Case, UserError, density, load_config, to_unit
+from diffx2ct.diffusion import build
+from diffx2ct.doubt import (
+    FLOOR,
+    KEPT,
+    KINDS,
+    LEVELS,
+    digest,
+    distance,
+    factors,
+    fitted,
+    gaussian,
+    half_width,
+    limits,
+    settings,
+    trust,
+    turned,
+)
+from diffx2ct.drr import geometry
+from diffx2ct.evaluate import check_like, evaluate, means, score, trained_on
+from diffx2ct.metrics import bootstrap, metrics
+from diffx2ct.phantom import phantom
+
+WINDOW = (-1024.0, 1500.0)
+HU = WINDOW[1] - WINDOW[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    "An untrained checkpoint."
+    c = load_config(sets=[*TINY, "DATA.AIR_THRESHOLD=-300"])
+    net = build(c, geometry("parallel", 320), 20.0)
+    net.mean.copy_(to_unit(phantom(0, 16)[0], net.window)[None, None])
+    folder = tmp_path_factory.mktemp("untrained")
+    save_model(folder / "best.safetensors", net, describe(net, c, step=0))
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def case(model):
+    volume = to_unit(phantom(1, 16)[0], WINDOW)[None]
+    return Case("somebody", volume, model.denoiser.A(density(volume[None], WINDOW))[0])
+
+
+# Evaluation
+
+
+def test_a_second_scan_of_a_trained_patient_is_named():
+    model = SimpleNamespace(config=None, meta=dict(cases=dict(train=["p1__1.2.3", "p2"])))
+    assert trained_on(["p1__4.5.6", "p2", "p3", "p2__7"], model) == ["p1__4.5.6", "p2", "p2__7"]
+
+
+def test_means_have_the_interval_of_the_bootstrap():
+    values = [20.0, 22.0, 27.0, 21.0, 30.0]
+    cases = {str(i): dict(scores=dict(mean=dict.fromkeys(evaluation.FIGURES, v))) for i, v in enumerate(values)}
+    assert means(cases, ["mean"], seed=3)["mean"]["psnr"] == list(bootstrap(values, seed=3))
+
+
+def test_figures_that_do_not_exist_are_none(model, case):
+    empty = score(case.volume, Case("nobody", torch.zeros_like(case.volume), case.views), model.denoiser)
+    assert empty["mae_hu_body"] is None and empty["mae_hu"] > 0  # a cube of air has no body
+    json.dumps(empty, allow_nan=False)
+
+
+def test_figures_are_those_of_the_protocol_and_of_the_body_that_are_asked_for(model, case):
+    x = model.denoiser.mean[0]
+    got = [score(x, case, model.denoiser, protocol, air) for protocol in ("unit", "psct") for air in (-900, 0)]
+    for (protocol, air), found in zip(((p, a) for p in ("unit", "psct") for a in (-900, 0)), got):
+        wanted = metrics(x[0], case.volume[0], WINDOW, protocol, air)
+        assert all(found[k] == pytest.approx(wanted[k]) for k in ("psnr", "ssim", "mae_hu_body")), (protocol, air)
+    assert got[0]["psnr"] != got[2]["psnr"] and got[0]["mae_hu_body"] != got[1]["mae_hu_body"]
+
+
+def test_the_settings_of_an_evaluation_reach_its_parts(model, case, monkeypatch):
+    seen = {}
+
+    def reconstruct(net, views, method, c, k, seed, *_):
+        seen.update(c=c, k=k, seed=seed)
+        return net.mean[0]
+
+    def judge(x, case, net, protocol="unit", air=-500):
+        seen.update(protocol=protocol, air=air)
+        return dict.fromkeys(evaluation.FIGURES, 1.0)
+
+    monkeypatch.setattr(evaluation, "reconstruct", reconstruct)
+    monkeypatch.setattr(evaluation, "score", judge)
+    result = evaluate(model, [case], ["sample"], "psct", k=3, seed=7, steps=5, consistency="soft")
+    c = seen.pop("c")
+    assert (c.STEPS, c.CONSISTENCY) == (5, "soft") and seen == dict(k=3, seed=7, protocol="psct", air=-300)
+    assert (result["settings"]["steps"], result["settings"]["k"]) == (5, 3)
+    evaluate(model, [case], ["sample"])
+    assert seen["c"].STEPS == model.config.DIFFUSION.STEPS
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("geometry", dict(kind="cone", sad_mm=541.0, sdd_mm=949.0, panel_mm=500.0), "geometry cone"),
+        ("mm", 10.0, "mm 10"),
+        ("hu_window", [-1000, 1500], "HU window"),
+    ],
+)
+def test_data_of_another_machine_is_refused(key, value, words, model, monkeypatch, tmp_path):
+    known = dict(view_domain="line_integral", size=16, mm=20.0, pixels=16, hu_window=WINDOW, geometry="parallel")
+    monkeypatch.setattr(evaluation, "read_manifest", lambda _: known)
+    check_like(tmp_path, model)
+    known[key] = value
+    with pytest.raises(UserError, match=words):
+        check_like(tmp_path, model)
+
+
+# Doubt
+
+
+def test_factors_are_the_conformal_ranks():
+    z = torch.arange(1.0, 20)  # of 19 distances the 10th, the 16th and the 19th: ceil(20 p)
+    assert factors(z.flip(0), torch.zeros(19, dtype=torch.long))[0].tolist() == [10, 16, 19]
+
+
+def test_a_kind_has_factors_of_its_own_where_there_are_voxels_enough():
+    z, kind = torch.arange(1.0, 801), torch.tensor([1, 2] * 200 + [3] * 201 + [2] * 199)
+    q = factors(z, kind)
+    assert q[3, 0] == 501 and q[0].tolist() == [401, 641, 761]  # a kind that nobody has seen takes those of all
+
+
+def test_factors_of_the_normal_distribution_are_two_sided():
+    assert gaussian()[0].tolist() == pytest.approx([0.6745, 1.2816, 1.96], abs=1e-3)
+
+
+def test_a_distance_counts_no_spread_below_the_floor():
+    z = distance(torch.tensor([0.5, 0.5]), torch.tensor([0.4, 0.6]), torch.tensor([0.05, 0.0]), WINDOW)
+    torch.testing.assert_close(z, torch.tensor([2, 0.1 * HU / FLOOR]))
+
+
+def test_half_an_interval_is_in_hu():
+    w = half_width(torch.tensor([0.0, 0.1]), torch.tensor([1, 2]), torch.tensor([9.0, 2.0, 3.0]), WINDOW)
+    torch.testing.assert_close(w, torch.tensor([2 * FLOOR, 3 * 0.1 * HU]))
+
+
+def test_limits_lie_beyond_all_held_out_cases_and_only_what_is_above_counts():
+    usual = limits([dict(spread=10.0, surprise=9.0), dict(spread=20.0, surprise=3.0)], 1.5)
+    assert usual == dict(spread=30.0, surprise=13.5)
+    found = dict(spread=31.0, surprise=1.0, unseen=0.0)
+    assert trust(found, usual)[0] == ["spread"] and trust(found | dict(spread=29.0), usual)[0] == []
+
+
+def test_a_patient_is_turned_about_the_long_axis():
+    x = torch.rand(1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(turned(x, 90), x.rot90(1, (2, 3)), atol=1e-4, rtol=0)
+    blob = torch.zeros(1, 5, 33, 33)
+    blob[:, :, 15:18, 26:29] = 1
+    at = (turned(blob, 30)[0, 2] > 0.5).nonzero().float().mean(0) - 16
+    assert at.norm().item() == pytest.approx(11, abs=0.5)
+    assert abs(math.degrees(math.atan2(at[0], at[1]))) == pytest.approx(30, abs=3)
+
+
+def test_what_was_fitted_holds_for_its_model_and_settings_only(model):
+    c, path = model.config.DIFFUSION, model.path.parent / KEPT
+    q = torch.full((len(KINDS), len(LEVELS)), 3.0)
+    kept = dict(model=digest(model.path), factors={2: q.tolist()}, limits=dict(spread=1.0), cases=["a", "b"])
+    kept |= settings(c)
+    try:
+        write_summed(path, lambda p: p.write_text(json.dumps(kept)))
+        found, usual, said = fitted(model, c, 2)
+        assert torch.equal(found, q) and usual == dict(spread=1.0) and said == "calibrated on 2 held-out cases"
+        assert fitted(model, c, 3)[2].startswith("not calibrated")
+        write_summed(path, lambda p: p.write_text(json.dumps(kept | dict(model="0" * 64))))
+        found, usual, said = fitted(model, c, 2)
+        assert torch.equal(found, gaussian()) and usual is None and "of another model" in said
+    finally:
+        for file in path.parent.glob(KEPT + "*"):
+            file.unlink()
