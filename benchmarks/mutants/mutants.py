@@ -1034,7 +1034,7 @@ MUTANTS = {
             "black and white",
         ),
         ("linear window", "centre - 0.5, max(width - 1, 1e-6)", "centre, max(width, 1e-6)", "half a grey value"),
-        ("mirrored along the other axis", "a.flip(1 - axis)", "a.flip(axis)", "head and feet"),
+        ("mirrored along the other axis", "dims=(1 - axis,)", "dims=(axis,)", "head and feet"),
         ("magnification", "[e * M / enlarged for e in view.mm]", "[e * enlarged / M for e in view.mm]", "another size"),
         ("calibrated pixels magnified", "1.0 if view.calibrated else", "M if view.calibrated else", "another size"),
         ("ranks from one", "(count.cumsum(0) - count / 2)", "(count.cumsum(0) - count)", "biased matching"),
@@ -1142,11 +1142,11 @@ MUTANTS = {
             "no orthogonal step",
         ),
         ("powers of the matrix", "gram = q @ (q @ gram)", "gram = q @ gram", "singular values far from 1"),
-        ("no look ahead", 'p.grad.lerp(momentum, group["momentum"])', "momentum", "another optimizer"),
+        ("no look ahead", 'grad.lerp(momentum, group["momentum"])', "momentum", "another optimizer"),
         (
             "momentum reversed",
-            'momentum.lerp_(p.grad, 1 - group["momentum"])',
-            'momentum.lerp_(p.grad, group["momentum"])',
+            'momentum.lerp_(grad, 1 - group["momentum"])',
+            'momentum.lerp_(grad, group["momentum"])',
             "almost no momentum",
         ),
         (
