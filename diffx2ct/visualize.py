@@ -171,12 +171,13 @@ def layer(
         source = Layer(source, stored(name).kind, stored(name).generated)
     colour_map(source.kind)  # refuses an unknown kind
     values, less = (v if v is None else np.ascontiguousarray(v, np.float32) for v in (source.values, less))
-    made = NamedLayer(values, source.kind, source.generated, source.limits, name, less)
-    if made.limits is None and made.kind in ("difference", "deviation"):
+    limits = source.limits
+    made = NamedLayer(values, source.kind, source.generated, name=name, less=less)
+    if limits is None and made.kind in ("difference", "deviation"):
         top = float(np.percentile(np.abs(made[::2, ::2, ::2]), 99.5))
         top = max(10.0 * math.ceil(top / 10), 10.0)
-        made.limits = (-top if made.kind == "difference" else 0.0, top)
-    made.limits = made.range(tuple(window))
+        limits = (-top if made.kind == "difference" else 0.0, top)
+    made.limits = Layer(None, made.kind, limits=limits).range(tuple(window))
     return made
 
 # %% ../nbs/05_visualize.ipynb #165230b8
