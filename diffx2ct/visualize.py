@@ -177,7 +177,7 @@ def layer(
         top = float(np.percentile(np.abs(made[::2, ::2, ::2]), 99.5))
         top = max(10.0 * math.ceil(top / 10), 10.0)
         limits = (-top if made.kind == "difference" else 0.0, top)
-    made.limits = Layer(None, made.kind, limits=limits).range(tuple(window))
+    made.limits = Layer(values, made.kind, limits=limits).range(tuple(window))
     return made
 
 # %% ../nbs/05_visualize.ipynb #165230b8
