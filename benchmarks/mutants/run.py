@@ -63,9 +63,13 @@ CHECKS = {
     "data": ["tests/test_data_rules.py", "nbs/00_data.ipynb", "tests/test_wiring.py consistency"],
     "scans": ["tests/test_scan_rules.py", "nbs/00b_scans.ipynb", "tests/test_prepare.py"],
     "phantom": ["tests/test_phantom.py", "nbs/00c_phantom.ipynb"],
-    "reconstruct": ["tests/test_wiring.py reconstruct", "nbs/02b_reconstruct.ipynb"],
+    "reconstruct": [
+        "tests/test_wiring.py reconstruct",
+        "tests/test_judging_rules.py noise",
+        "nbs/02b_reconstruct.ipynb",
+    ],
     "train": [
-        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or means or best_one",
+        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or means or best_one or without_a_pruner",
         "tests/test_training_rules.py",
         "tests/test_determinism.py",
         "nbs/04_train_optuna.ipynb",
