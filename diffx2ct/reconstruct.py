@@ -133,7 +133,7 @@ def samples(
     for seed in tqdm(seeds, desc="sampling", unit="sample", leave=False, disable=None if len(seeds) > 1 else True):
         noise = noise_of(base.shape[1:], seed).to(base)
         state = SAMPLERS[c.SAMPLER](
-            denoise, noise, times_of(c.STEPS), denoiser.diffusion, torch.Generator().manual_seed(seed + 2**32)
+            denoise, noise, times_of(c.STEPS), denoiser.diffusion, torch.Generator().manual_seed(seed + 2**31)
         )
         out.append(denoiser.to_volume(state, base))
     return finish(denoiser, torch.cat(out), views, c.CONSISTENCY)
