@@ -602,6 +602,7 @@ def test_real_chests_from_file_to_picture(tmp_path, ct_dir):
         "chests",
         "--size",
         "32",
+        "--keep_names",
         command="diffx2ct_prepare",
     )
     (tmp_path / "tiny.yml").write_text(TINY.replace("SIZE: 16", "SIZE: 32"))
