@@ -77,6 +77,7 @@ METHODS = {
         "DIFFUSION.STEPS": 50,
         "DIFFUSION.CONSISTENCY": "off",
         "TRAINING.FULL_NOISE_RATIO": 0.0,
+        "TRAINING.OPTIMIZER": "adamw",
         "TRAINING.LEARNING_RATE": 2e-4,
         "BATCH_SIZE": 1,
     },
@@ -96,6 +97,7 @@ ABLATIONS = {
     "with augmentation (half of the cases)": {"TRAINING.AUGMENT.PASSES": 0},
     "without phantoms first": {"TRAINING.PHANTOM_EPOCHS": 0},
     "without diffusion (plain regression)": {"TRAINING.FULL_NOISE_RATIO": 1.0},
+    "without Muon (AdamW)": {"TRAINING.OPTIMIZER": "adamw", "TRAINING.LEARNING_RATE": 1e-3},
 }
 WHERE = {
     "without augmentation (mirror images only)": "sarcoma32",
