@@ -113,7 +113,7 @@ QUICK = {"as it is", "encoder convnext", "lift add", "blend gaussian", "cone", "
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_the_numbers_of_a_network_of_drawn_weights(name):
-    "To 1e-4 of the norm: other processors differ by a thousandth of that, for sums are taken in another order there."
+    "To 1e-4 of the norm, since other processors take sums in another order."
     want, got = json.loads(NUMBERS.read_text())[name], numbers(name)
     assert got.keys() == want.keys()
     for what, values in want.items():
