@@ -24,7 +24,7 @@ TINY = [
 
 def test_the_list_names_every_row_and_trains_nothing(tmp_path):
     got = run_cmd([sys.executable, RUN, "--list", "--out", tmp_path / "out"], cwd=tmp_path)
-    assert got.returncode == 0 and got.stdout.count("\n") == 12 + 10 * 3 + 9 * 3, got.stderr
+    assert got.returncode == 0 and got.stdout.count("\n") == 12 + 11 * 3 + 10 * 3, got.stderr
     assert not (tmp_path / "data").exists()
 
 
