@@ -52,13 +52,25 @@ def run_cmd(
     )
 
 
+def real_data(name: str, what: str) -> Path:
+    "A folder of real data: `$DIFFX2CT_<NAME>_DIR`, or `../shared/<name>` beside the project; else the test skips."
+    variable = f"DIFFX2CT_{name.upper()}_DIR"
+    path = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
+    if not path.is_dir():
+        pytest.skip(f"no real {what}: {path} is not a folder (set {variable})")
+    return path
+
+
 @pytest.fixture(scope="session")
 def ct_dir() -> Path:
-    "A folder with real CT scans: `$DIFFX2CT_CT_DIR`, or `../shared/ct` beside the project."
-    path = Path(os.environ.get("DIFFX2CT_CT_DIR") or ROOT.parent / "shared" / "ct")
-    if not path.is_dir():
-        pytest.skip(f"no real CT scans: {path} is not a folder (set DIFFX2CT_CT_DIR)")
-    return path
+    "A folder with real CT scans."
+    return real_data("ct", "CT scans")
+
+
+@pytest.fixture(scope="session")
+def xray_dir() -> Path:
+    "A folder with real film pairs."
+    return real_data("xray", "film pairs")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,9 +1,7 @@
 "Films: alignment of real pairs, and the benchmark rehearsed on synthetic scans and films."
 
 import json
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +19,6 @@ from diffx2ct.radiograph import FilmSettings, film_pair, tissue_integrals
 
 WINDOW, N, CUBE = (-1024.0, 1500.0), 64, 384.0
 FACES_LEFT = {0, 3, 4, 5, 6, 7}  # of the twelve real pairs, judged by eye
-
-
-@pytest.fixture(scope="session")
-def xray_dir() -> Path:
-    "A folder with real film pairs: `$DIFFX2CT_XRAY_DIR`, or `../shared/xray` beside the project."
-    path = Path(os.environ.get("DIFFX2CT_XRAY_DIR") or ROOT.parent / "shared" / "xray")
-    if not path.is_dir():
-        pytest.skip(f"no real film pairs: {path} is not a folder (set DIFFX2CT_XRAY_DIR)")
-    return path
 
 
 @pytest.fixture(scope="session")
