@@ -413,7 +413,7 @@ def share_study(
         locked_said=said.count("locked"),
         tracebacks=said.count("Traceback"),
         exit_codes=sorted(codes),
-        complaints=[line for line in said.splitlines() if "diffx2ct:" in line],
+        complaints=[line for line in said.splitlines() if "diffx2ct:" in line and "waiting for it" not in line],
         by_worker=sorted(Counter(p for _, p, _ in begun).values()),
         **more,
     )
