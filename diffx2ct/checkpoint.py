@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import diffx2ct
-from .calibrate import Calibrator, check_detector, load_calibrator
+from .calibrate import Calibrator, CalibratorHeader, check_detector, load_calibrator
 from .data import Beams, Config, Positive, UserError, read_pt, sentence, write_atomic, write_pt
 from .diffusion import BANDS, ENLARGED, Denoiser, build
 from .drr import geometry
@@ -187,6 +187,7 @@ class Model:
     meta: dict
     path: Path
     calibrator: Calibrator | None = None  # films to views, where the checkpoint has one
+    calibrator_header: CalibratorHeader | None = None
 
 
 Weights = dict[str, Tensor]
@@ -338,14 +339,14 @@ CALIBRATOR = "calibrator.safetensors"
 def calibrator_of(
     folder: Path,  # of a checkpoint
     denoiser: Denoiser,
-) -> Calibrator | None:  # on the denoiser's device; None where the checkpoint has none
-    "The calibration network of a checkpoint."
+) -> tuple[Calibrator | None, CalibratorHeader | None]:  # on the denoiser's device; None where there is none
+    "The calibration network of a checkpoint and its header."
     path = folder / CALIBRATOR
     if not path.exists():
-        return None
+        return None, None
     calibrator, head = load_calibrator(path)
     check_detector(head, denoiser.A, path)
-    return calibrator.to(denoiser.mean.device)
+    return calibrator.to(denoiser.mean.device), head
 
 
 def load_model(
@@ -369,7 +370,7 @@ def load_model(
             f"{path} describes a network that cannot be built; it is damaged, use another checkpoint"
         ) from None
     denoiser = fill(make(), weights, path).to(device).eval()
-    return Model(denoiser, h.config, meta, path, calibrator_of(path.parent, denoiser))
+    return Model(denoiser, h.config, meta, path, *calibrator_of(path.parent, denoiser))
 
 
 def load_training(
