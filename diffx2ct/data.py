@@ -673,6 +673,10 @@ def comments() -> dict[str, str]:  # dotted key -> what the file says of it, in 
     for line in SHIPPED.read_text(encoding="utf-8").splitlines():
         m = re.match(r"( *)(?:# )?([\w.]+):(?: [^#]*)?(?:# *(.*))?$", line)
         if not m:
+            more = re.match(r" +# *(.*)$", line)
+            last = next(reversed(said), "")
+            if more and said.get(last):
+                said[last] += f" {more[1]}"
             continue
         path = [(indent, key) for indent, key in path if indent < len(m[1])] + [(len(m[1]), m[2])]
         if path[0][1] != "PROFILES" or len(path) < 3:
