@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .checkpoint import Model, load_model
+from .checkpoint import SHIPPED_MODEL, Model, is_shipped, load_model, shipped_model
 from diffx2ct.data import (
     CAUTION,
     GENERATED,
@@ -814,7 +814,10 @@ def view(
     "Look at volumes in three linked planes."
     limits = limits_of(window)
     if isinstance(source, (str, Path)) and (
-        Path(source).suffix == ".safetensors" or any(Path(source).glob("*.safetensors"))
+        Path(source).suffix == ".safetensors"
+        or any(Path(source).glob("*.safetensors"))
+        or not Path(source).exists()
+        and shipped_model(source)
     ):
         source = load_model(source)
     if isinstance(source, Model):
@@ -1203,12 +1206,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Reconstruct held-out cases with a checkpoint; write MPR pictures, volumes, a report page and metrics, and log them to W&B.",
         epilog="""examples:
+  ./run_visualize.sh
   ./run_visualize.sh --checkpoint_dir checkpoints/trial_0
   ./run_visualize.sh --checkpoint_dir checkpoints/best --cases 3 --method sample --seed 7
   ./run_visualize.sh --checkpoint_dir checkpoints/best --ap AP.pt --lat LAT.pt --name patient7""",
     )
-    p.add_argument("--checkpoint_dir", required=True, help="folder that diffx2ct_train wrote, or one model file")
-    p.add_argument("--out", help="folder for the results; default: visualizations in the checkpoint folder")
+    p.add_argument(
+        "--checkpoint_dir",
+        default=SHIPPED_MODEL,
+        help="folder that diffx2ct_train wrote, or one model file; default: the model of the package",
+    )
+    p.add_argument(
+        "--out",
+        help="folder for the results; default: visualizations in the checkpoint folder, with the model of the package in the working folder",
+    )
     p.add_argument("--case", action="append", help="name of a held-out case, may be repeated; default: the first ones")
     p.add_argument("--cases", type=int, default=1, help="how many held-out cases, where none is named")
     p.add_argument("--ap", help="frontal view of a new patient, .pt (P, P) in mm of water")
@@ -1348,7 +1359,8 @@ def main(argv: list[str]):
                 f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size"
             )
     cases = [Case(a.name, None, torch.stack(views))] if views else held_out(model, a.case, a.cases)  # type: ignore[arg-type]  # of the two views nobody knows the truth
-    top, figures, step = Path(a.out or model.path.parent / "visualizations"), {}, model.meta.get("step", 0)
+    beside = Path() if is_shipped(model.path) else model.path.parent
+    top, figures, step = Path(a.out or beside / "visualizations"), {}, model.meta.get("step", 0)
     run = start_wandb(model.config, str(model.meta.get("study")), f"trial_{model.meta.get('trial')}", "visualize")
     for case in cases:
         out = top / case.name if len(cases) > 1 else top
