@@ -1175,6 +1175,7 @@ def save_report(
         limits_of(how.get("window", (-1000, 600))),
         views=torch.as_tensor(views),
         path=folder / "mpr.png",
+        mm=mm,
     )
     write_atomic(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
     if trust:

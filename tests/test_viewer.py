@@ -298,7 +298,7 @@ def test_what_lies_in_no_beam_is_marked_off_in_generated_volumes_only():
 def test_files_of_a_case_have_the_right_sign_and_state_what_is_generated(tmp_path, monkeypatch):
     seen = {}
 
-    def look(volumes, window, views, path):
+    def look(volumes, window, views, path, mm):
         seen.update(volumes=volumes, window=window)
 
     monkeypatch.setattr(V, "show_mpr", look)
