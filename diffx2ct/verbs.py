@@ -344,7 +344,7 @@ def uncertainty(
     k: int = 8,  # samples, 2 or more
     seed: int = 0,  # of the first sample
     steps: int | None = None,  # of each sample; None: the checkpoint's own
-    progress=None,  # called with the number of samples that are done
+    progress=None,  # called with the number of samples that are done, from 0 on
 ) -> Uncertainty:
     "How far the volume can be trusted: samples, their spread, and the report on the case as a whole."
     if k < 2:
@@ -356,9 +356,11 @@ def uncertainty(
     )
     one_by_one = []
     for i in range(k):
-        one_by_one.append(samples(model.denoiser, v.values, [seed + i], c, **arithmetic(model)))
         if progress:
-            progress(i + 1)
+            progress(i)
+        one_by_one.append(samples(model.denoiser, v.values, [seed + i], c, **arithmetic(model)))
+    if progress:
+        progress(k)
     many = torch.cat(one_by_one)
     maps, report = examine(model, v.values, many, c)
     map_of = lambda key, name: CT(maps[key], model.denoiser.A.mm, name, generated=key != "coverage")

@@ -812,7 +812,9 @@ def write(
         title.value = (
             f'<b style="color:{INKS[plane]};letter-spacing:.08em;font-size:11px">{plane.upper()}</b> &nbsp; {words}'
         )
+    was, self.held = self.held, True  # not typed by a person
     self.width.value, self.level.value = round(limits[1] - limits[0]), round(sum(limits) / 2)
+    self.held = was
     names = dict.fromkeys(n for n in (self.show.value, self.other.value) if n)
     self.bar.value, self.readout.value = (
         "".join(f'<div style="white-space:nowrap;line-height:1.5">{scale_bar(self.layers[n])}</div>' for n in names),
