@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGEST', 'LOOK', 'scratch', 'read_upload', 'nifti_bytes', 'dicom_zip', 'link', 'alignment_picture', 'sentences',
            'Page', 'heading', 'arrange', 'listen', 'step', 'take', 'take_phantom', 'forget', 'look', 'correct', 'place',
-           'run', 'page', 'parser', 'notebook', 'voila_line', 'check_app', 'main']
+           'run', 'page', 'parser', 'notebook', 'voila_line', 'check_app', 'serve', 'main', 'view_main']
 
 # %% ../nbs/05c_app.ipynb #4a320877
 import argparse
@@ -375,12 +375,12 @@ def page(
     return Page(load_model(name_or_folder, device))
 
 # %% ../nbs/05c_app.ipynb #07562a62
-def parser() -> argparse.ArgumentParser:
-    "The options of `diffx2ct_app`."
-    p = argparse.ArgumentParser(
-        "diffx2ct_app",
-        description=f"Serve a page on this machine: two X-ray films in, a CT volume out. Ctrl-C ends it. {CAUTION.capitalize()}.",
-    )
+def parser(
+    name: str = "diffx2ct_app",
+    what: str = f"Serve a page on this machine: two X-ray films in, a CT volume out. Ctrl-C ends it. {CAUTION.capitalize()}.",
+) -> argparse.ArgumentParser:
+    "The options of `diffx2ct_app` and `diffx2ct_view`."
+    p = argparse.ArgumentParser(name, description=what)
     p.add_argument(
         "--checkpoint_dir",
         default=SHIPPED_MODEL,
@@ -396,13 +396,14 @@ def parser() -> argparse.ArgumentParser:
 
 def notebook(
     folder: Path,
-    checkpoint: str,
-    device: str,
+    code: str,
 ) -> Path:
-    "A notebook with the page in it."
-    code = f"from diffx2ct.app import page\n\npage({checkpoint!r}, {device!r})"
+    "A notebook of one cell, and beside it what voila has to allow and to forbid."
     cell = dict(cell_type="code", id="page", metadata={}, source=code, outputs=[], execution_count=None)
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    only = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws://127.0.0.1:* ws://localhost:*"
+    web = dict(websocket_max_message_size=2 * LARGEST * 1_000_000, headers={"Content-Security-Policy": only})
+    (folder / "voila.json").write_text(json.dumps(dict(Voila=dict(tornado_settings=web))))
     path = folder / "diffx2ct.ipynb"
     path.write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
     return path
@@ -417,7 +418,6 @@ def voila_line(
     return [
         *(sys.executable, "-m", "voila", str(path), f"--port={a.port}", f"--Voila.ip={address}"),
         *("--Voila.port_retries=0", "--theme=dark", "--Voila.log_level=WARN"),
-        f"--Voila.tornado_settings={{'websocket_max_message_size': {2 * LARGEST * 1_000_000}}}",
         *(["--no-browser"] if a.no_browser or a.in_container else []),
     ]
 
@@ -440,22 +440,50 @@ def check_app(a: argparse.Namespace) -> None:
             raise UserError(f"--port {a.port} cannot be used ({e.strerror}); name another one") from None
 
 
+def serve(
+    code: str,  # the cell that is shown
+    a: argparse.Namespace,  # port, no_browser, in_container
+    what: str,  # is served
+) -> None:
+    "Show a cell in the browser until Ctrl-C."
+    print(
+        f"{what}: http://127.0.0.1:{a.port} once the server is up; Ctrl-C ends it; nothing is kept on disk; {CAUTION}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="diffx2ct-app-") as folder:
+        served = subprocess.Popen(voila_line(notebook(Path(folder), code), a), cwd=folder)
+        try:
+            ended = served.wait()
+        finally:
+            served.terminate()
+            served.wait()
+    if ended:
+        raise UserError(f"voila ended with exit code {ended}; what it said is above")
+
+
 @partial(command, again="serves the page again")
 def main(argv: list[str]):
     "Entry point of `diffx2ct_app`."
     a = parser().parse_args(argv)
     check_app(a)
     path = model_file(a.checkpoint_dir)
-    print(
-        f"{path}: http://127.0.0.1:{a.port} once the server is up; Ctrl-C ends it; films and volumes are not kept; {CAUTION}",
-        flush=True,
+    serve(f"from diffx2ct.app import page\n\npage({str(path.resolve())!r}, {a.device!r})", a, str(path))
+
+
+@partial(command, again="serves the viewer again")
+def view_main(argv: list[str]):
+    "Entry point of `diffx2ct_view`."
+    p = parser(
+        "diffx2ct_view", f"Look at volumes in the browser: three linked planes. Ctrl-C ends it. {CAUTION.capitalize()}."
     )
-    with tempfile.TemporaryDirectory(prefix="diffx2ct-app-") as folder:
-        served = subprocess.Popen(voila_line(notebook(Path(folder), str(path.resolve()), a.device), a))
-        try:
-            code = served.wait()
-        finally:
-            served.terminate()
-            served.wait()
-    if code:
-        raise UserError(f"voila ended with exit code {code}; what it said is above")
+    p.add_argument(
+        "path",
+        nargs="?",
+        help="NIfTI file, folder that run_visualize.sh wrote, or checkpoint; default: a phantom as the model of --checkpoint_dir reconstructs it",
+    )
+    a = p.parse_args(argv)
+    check_app(a)
+    path = Path(a.path).resolve() if a.path else model_file(a.checkpoint_dir).resolve()
+    if not path.exists():
+        raise UserError(f"{a.path} does not exist; name a NIfTI file, a folder of results or a checkpoint")
+    serve(f"from diffx2ct.verbs import view\n\nview({str(path)!r})", a, str(path))

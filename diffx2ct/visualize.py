@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -1122,15 +1123,15 @@ def picture(
     "An image with a title, its letters and perhaps a colour bar."
     shown = axes.imshow(np.asarray(image), interpolation="nearest", **style)
     axes.set_axis_off()
-    axes.set_title(title, color=DARK["text"], fontsize=8.5, loc="left", pad=3)
+    axes.set_title(title, color=DARK["text"], fontsize=9, loc="left", pad=3)
     for letter, (x, y) in zip(letters, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.965), (0.5, 0.035))):
-        axes.text(x, y, letter, color=DARK["text"], fontsize=7, ha="center", va="center", transform=axes.transAxes)
+        axes.text(x, y, letter, color=DARK["text"], fontsize=8, ha="center", va="center", transform=axes.transAxes)
     if not bar:
         return
     scale = axes.inset_axes([1.03, 0.1, 0.035, 0.8])
     axes.figure.colorbar(shown, cax=scale).outline.set_edgecolor(DARK["line"])
-    scale.tick_params(colors=DARK["dim"], labelsize=6.5, length=2)
-    scale.set_title(bar, color=DARK["dim"], fontsize=6.5, loc="left")
+    scale.tick_params(colors=DARK["dim"], labelsize=7.5, length=2)
+    scale.set_title(bar, color=DARK["dim"], fontsize=7.5, loc="left")
 
 # %% ../nbs/05_visualize.ipynb #752880ba
 def table(
@@ -1251,13 +1252,14 @@ def draw_doubt(
     at: tuple[int, int, int],  # voxel the planes go through
 ) -> None:
     "What the reader should doubt, in words and as a map."
-    lines = [textwrap.fill(line, 88, subsequent_indent="   ") for line in report.splitlines()]
+    lines = [textwrap.fill(line, 72, subsequent_indent="   ") for line in report.splitlines()]
     row[0].text(
         0,
         1,
         "\n".join(lines),
         color=DARK["warn" if report.startswith("DOUBTFUL") else "text"],
-        fontsize=7,
+        fontsize=8.5,
+        linespacing=1.35,
         va="top",
         transform=row[0].transAxes,
     )
@@ -1321,6 +1323,7 @@ def report_figure(
     at: tuple[int, int, int] | None = None,  # voxel the planes go through; default: the centre
     unit: str = "mm",  # of the views; "" for display images
     title: str = "",
+    made: str = "",  # checkpoint, seed, steps and date
 ) -> Figure:
     "Truth, generated volumes, views and figures on one page."
 
@@ -1362,10 +1365,11 @@ def report_figure(
         f"planes at {place(at, shape, mm)}",
     ]
     if coverage is not None:
-        facts.append(f"in no beam: {100 * np.mean(coverage < 0.5):.1f} %")
+        facts.append(coverage_words(coverage))
     fig.text(0.02, 0.985, title or "two views in, a CT out", color=DARK["text"], fontsize=13, va="top", weight="bold")
-    fig.text(0.98, 0.985, "   ".join(facts), color=DARK["dim"], fontsize=8.5, va="top", ha="right")
-    fig.text(0.02, 0.012, FOOTER, color=DARK["warn"], fontsize=8.5)
+    fig.text(0.98, 0.985, "   ".join(facts), color=DARK["text"], fontsize=8.5, va="top", ha="right")
+    fig.text(0.02, 0.2 / fig.get_figheight(), FOOTER, color=DARK["warn"], fontsize=8.5)
+    fig.text(0.02, 0.42 / fig.get_figheight(), made, color=DARK["text"], fontsize=8.5)
     return fig
 
 # %% ../nbs/05_visualize.ipynb #4a830e85
@@ -1378,14 +1382,15 @@ def save_report(
     reprojected=None,  # (2, P, P) of the generated volume
     trust: dict = {},  # the report of `examine`
     centre: tuple[float, float, float] = (0, 0, 0),  # of the volume in patient space (left, back, head), mm
-    **how,  # window, at, unit, title as in `report_figure`
+    method: str = "",  # what made the generated volume, as `method_label` says it
+    **how,  # window, at, unit, title, made as in `report_figure`
 ) -> Path:
     "Write volumes, page and figures of one case."
     folder, volumes = Path(folder), {n: np.asarray(v, np.float32) for n, v in volumes.items()}
     truth, generated = volumes.get("truth"), volumes["generated"]
     fig = report_figure(
         truth,
-        {"generated": generated},
+        {method or "generated": generated},
         views,
         metrics,
         reprojected=reprojected,
@@ -1398,20 +1403,18 @@ def save_report(
     if truth is not None:
         volumes["difference"] = generated - truth
     for name, values in volumes.items():
-        save_nifti(
-            values,
-            mm,
-            folder / f"{name}.nii.gz",
-            centre,
-            dtype_of(name),
-            stored(name).note.format(trust.get("calibration", "not calibrated")),
-        )
+        note = stored(name).note.format(trust.get("calibration", "not calibrated"))
+        note += f"; {method}" if method and name == "generated" else ""
+        save_nifti(values, mm, folder / f"{name}.nii.gz", centre, dtype_of(name), note)
     ours = {*STORED, *(p.name.split(".")[0] for p in folder.glob("sample_*.nii.gz"))}
     for name in ours - volumes.keys():
         (folder / f"{name}.nii.gz").unlink(missing_ok=True)  # of an earlier run, which had more
     rows = {n: volumes[n] for n in ("truth", "generated", "difference") if n in volumes}
     show_mpr(
-        {n: Layer(torch.as_tensor(v), stored(n).kind, stored(n).generated) for n, v in rows.items()},
+        {
+            method if n == "generated" and method else n: Layer(torch.as_tensor(v), stored(n).kind, stored(n).generated)
+            for n, v in rows.items()
+        },
         limits_of(how.get("window", (-1000, 600))),
         views=torch.as_tensor(views),
         path=folder / "mpr.png",
@@ -1420,7 +1423,7 @@ def save_report(
     write_atomic(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
     if trust:
         write_atomic(folder / "trust.json", lambda p: p.write_text(json.dumps(trust, indent=1)))
-    write_atomic(folder / "report.png", lambda p: fig.savefig(p, dpi=110))
+    write_atomic(folder / "report.png", lambda p: fig.savefig(p, dpi=150))
     return folder
 
 # %% ../nbs/05_visualize.ipynb #4ee7fd9a
@@ -1569,7 +1572,7 @@ def run_case(
     limits: tuple[float, float],  # HU shown black and white
 ) -> dict:  # metrics; empty without a truth
     "Reconstruct one case, write its folder and print a line."
-    net = model.denoiser
+    net, label = model.denoiser, method_label(a.method, max(a.samples, 1))
     shown, many, c = answers(model, case, a.method, a.samples, a.steps, a.seed)
     maps, report = examine(model, case.views, many, c)
     volumes, again, figures = case_volumes(case, shown, maps, deepcopy(net.A).cpu(), net.window, a.protocol)
@@ -1585,7 +1588,9 @@ def run_case(
         trust=report,
         window=limits,
         unit="mm" if net.line_integrals else "",
-        title=f"{case.name}, {a.method}",
+        title=f"{case.name}, {label}",
+        method=label,
+        made=f"{model.path.parent.name}/{model.path.name}, step {model.meta.get('step', 'unknown')}; seed {a.seed}, {a.samples} samples of {c.STEPS} steps; {date.today()}",
     )
     print(
         f"{case.name}, {a.method}: {out}/mpr.png, report.png, generated.nii.gz",
