@@ -739,6 +739,7 @@ STYLE = """<style>
 .dx .dx-panels { display:grid !important; grid-template-columns:repeat(3, minmax(0, 1fr)); gap:10px 12px; width:100%; overflow:visible; }
 .dx .dx-panels.dx-two { grid-template-columns:repeat(2, minmax(0, 1fr)); } .dx .dx-info { grid-column:1 / -1; overflow-x:auto; } .dx .dx-two .dx-info { grid-column:auto; }
 .dx .dx-title, .dx .dx-one .widget-html { font-size:12px; line-height:1.5; margin:0; height:auto; } .dx .dx-one { flex:1 1 0; min-width:0; margin:0; overflow:visible; } .dx .dx-pair { gap:4px; overflow:visible; }
+.dx .dx-panels:not(.dx-two) .dx-one:nth-child(2) { display:none; } .dx .dx-info > * { max-width:100%; overflow-x:auto; }
 .dx .dx-panel { overflow:visible; } .dx .jupyter-button.dx-save, .dx .jupyter-button.dx-full { background:#161b22; color:#c9d1d9; border-radius:6px; box-shadow:none; }
 .dx:fullscreen { max-width:none; border-radius:0; overflow:auto; } .dx:fullscreen .dx-panels { max-width:calc(3 * (100vh - 330px)); margin:auto; } .dx:fullscreen .dx-panels.dx-two { max-width:calc(2 * (100vh - 300px)); }
 </style>"""
@@ -818,11 +819,12 @@ def write(
     self.held = was
     names = dict.fromkeys(n for n in (self.show.value, self.other.value) if n)
     self.bar.value, self.readout.value = (
-        "".join(f'<div style="white-space:nowrap;line-height:1.5">{scale_bar(self.layers[n])}</div>' for n in names),
+        "".join(f'<div style="white-space:normal;line-height:1.5">{scale_bar(self.layers[n])}</div>' for n in names),
         self.read(),
     )
     guess = f"{GENERATED}; " if any(self.layers[n].generated for n in names) else ""
-    self.caution.value = f'<span style="color:#e3b341">{guess}{CAUTION}</span>'
+    zoomed = f"zoom {self.look[0]:.1f}, 0 for the whole &nbsp; " if self.look[0] > 1 else ""
+    self.caution.value = f'{zoomed}<span style="color:#e3b341">{guess}{CAUTION}</span>'
 
 
 @patch
