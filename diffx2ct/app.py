@@ -13,6 +13,7 @@ import html
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -450,6 +451,7 @@ def serve(
         f"{what}: http://127.0.0.1:{a.port} once the server is up; Ctrl-C ends it; nothing is kept on disk; {CAUTION}",
         flush=True,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` ends it like Ctrl-C
     with tempfile.TemporaryDirectory(prefix="diffx2ct-app-") as folder:
         served = subprocess.Popen(voila_line(notebook(Path(folder), code), a), cwd=folder)
         try:

@@ -334,7 +334,8 @@ def draw_cross(
 ):
     "Two lines with a gap, as thick as the picture is fine."
     (a, b), (top, left, height, width), thick = axes, place, max(1, round(len(image) / 400))
-    y, x, gap = top + int((at[a] + 0.5) * height / shape[a]), left + int((at[b] + 0.5) * width / shape[b]), 9 * thick
+    y, x = top + int((at[a] + 0.5) * height / shape[a]), left + int((at[b] + 0.5) * width / shape[b])
+    gap = 9 * thick
     rows, columns = seen
     if y in rows:
         for start, stop in ((columns.start, x - gap), (x + gap, columns.stop)):

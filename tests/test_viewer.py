@@ -146,7 +146,7 @@ def test_compared_with_each_layer_and_with_nothing():
         expected = V.draw_slice(viewer.layers[name], "coronal", viewer.at, 100, cross=False)
         assert viewer.images2["coronal"].value == expected
         assert viewer.images["coronal"].value == V.draw_slice(viewer.layers["truth"], "coronal", viewer.at, 100, False)
-        assert ">truth<" in viewer.bar.value and f">{name}<" in viewer.bar.value
+        assert ">truth<" in viewer.bar.value and f">{viewer.layers[name].label}<" in viewer.bar.value
     viewer.other.value = ""
     assert viewer.other.label == "nothing" and viewer.images2["axial"].layout.display == "none"
     assert viewer.bar.value.count("white-space") == 1
