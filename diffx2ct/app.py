@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'LOOK', 'scratch', 'read_upload', 'nifti_bytes', 'dicom_zip', 'link', 'alignment_picture', 'sentences',
-           'Page', 'heading', 'arrange', 'listen', 'step', 'take', 'take_phantom', 'forget', 'look', 'correct', 'place',
-           'run', 'page', 'parser', 'notebook', 'voila_line', 'check_app', 'serve', 'main', 'view_main']
+           'Page', 'heading', 'page', 'parser', 'notebook', 'voila_line', 'check_app', 'serve', 'main', 'view_main']
 
 # %% ../nbs/05c_app.ipynb #4a320877
 import argparse
@@ -31,6 +30,8 @@ from typing import Any
 import ipywidgets as W
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .align import place_pair
@@ -38,7 +39,7 @@ from .checkpoint import SHIPPED_MODEL, Model, load_model, model_file
 from .data import CAUTION, GENERATED, UserError, command
 from .reconstruct import as_views
 from .scans import suffix_of
-from .two_images import View, read_view, save_dicom
+from .two_images import View, read_view, reference, save_dicom
 from .verbs import Films, Uncertainty, Views, find_films, uncertainty, view, views_of
 from .visualize import DARK, phantom_case, save_nifti
 
@@ -112,13 +113,13 @@ def link(
 def alignment_picture(
     image: Tensor,  # (2, P, P) in [0, 1], films on the detector
     reference: Tensor,  # (2, P, P) the model's mean views
-    names: tuple[str, str],
 ) -> bytes:  # a PNG
     "Both films on the detector, with lines of one height."
     fig, axes = plt.subplots(1, 4, figsize=(11, 3), dpi=110, facecolor=DARK["back"], layout="constrained")
     plt.close(fig)
-    shown = zip(("frontal", "frontal, mean patient", "lateral", "lateral, mean patient"), (0, 0, 1, 1), "ryry")
-    for k, (ax, (title, which, _)) in enumerate(zip(axes, shown)):
+    titles = ("frontal", "frontal, mean patient", "lateral", "lateral, mean patient")
+    for k, (ax, title) in enumerate(zip(axes, titles)):
+        which = k // 2
         ax.imshow((reference if k % 2 else image)[which].numpy(), cmap="gray", extent=(0, 1, 1, 0))
         for height in (0.25, 0.5, 0.75):
             ax.axhline(height, color=DARK["hues"][0], linewidth=0.6, alpha=0.8)
@@ -152,7 +153,7 @@ LOOK = """<style>
 .dxa { background:#0b0d10; color:#c9d1d9; padding:18px 22px; max-width:1360px; margin:0 auto; box-sizing:border-box; font-family:system-ui, sans-serif;
   --jp-widgets-color:#c9d1d9; --jp-widgets-label-color:#c9d1d9; --jp-widgets-readout-color:#c9d1d9; --jp-ui-font-color1:#c9d1d9; --jp-widgets-input-background-color:#161b22;
   --jp-widgets-input-color:#c9d1d9; --jp-widgets-input-border-color:#30363d; --jp-layout-color1:#21262d; --jp-layout-color2:#21262d; --jp-border-color1:#30363d; }
-body:has(.dxa) { background:#0b0d10; } .dxa h1 { font-size:20px; margin:0 0 4px; } .dxa h2 { font-size:14px; margin:14px 0 4px; color:#8b949e; letter-spacing:.06em; text-transform:uppercase; }
+html:has(.dxa), body:has(.dxa) { background:#0b0d10 !important; } .dxa h1 { font-size:20px; margin:0 0 4px; } .dxa h2 { font-size:14px; margin:14px 0 4px; color:#8b949e; letter-spacing:.06em; text-transform:uppercase; }
 .dxa .dxa-warn { color:#e3b341; } .dxa .dxa-bad { color:#ff7b72; font-weight:600; } .dxa .dxa-dim, .dxa .dxa-line { white-space:pre-wrap; } .dxa .dxa-dim { color:#8b949e; }
 .dxa .widget-html-content { line-height:1.5; } .dxa .widget-label, .dxa .widget-readout { color:#c9d1d9; } .dxa select { color-scheme:dark; }
 .dxa .jupyter-button { background:#161b22; color:#c9d1d9; border:1px solid #30363d; border-radius:6px; width:auto; padding:0 14px; } .dxa .jupyter-button.mod-primary { background:#1f6feb; color:#fff; }
@@ -212,7 +213,8 @@ def heading(
 <div class="dxa-dim">Model {html.escape(facts).replace("&amp;sup3;", "&sup3;")}. Films and volume stay on this machine, in memory, and are gone when the page is closed.</div>"""
 
 
-def arrange(self):
+@patch
+def arrange(self: Page):
     "Put the parts in their places."
     row = W.Layout(align_items="center", grid_gap="8px 14px", flex_flow="row wrap")
     self.children = [
@@ -233,7 +235,8 @@ def arrange(self):
     self.add_class("dxa")
 
 
-def listen(self):
+@patch
+def listen(self: Page):
     "Lead each control to its step."
     for which, upload in self.uploads.items():
         upload.observe(lambda change, which=which: self.step(partial(self.take, which, change.new)), "value")
@@ -244,7 +247,8 @@ def listen(self):
     self.go.on_click(lambda button: self.step(self.run))
 
 
-def step(self, act: Callable[[], Any]):
+@patch
+def step(self: Page, act: Callable[[], Any]):
     "Do one thing; what is wrong with the input is a sentence on the page."
     try:
         self.words.value = ""
@@ -258,11 +262,9 @@ def step(self, act: Callable[[], Any]):
         self.bar.layout.display = "none"
         self.go.disabled = self.views is None
 
-
-Page.arrange, Page.listen, Page.step = arrange, listen, step
-
 # %% ../nbs/05c_app.ipynb #debb5678
-def take(self, which: str, files):  # of a FileUpload
+@patch
+def take(self: Page, which: str, files):  # of a FileUpload
     "A film from the browser; with both of them, look where they lie."
     for item in files:
         self.forget()
@@ -277,16 +279,19 @@ def take(self, which: str, files):  # of a FileUpload
         self.look(found=True)
 
 
-def take_phantom(self):
+@patch
+def take_phantom(self: Page):
     "The views of a phantom, as two films with a tone curve nobody knows."
     self.forget()
     for which, y in zip(("AP", "LAT"), phantom_case(self.model).views):
-        grey = (y / y.max()).clamp(min=0).sqrt()
+        fine = F.interpolate(y[None, None], (512, 512), mode="bilinear", align_corners=False)[0, 0]
+        grey = (fine / fine.max()).clamp(min=0).sqrt()
         self.read[which] = View(f"phantom, {'frontal' if which == 'AP' else 'lateral'}", grey)
     self.look(found=True)
 
 
-def forget(self):
+@patch
+def forget(self: Page):
     "Nothing of the case before remains on the page."
     self.films = self.found = self.views = self.result = None
     self.report.value = self.files.value = ""
@@ -294,7 +299,8 @@ def forget(self):
     self.picture.layout.display = self.corrections.layout.display = "none"
 
 
-def look(self, found: bool = False):
+@patch
+def look(self: Page, found: bool = False):
     "Find where the films lie; `found`: also which way the patient faces."
     views = self.read["AP"], self.read["LAT"]
     if views[0].stored != views[1].stored:
@@ -312,7 +318,8 @@ def look(self, found: bool = False):
     self.place()
 
 
-def correct(self):
+@patch
+def correct(self: Page):
     "Move and scale the lateral film as a person says."
     if self.found is None:
         return
@@ -327,22 +334,20 @@ def correct(self):
     self.place()
 
 
-def place(self):
+@patch
+def place(self: Page):
     "Show how the films lie, and make views of them."
     self.result, self.report.value, self.files.value, self.shown.children = None, "", "", ()
     net, films = self.model.denoiser, self.films
     image, _ = place_pair(films.grey, films.seen, films.places, net.A.pixels)
-    self.picture.value = alignment_picture(image, net.usual.cpu(), films.names)
+    self.picture.value = alignment_picture(image, reference(net))
     self.picture.layout.display = self.corrections.layout.display = None
     self.views = views_of(films, self.model)
     self.told.value = sentences({}, self.views)
 
-
-Page.take, Page.take_phantom, Page.forget = take, take_phantom, forget
-Page.look, Page.correct, Page.place = look, correct, place
-
 # %% ../nbs/05c_app.ipynb #5491f7fc
-def run(self):
+@patch
+def run(self: Page):
     "Reconstruct, show, judge, and offer the files."
     k = self.count.value
     self.go.disabled, self.bar.max, self.bar.value, self.bar.layout.display = True, k + 2, 0, None
@@ -354,7 +359,7 @@ def run(self):
 
     self.result = uncertainty(self.model, self.views, k, progress=progress)
     self.bar.value, self.words.value = k + 2, ""
-    self.report.value = f"<h2>Report</h2>{sentences(self.result.report, self.views)}"
+    self.report.value = f"<h2>Report</h2>{sentences(self.result.report, replace(self.views, notes=[]))}"
     ct, note = self.result.expected, f"{GENERATED}; {CAUTION}; expected"
     self.files.value = link("NIfTI (.nii.gz)", "ct.nii.gz", "application/gzip", nifti_bytes(ct.hu, ct.mm, note)) + link(
         "DICOM series (.zip)",
@@ -363,9 +368,6 @@ def run(self):
         dicom_zip(ct.hu, ct.mm, f"diffx2ct expected, {CAUTION}"),
     )
     self.shown.children = (view(self.result),)
-
-
-Page.run = run
 
 
 def page(

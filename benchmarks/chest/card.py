@@ -66,7 +66,7 @@ def figure(found: list | None, decimals: int, scale: float = 1) -> str | None:
     return f"{mean} [{ends[0]}, {ends[1]}]" if len(ends) == 2 and None not in ends else mean
 
 
-def scores(result: dict, digest: str) -> list[str]:
+def scores(result: dict) -> list[str]:
     "A file of diffx2ct_evaluate as a table, one column per method."
     from diffx2ct.data import UserError
 
@@ -175,7 +175,7 @@ def card(path: Path, results: list[Path], text: dict) -> str:
                 raise UserError(
                     f"{file} scores the checkpoint {name}, this card is of {path.parent.name}; leave it out"
                 )
-            measured += scores(result, digest(path))
+            measured += scores(result)
         elif "columns" in result and "rows" in result:
             measured += tables(result)
         else:
