@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Ratio', 'Count', 'Weight', 'Finite', 'OnOff', 'SHIPPED', 'CAUTION', 'GENERATED', 'AMBER', 'COLOURS',
-           'WINDOWS', 'PLANES', 'UserError', 'one_line', 'command', 'write_beside', 'write_together', 'write_atomic',
-           'writable', 'hold', 'Section', 'GeometryConfig', 'DataConfig', 'UNetConfig', 'EncoderConfig', 'ModelConfig',
-           'LossWeights', 'AugmentConfig', 'TrainingConfig', 'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig',
-           'Config', 'check_config', 'known_keys', 'unknown_key', 'sentence', 'set_key', 'merge', 'Loader', 'read_yaml',
-           'load_config', 'comments', 'flat_schema', 'words', 'shown', 'explain', 'to_unit', 'to_hu', 'density',
-           'colour_map', 'Layer', 'planes', 'show_mpr', 'draw_plane', 'mark_generated', 'save_tensor', 'write_pt',
-           'unpacked', 'read_pt', 'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'Beams', 'Manifest',
-           'read_manifest', 'patient_of', 'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
+           'WINDOWS', 'PLANES', 'CELL', 'STRIP', 'GAP', 'MARGIN', 'UserError', 'one_line', 'command', 'write_beside',
+           'write_together', 'write_atomic', 'writable', 'hold', 'Section', 'GeometryConfig', 'DataConfig',
+           'UNetConfig', 'EncoderConfig', 'ModelConfig', 'LossWeights', 'AugmentConfig', 'TrainingConfig',
+           'DiffusionConfig', 'Range', 'hidden', 'OptunaConfig', 'Config', 'check_config', 'known_keys', 'unknown_key',
+           'sentence', 'set_key', 'merge', 'Loader', 'read_yaml', 'load_config', 'comments', 'flat_schema', 'words',
+           'shown', 'explain', 'to_unit', 'to_hu', 'density', 'colour_map', 'Layer', 'planes', 'panels', 'draw_plane',
+           'bar_length', 'draw_bar', 'show_mpr', 'mark_generated', 'save_tensor', 'write_pt', 'unpacked', 'read_pt',
+           'load_tensor', 'save_case', 'cases_in', 'write_manifest', 'Beams', 'Manifest', 'read_manifest', 'patient_of',
+           'split_cases', 'crop_origin', 'crop', 'Case', 'CTPairs']
 
 # %% ../nbs/00_data.ipynb #7a93d88c
 import copy
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 import yaml
 from matplotlib.colors import Colormap, ListedColormap, to_rgb
+from matplotlib.patheffects import withStroke
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 from torch import Tensor
 
@@ -880,50 +882,95 @@ def planes(
     return [volume[at[0]], volume[:, at[1]], volume[:, :, at[2]]]
 
 
+CELL, STRIP, GAP, MARGIN = 2.2, 0.4, 0.06, 0.3  # inches: a picture, the words above it, between pictures, the caution
+
+
+def panels(
+    rows: int,
+    views: bool,  # room for two views at the right
+) -> tuple[plt.Figure, list[list[plt.Axes]], list[plt.Axes]]:  # figure, rows of three axes, two axes or none
+    "Pictures in rows of three with a strip for words above each, and views as large as the rows beside them allow."
+    high = rows * (CELL + STRIP) + GAP
+    side = CELL if rows == 1 else min(high / 2 - STRIP - GAP, 1.6 * CELL)
+    wide = 3 * (CELL + GAP) + views * (side + GAP) * (2 if rows == 1 else 1) + MARGIN
+    fig = plt.figure(figsize=(wide, high), dpi=80, facecolor="black")
+
+    def place(x, y, edge):  # inches from the upper left corner
+        ax = fig.add_axes((x / wide, 1 - (y + edge) / high, edge / wide, edge / high))
+        ax.set_axis_off()
+        return ax
+
+    cells = [[place(k * (CELL + GAP), r * (CELL + STRIP) + STRIP, CELL) for k in range(3)] for r in range(rows)]
+    x, step = 3 * (CELL + GAP), (side + GAP, 0) if rows == 1 else (0, high / 2)
+    return fig, cells, [place(x + k * step[0], STRIP + k * step[1], side) for k in range(2 * views)]
+
+# %% ../nbs/00_data.ipynb #9fed4f93
+def draw_plane(ax, image: Tensor, title: str, letters: Iterable[str], **style):
+    "One grey image with its title and four letters."
+    ax.imshow(image.float().cpu().numpy(), interpolation="nearest", **style)
+    ax.set_title(title, color="white", fontsize=8, pad=3)
+    for letter, (x, y) in zip(letters, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03))):
+        ax.text(x, y, letter, color="#ffd24d", fontsize=7, ha="center", va="center", transform=ax.transAxes)
+
+
+def bar_length(
+    edge: float,  # of a picture, mm
+) -> int:  # mm
+    "A round length of at most a third of a picture."
+    return max([n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= edge / 3], default=1)
+
+
+def draw_bar(
+    ax,  # with a picture in it
+    mm: float,  # edge of a pixel
+):
+    "A scale bar in the lower left corner."
+    high, wide = ax.images[0].get_array().shape
+    length, x, y = bar_length(wide * mm), -0.5 + 0.05 * wide, -0.5 + 0.93 * high
+    for colour, width in (("black", 4), ("white", 1.6)):
+        ax.plot([x, x + length / mm], [y, y], color=colour, linewidth=width, solid_capstyle="butt")
+    outline = [withStroke(linewidth=2, foreground="black")]
+    ax.text(x, y - 0.02 * high, f"{length} mm", color="white", fontsize=7, va="bottom", path_effects=outline)
+
+
 def show_mpr(
     volumes: Mapping[str, Layer | Tensor],  # title -> layer, or (D, H, W) HU that no model generated
     window: tuple[float, float] = (-1000, 600),  # HU shown black and white
     at: tuple[int, int, int] | None = None,  # voxel the planes go through; default: the centre
     views: Tensor | None = None,  # (2, P, P) AP and LAT, shown beside
     path: str | Path | None = None,  # also save the picture there
+    mm: float | None = None,  # voxel edge, for a scale bar; None: no bar
 ) -> plt.Figure:
     "Axial, coronal and sagittal planes, one row per volume, with orientation letters and the caution."
     layers = {title: v if isinstance(v, Layer) else Layer(v) for title, v in volumes.items()}
     d, h, w = at or (n // 2 for n in next(iter(layers.values())).values.shape)
-    rows, cols = max(len(layers), 2 if views is not None else 1), 3 + (views is not None)
-    fig, axes = plt.subplots(rows, cols, figsize=(2.3 * cols, 2.4 * rows), dpi=80, facecolor="black", squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for row, (title, layer) in zip(axes, layers.items()):
+    fig, cells, beside = panels(len(layers), views is not None)
+    margin: dict[str, Any] = dict(color=AMBER, fontsize=6, ha="right", va="center", rotation=90)
+    fig.text(0.998, 0.5, CAUTION, **margin)
+    for row, (title, layer) in zip(cells, layers.items()):
         low, high = layer.range(window)
         style = dict(cmap=colour_map(layer.kind), vmin=low, vmax=high)
         for ax, (plane, letters), image in zip(row, PLANES.items(), planes(layer.values, (d, h, w))):
-            draw_plane(ax, image, f"{title}, {plane}", letters, **style)
-    if views is not None:
-        for row, name, sides, image in zip(axes, ("AP view", "LAT view"), ("RLHF", "APHF"), views):
-            draw_plane(row[-1], image, name, sides, cmap="gray")
-    fig.tight_layout(pad=0.4, rect=(0, 0, 0.97, 1))
-    margin: dict[str, Any] = dict(color=AMBER, fontsize=6, ha="right", va="center", rotation=90)
-    fig.text(0.998, 0.5, CAUTION, **margin)
-    for row, layer in zip(axes, layers.values()):
+            draw_plane(ax, image, plane, letters, **style)
+        ends = f"   {low:g} to {high:g} HU" if layer.kind in ("difference", "deviation") else ""
+        row[0].text(0, 1.12, title + ends, color="white", fontsize=9, va="bottom", transform=row[0].transAxes)
+        if mm:
+            draw_bar(row[0], mm)
         if layer.generated:
-            fig.text(0.984, (row[0].get_position().y0 + row[0].get_position().y1) / 2, GENERATED, **margin)
+            box = row[0].get_position()
+            fig.text(0.984, (box.y0 + box.y1) / 2, GENERATED, **margin)
+    for ax, name, sides, image in zip(
+        beside, ("AP view", "LAT view"), ("RLHF", "APHF"), () if views is None else views
+    ):
+        draw_plane(ax, image, name, sides, cmap="gray")
     if path:
-        write_atomic(path, lambda p: fig.savefig(p, facecolor="black"))
+        write_atomic(path, lambda p: fig.savefig(p, facecolor="black", dpi=160))
     plt.close(fig)
     return fig
 
 
-def draw_plane(ax, image: Tensor, title: str, letters: Iterable[str], **style):
-    "One grey image with its title and four letters."
-    ax.imshow(image.float().cpu().numpy(), interpolation="nearest", **style)
-    ax.set_title(title, color="white", fontsize=8)
-    for letter, (x, y) in zip(letters, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03))):
-        ax.text(x, y, letter, color="#ffd24d", fontsize=7, ha="center", va="center", transform=ax.transAxes)
-
-
 def mark_generated(fig: plt.Figure) -> plt.Figure:
-    "Mark a figure as generated by a model, at its lower edge."
+    "Write into the lower edge of any figure that it shows what a model generated."
     light = sum(to_rgb(fig.get_facecolor())) > 1.5
     text = f"{GENERATED}; {CAUTION}"
     fig.text(0.995, 0.004, text, color="#8a5a00" if light else AMBER, fontsize=6, ha="right", va="bottom")

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import Model, load_model
+from .checkpoint import SHIPPED_MODEL, Model, load_model
 from diffx2ct.data import (
     CAUTION,
     WINDOWS,
@@ -801,7 +801,10 @@ The last is half of the 95 % interval in HU. For stored .pt views it is calibrat
     p.add_argument("ap", metavar="AP", help="frontal view")
     p.add_argument("lat", metavar="LAT", help="lateral view")
     p.add_argument(
-        "--checkpoint_dir", required=True, metavar="DIR", help="folder that diffx2ct_train wrote, or one model file"
+        "--checkpoint_dir",
+        default=SHIPPED_MODEL,
+        metavar="DIR",
+        help="folder that diffx2ct_train wrote, or one model file; default: the model of the package",
     )
     p.add_argument("--out", metavar="FILE", help="the volume in HU, .nii.gz or .nii")
     p.add_argument("--dicom", metavar="DIR", help="the volume as a DICOM CT series in a new folder")

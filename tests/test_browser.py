@@ -196,7 +196,7 @@ def test_controls(page):
         return page.evaluate("""() => { const i = document.querySelector('.dx img'), c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
             const x = c.getContext('2d'); x.drawImage(i, 0, 0); return new Set(x.getImageData(0, 0, c.width, c.height).data).size }""")
 
-    before = pictures(page)
+    before = settled(page)
     assert len(before) == 3 and inked() > 20
     shoot(page, "start")
 
@@ -216,7 +216,7 @@ def test_controls(page):
         lit(page, name)
         shoot(page, name)
 
-    for name in ("generated", "difference", "spread", "coverage"):
+    for name in ("generated", "difference", "deviation", "coverage"):
         viewer.get_by_role("button", name=name, exact=True).click()
         before = changed(page, before)
         shoot(page, name)
@@ -233,7 +233,7 @@ def test_controls(page):
 
     compared = "select => select.selectedOptions[0]?.innerText"
     assert viewer.locator("select").evaluate(compared) == "nothing"
-    for name in ("generated", "difference", "spread", "coverage", "truth"):
+    for name in ("generated", "difference", "deviation", "coverage", "truth"):
         viewer.locator("select").select_option(name)
         before = changed(page, before)
         assert len(before) == 6 and viewer.locator("select").evaluate(compared) == name
@@ -313,6 +313,55 @@ def test_mouse_and_keys(page):
     assert "voxel (39, 19, 27)" in page.locator(".dx").inner_text()  # the cross-hair stayed where it was
     assert not page.locator(".lm-Menu").count(), "the page opened a menu"
     shoot(page, "window")
+
+
+@pytest.mark.browser
+def test_zoom_pan_ends_and_save(page, tmp_path):
+    "Home and End, ctrl and the wheel, ctrl and a drag, width and level as typed, the saved picture, the full screen."
+    from PIL import Image
+
+    before = settled(page)
+    page.mouse.move(*spot(page, "axial", 0.5, 0.5))
+    page.mouse.down()
+    page.mouse.up()
+    page.keyboard.press("End")
+    text_soon(page, "48/48, ", "mm to the feet")
+    page.keyboard.press("Home")
+    text_soon(page, "1/48, ", "mm to the head")
+    before = settled(page)
+    page.keyboard.down("Control")
+    for _ in range(4):
+        page.mouse.wheel(0, -120)
+    page.keyboard.up("Control")
+    text_soon(page, "zoom ")
+    before = changed(page, before)
+    page.mouse.move(*spot(page, "coronal", 0.5, 0.5))
+    page.keyboard.down("Control")
+    page.mouse.down()
+    page.mouse.move(*spot(page, "coronal", 0.7, 0.5), steps=4)
+    page.mouse.up()
+    page.keyboard.up("Control")
+    before = changed(page, before, 2)
+    shoot(page, "zoom")
+    with page.expect_download() as got:
+        page.locator(".dx .dx-save").click()
+    got.value.save_as(tmp_path / "saved.png")
+    wide, high = Image.open(tmp_path / "saved.png").size
+    assert got.value.suggested_filename == "diffx2ct.png" and wide > 2.5 * high > 500
+    page.locator(".dx .dx-axial:visible").first.focus()
+    page.keyboard.press("0")
+    changed(page, before)
+    page.wait_for_function("!document.querySelector('.dx').innerText.includes('zoom 2')")
+    for label, value in (("W", "1500"), ("L", "-600")):
+        page.locator(".dx .widget-text", has_text=label).locator("input").first.fill(value)
+        page.keyboard.press("Enter")
+    lit(page, "lung")
+    page.locator(".dx .dx-full").click()
+    page.wait_for_function("document.fullscreenElement?.classList.contains('dx')")
+    settled(page)
+    page.screenshot(path=SHOTS / "viewer_full.png")
+    page.locator(".dx .dx-full").click()
+    page.wait_for_function("!document.fullscreenElement")
 
 
 @pytest.mark.browser

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from test_doubt import TINY
 
 import diffx2ct.evaluate as evaluation
-import diffx2ct.reconstruct as reconstruction
 from diffx2ct.checkpoint import describe, load_model, save_model, write_summed
 from diffx2ct.data import Case, UserError, density, load_config, to_unit
 from diffx2ct.diffusion import build
@@ -34,6 +34,7 @@ from diffx2ct.evaluate import check_like, evaluate, means, score, trained_on
 from diffx2ct.metrics import bootstrap, metrics
 from diffx2ct.phantom import phantom
 
+reconstruction = sys.modules["diffx2ct.reconstruct"]  # `diffx2ct.reconstruct` is the verb
 WINDOW = (-1024.0, 1500.0)
 HU = WINDOW[1] - WINDOW[0]
 

@@ -29,7 +29,7 @@ def pins(name: str) -> dict[str, str]:
 def test_pins_satisfy_the_declared_dependencies():
     extras = PROJECT["optional-dependencies"]
     for name, declared in (
-        ("requirements.txt", PROJECT["dependencies"]),
+        ("requirements.txt", PROJECT["dependencies"] + extras["app"]),
         ("requirements-dev.txt", extras["postgresql"] + extras["test"][1:] + extras["docs"]),
     ):
         for requirement in map(Requirement, declared):
@@ -166,7 +166,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     (wheel,) = (installed.parents[1] / "dist").glob("*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert (
-        names == {f"diffx2ct/{p.name}" for p in (ROOT / "diffx2ct").iterdir() if p.is_file()}
+        names
+        == {
+            str(p.relative_to(ROOT))
+            for p in (ROOT / "diffx2ct").rglob("*")
+            if p.is_file() and "__pycache__" not in p.parts
+        }
         and {"diffx2ct/py.typed", "diffx2ct/config.yml"} <= names
     )
 

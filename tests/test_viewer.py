@@ -146,7 +146,7 @@ def test_compared_with_each_layer_and_with_nothing():
         expected = V.draw_slice(viewer.layers[name], "coronal", viewer.at, 100, cross=False)
         assert viewer.images2["coronal"].value == expected
         assert viewer.images["coronal"].value == V.draw_slice(viewer.layers["truth"], "coronal", viewer.at, 100, False)
-        assert ">truth<" in viewer.bar.value and f">{name}<" in viewer.bar.value
+        assert ">truth<" in viewer.bar.value and f">{viewer.layers[name].label}<" in viewer.bar.value
     viewer.other.value = ""
     assert viewer.other.label == "nothing" and viewer.images2["axial"].layout.display == "none"
     assert viewer.bar.value.count("white-space") == 1
@@ -298,7 +298,7 @@ def test_what_lies_in_no_beam_is_marked_off_in_generated_volumes_only():
 def test_files_of_a_case_have_the_right_sign_and_state_what_is_generated(tmp_path, monkeypatch):
     seen = {}
 
-    def look(volumes, window, views, path):
+    def look(volumes, window, views, path, mm):
         seen.update(volumes=volumes, window=window)
 
     monkeypatch.setattr(V, "show_mpr", look)

@@ -1134,6 +1134,49 @@ MUTANTS = {
         ("spread of the population", "np.std(drawn, 0, ddof=1)", "np.std(drawn, 0, ddof=0)", "spread too small"),
         ("residual of the views' sign", "again - views, True", "views - again, True", "sign of the difference"),
     ],
+    "verbs": [
+        ("the other way round", 'facing == "right"', 'facing == "left"', "front and back"),
+        (
+            "films taken for line integrals",
+            'CONSISTENCY="soft" if soft else "off"',
+            'CONSISTENCY="on"',
+            "a guess of a tone curve is believed",
+        ),
+        ("one sample many times", "[seed + i]", "[seed]", "no spread"),
+        ("a measured CT as synthetic", "if ct.measured:", "if False:", "a header that is not true"),
+        ("voxel edge lost", "CT(to_hu(unit, window), A.mm, **facts)", "CT(to_hu(unit, window), 1.0, **facts)", "sizes"),
+        ("generated and not marked", "A.mm, name, generated=True)", "A.mm, name)", "a guess without a word"),
+        ("scores across grids", "a.shape != b.shape or", "False and", "figures of nothing"),
+    ],
+    "app": [
+        (
+            "open to the network",
+            '"0.0.0.0" if a.in_container else "127.0.0.1"',
+            '"0.0.0.0"',
+            "anybody reads the films",
+        ),
+        ("up for down", "self.height.value / panel", "-self.height.value / panel", "corrected the wrong way"),
+        (
+            "the other way round",
+            '"right" if self.films.found.mirrored else "left"',
+            '"left" if self.films.found.mirrored else "right"',
+            "the page says the opposite of what was done",
+        ),
+        (
+            "volume of other films",
+            'self.result, self.report.value, self.files.value, self.shown.children = None, "", "", ()',
+            "pass",
+            "files that do not belong to the films shown",
+        ),
+        (
+            "frontal for lateral",
+            'zip(("AP", "LAT"), phantom_case',
+            'zip(("LAT", "AP"), phantom_case',
+            "exchanged views",
+        ),
+        ("sends elsewhere", "default-src 'self' ", "default-src * ", "the page may fetch from anywhere"),
+        ("any film size", "len(content) > LARGEST", "len(content) < 0 * LARGEST", "memory"),
+    ],
     "optimizer": [
         (
             "coefficients exchanged",

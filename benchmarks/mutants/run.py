@@ -90,6 +90,8 @@ CHECKS = {
         "nbs/05a_two_images.ipynb",
     ],
     "visualize": ["tests/test_viewer.py", "nbs/05_visualize.ipynb"],
+    "verbs": ["nbs/05b_python.ipynb", "tests/test_shipped.py"],
+    "app": ["nbs/05c_app.ipynb"],
     "optimizer": ["tests/test_optimizer.py", "nbs/03d_optimizer.ipynb"],
     "radiograph": ["tests/test_film_rules.py", "tests/test_film.py physics", "nbs/00g_radiograph.ipynb"],
     "calibrate": ["tests/test_calibrate_rules.py", "nbs/01a_calibrate.ipynb"],
