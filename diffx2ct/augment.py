@@ -74,7 +74,7 @@ def augment(
 
 def renders(a: AugmentConfig, flips: Sequence[str]) -> bool:
     "Whether views must be rendered anew: the stored ones no longer fit."
-    return bool(flips or a.GEOMETRY or a.NODULES or a.SHARE and (warps(a) or a.INTENSITY))
+    return bool(flips or a.GEOMETRY or a.NODULES or a.FILMS or a.SHARE and (warps(a) or a.INTENSITY))
 
 # %% ../nbs/00f_augment.ipynb #250f1796
 def blob(

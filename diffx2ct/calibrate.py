@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALE_MM', 'FORMAT', 'CalibratorConfig', 'JoinViews', 'conv_block', 'film_inputs', 'Calibrator', 'cut_height',
-           'add_letter', 'film_case', 'relative_error', 'draw_batch', 'learning_rate', 'train_calibrator', 'save_state',
-           'resume', 'CalibratorHeader', 'digest', 'save_calibrator', 'load_calibrator', 'calibrate_films',
-           'match_quantiles', 'mass_difference']
+           'add_letter', 'film_case', 'relative_error', 'draw_batch', 'learning_rate', 'adamw', 'train_calibrator',
+           'save_state', 'resume', 'CalibratorHeader', 'digest', 'save_calibrator', 'load_calibrator',
+           'calibrate_films', 'match_quantiles', 'mass_difference', 'film_views', 'check_detector']
 
 # %% ../nbs/01a_calibrate.ipynb #afabc97b
 import hashlib
@@ -217,6 +217,14 @@ def learning_rate(
     return c.LEARNING_RATE * min(1, (step + 1) / min(50, c.STEPS / 10)) * (1 + math.cos(math.pi * step / c.STEPS)) / 2
 
 
+def adamw(
+    net: nn.Module,
+    rate: float,
+) -> torch.optim.AdamW:
+    "The default optimizer of the calibration network."
+    return torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01)
+
+
 def train_calibrator(
     phantoms: Sequence[Tensor],  # (1, D, H, W) unit volumes
     A: Projector,
@@ -229,31 +237,32 @@ def train_calibrator(
     until: int | None = None,  # stop after this step; default: c.STEPS
     log: Callable[[int, float], None] | None = None,  # called with step and loss
     start_from: Calibrator | None = None,  # weights to begin with, for instance of training at fewer pixels
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,  # of a network and a learning rate
 ) -> Calibrator:
     "Train the calibration network on simulated films; resumes from `state` where the file exists."
     torch.manual_seed(c.SEED)
     net = Calibrator(c.CHANNELS).to(A.R.device)
-    optimizer, start = torch.optim.AdamW(net.parameters(), c.LEARNING_RATE, weight_decay=0.01), 0
+    optimize, start = optimizer(net, c.LEARNING_RATE), 0
     if start_from:
         net.load_state_dict(start_from.state_dict())
     if state and Path(state).exists():
-        start = resume(Path(state), net, optimizer, c)
+        start = resume(Path(state), net, optimize, c)
     stop = min(until or c.STEPS, c.STEPS)
     bar = trange(start, stop, initial=start, total=stop, desc="calibration", disable=not progress)
     for step in bar:
         image, seen, y = draw_batch(phantoms, real, A, window, np.random.default_rng([c.SEED, step]), c)
-        for group in optimizer.param_groups:
+        for group in optimize.param_groups:
             group["lr"] = learning_rate(step, c)
         loss = relative_error(net(image, seen), y).mean()
-        optimizer.zero_grad()
+        optimize.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        optimize.step()
         bar.set_postfix(error=f"{loss.item():.3f}")
         if log:
             log(step, loss.item())
         if state and ((step + 1) % save_every == 0 or step + 1 == stop):
-            save_state(Path(state), net, optimizer, c, step + 1)
+            save_state(Path(state), net, optimize, c, step + 1)
     return net.eval()
 
 # %% ../nbs/01a_calibrate.ipynb #e8e32b50
@@ -387,3 +396,32 @@ def mass_difference(
         rows = rows * (seen.float().mean(2) > 0.5).all(0)
     share = rows / rows.sum(1, keepdim=True).clamp(min=1e-6)
     return (share[0] - share[1]).abs().sum().item()
+
+# %% ../nbs/01a_calibrate.ipynb #11cc4dfe
+def film_views(
+    calibrator: Calibrator,
+    head: CalibratorHeader,  # of its file
+    x: Tensor,  # (1, D, H, W) unit volume
+    A: Projector,  # of the model; at most as many pixels as the calibrator's
+    window: tuple[float, float],  # (HU_MIN, HU_MAX)
+    rng: np.random.Generator,  # decides everything
+) -> Tensor:  # (2, P, P) mm of water
+    "Calibrated views of simulated films of a patient."
+    still = AugmentConfig(SHARE=0)
+    c = head.config.model_copy(update=dict(AUGMENT=still, CUT_SHARE=0.0, FILMS=1))
+    detector = Projector(A.geometry, A.size, A.mm, head.pixels).to(A.R.device)
+    images, seen, _ = film_case(x, detector, window, rng, c)[0]
+    return F.avg_pool2d(calibrate_films(calibrator, images, seen), head.pixels // A.pixels)
+
+
+def check_detector(
+    head: CalibratorHeader,
+    A: Projector,  # of the model
+    path: str | Path,  # of the calibration file
+) -> None:
+    "Refuse a calibration network of another detector."
+    if head.geometry != vars(A.geometry) or head.pixels % A.pixels:
+        raise UserError(
+            f"{path} was trained for {head.pixels} pixels and the geometry {head.geometry}, but the model has "
+            f"{A.pixels} pixels and {vars(A.geometry)}; train a calibration network for the model's detector"
+        )

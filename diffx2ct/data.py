@@ -274,6 +274,7 @@ class AugmentConfig(Section):
     SHIFT: Ratio = 0.05
     ELASTIC: Ratio = 0.02
     INTENSITY: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    FILMS: Ratio = 0.0
     NODULES: Annotated[float, Field(ge=0, le=20)] = 0.0
     NODULE_WEIGHT: Annotated[float, Field(ge=1, le=1000)] = 60.0
     GEOMETRY: Annotated[float, Field(ge=0, lt=0.2)] = 0.0
@@ -286,6 +287,7 @@ class TrainingConfig(Section):
 
     ENCODER: Literal["resnet", "convnext", "efficientnet"] = "resnet"
     START_FROM: str | None = None
+    CALIBRATOR: str | None = None
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     COARSE_EPOCHS: list[Count] = []
     PHANTOM_EPOCHS: Annotated[int, Field(ge=0)] = 0
@@ -462,6 +464,11 @@ def check_config(
     refuse(
         t.PHANTOM_EPOCHS and t.START_FROM,
         "TRAINING.START_FROM and TRAINING.PHANTOM_EPOCHS both say where the weights begin; set one of them to null or 0",
+    )
+    refuse(
+        t.AUGMENT.FILMS and not t.CALIBRATOR,
+        "TRAINING.AUGMENT.FILMS simulates films, which are read by a calibration network; "
+        "name its file in TRAINING.CALIBRATOR, or set FILMS to 0",
     )
     plain = c.model_copy(update=dict(OPTUNA=c.OPTUNA.model_copy(update=dict(PARAMS={}))))
     for key, r in c.OPTUNA.PARAMS.items():

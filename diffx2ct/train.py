@@ -8,13 +8,13 @@ __all__ = ['Item', 'AMP', 'Reporter', 'FREE', 'APART', 'LENGTHS', 'SILENT', 'PAT
            'clip_threshold', 'plot_norms', 'lr_factor', 'Diverged', 'bf16_pays', 'seen', 'Loss', 'train_step',
            'validate', 'folder_id', 'wandb_mode', 'has_wandb_login', 'start_wandb', 'to_wandb', 'peaks', 'measure',
            'prepare_run', 'averaging', 'train_devices', 'flat', 'kept', 'divided', 'refuse_others', 'Running', 'begin',
-           'make_step', 'header', 'judge', 'save', 'train_stage', 'behind', 'as_scanned', 'train_run', 'Stop', 'deaf',
-           'pictures', 'case_table', 'check_study', 'journal', 'open_study', 'check_space', 'comparable',
-           'check_comparable', 'distribution', 'suggest', 'current', 'taken', 'start_values', 'Sampler', 'try_lock',
-           'turn', 'best_folder', 'link_study', 'drop_states', 'drop_state', 'from_queue', 'alive', 'give_up',
-           'next_trial', 'passing', 'lead', 'follow', 'NoRoom', 'fitting', 'run_trial', 'search', 'save_plots',
-           'show_result', 'parser', 'main', 'start_ranks', 'check_share', 'act', 'train_alone', 'best_trial',
-           'search_and_tell']
+           'make_step', 'header', 'judge', 'keep_calibrator', 'save', 'train_stage', 'behind', 'as_scanned',
+           'train_run', 'Stop', 'deaf', 'pictures', 'case_table', 'check_study', 'journal', 'open_study', 'check_space',
+           'comparable', 'check_comparable', 'distribution', 'suggest', 'current', 'taken', 'start_values', 'Sampler',
+           'try_lock', 'turn', 'best_folder', 'link_study', 'drop_states', 'drop_state', 'from_queue', 'alive',
+           'give_up', 'next_trial', 'passing', 'lead', 'follow', 'NoRoom', 'fitting', 'run_trial', 'search',
+           'save_plots', 'show_result', 'parser', 'main', 'start_ranks', 'check_share', 'act', 'train_alone',
+           'best_trial', 'search_and_tell']
 
 # %% ../nbs/04_train_optuna.ipynb #4d91c650
 import argparse
@@ -60,7 +60,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, sown, toned
+from .calibrate import Calibrator, CalibratorHeader, check_detector, film_views, load_calibrator
 from diffx2ct.checkpoint import (
+    CALIBRATOR,
     MODELS,
     STATES,
     by_step,
@@ -78,6 +80,7 @@ from diffx2ct.checkpoint import (
     sums_of,
     sweep,
     tidy,
+    write_summed,
 )
 from diffx2ct.data import (
     SHIPPED,
@@ -442,9 +445,14 @@ def seen(
     d: Draw,
     mine: list[int],  # which cases of the draw these are
     c: Config,  # reads TRAINING.AUGMENT
+    calibrator: tuple[Calibrator, CalibratorHeader] | None = None,  # where the views are those of films
 ) -> Tensor:  # (B, 2, P, P)
     "The views a training step is given."
     a, net = c.TRAINING.AUGMENT, denoiser
+    if calibrator and volumes is not None:
+        generators = [np.random.default_rng((d.seed, c.BATCH_SIZE, i)) for i in mine]
+        films = (film_views(*calibrator, x, net.A, net.window, g) for x, g in zip(volumes.to(views.device), generators))
+        return torch.stack(list(films))
     if volumes is not None:
         A = shaken(net.A, np.random.default_rng((d.seed, c.BATCH_SIZE)), a.GEOMETRY) if a.GEOMETRY else net.A
         views = A(density(volumes.to(views.device), net.window))
@@ -468,6 +476,18 @@ class Loss(nn.Module):
     def __init__(self, denoiser: Denoiser, c: Config):
         super().__init__()
         self.denoiser, self.c = denoiser, c
+        self.calibrator = load_calibrator(c.TRAINING.CALIBRATOR) if c.TRAINING.AUGMENT.FILMS else None
+        if self.calibrator:
+            check_detector(self.calibrator[1], denoiser.A, c.TRAINING.CALIBRATOR or "")
+            self.calibrator[0].requires_grad_(False).to(denoiser.mean.device)
+
+    def of_films(
+        self,
+        d: Draw,
+    ) -> bool:
+        "Are the views of this micro-batch those of films?"
+        share = self.c.TRAINING.AUGMENT.FILMS
+        return self.calibrator is not None and np.random.default_rng((d.seed, 1)).random() < share
 
     def forward(
         self,
@@ -480,8 +500,10 @@ class Loss(nn.Module):
         device, rng = net.mean.device, torch.Generator().manual_seed(d.seed)
         truth, views = truth.to(device), views.to(device)
         with torch.no_grad():
-            views = seen(net, views, volumes, d, mine, c)
-            base = crop(net.base(views, amp=AMP[c.TRAINING.AMP]), d.origin, truth.shape[-1])
+            films = self.of_films(d)
+            views = seen(net, views, volumes, d, mine, c, self.calibrator if films else None)
+            base = net.base(views, "soft" if films else "on", AMP[c.TRAINING.AMP])
+            base = crop(base, d.origin, truth.shape[-1])
         t = torch.rand(n, generator=rng)
         t = torch.where(torch.rand(n, generator=rng) < c.TRAINING.FULL_NOISE_RATIO, 1.0, t)[mine].to(device)
         eps = torch.randn((n, *truth.shape[1:]), generator=rng)[mine].to(device)
@@ -490,7 +512,8 @@ class Loss(nn.Module):
             state = net(net.diffusion.noisy(net.to_state(truth, base), eps, t), t, cond)
         x, full = net.to_volume(state.float(), base), truth.shape[-1] == net.A.size
         if full:
-            x = net.settle(x, views, c.DIFFUSION.CONSISTENCY, 2 if net.A.geometry.kind == "parallel" else 4)
+            consistency = "soft" if films and c.DIFFUSION.CONSISTENCY == "on" else c.DIFFUSION.CONSISTENCY
+            x = net.settle(x, views, consistency, 2 if net.A.geometry.kind == "parallel" else 4)
         counts = 1.0 if planted is None else 1 + (c.TRAINING.AUGMENT.NODULE_WEIGHT - 1) * planted.to(device)
         return {
             k: v.mean()
@@ -890,6 +913,17 @@ def judge(
     return value
 
 
+def keep_calibrator(
+    path: Path,  # TRAINING.CALIBRATOR
+    folder: Path,  # of the checkpoints
+) -> None:
+    "Make a calibration network part of a checkpoint."
+    load_calibrator(path)
+    content, kept = path.read_bytes(), folder / CALIBRATOR
+    if not kept.exists() or kept.read_bytes() != content:
+        first(lambda: write_summed(kept, lambda p: p.write_bytes(content)))
+
+
 def save(r: Running, c: Config, folder: Path, epoch: int, meta: dict) -> None:
     "Write a checkpoint."
     state = dict(
@@ -928,6 +962,8 @@ def train_stage(
         tidy(folder, t.CHECKPOINTS_KEPT)  # killed after the last checkpoint, before it was done
     if 0 < start < steps:
         print(f"{title}: going on from step {start} of {steps}")
+    if c.TRAINING.CALIBRATOR:
+        keep_calibrator(Path(c.TRAINING.CALIBRATOR), folder)
     for epoch, value in h["values"][-1:]:
         first(lambda: report(value, epoch))  # killed between the checkpoint and the report
     draws = [d for step in range(start, steps) for d in draw(c, len(data.train), step)]
