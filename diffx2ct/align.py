@@ -119,14 +119,14 @@ def correlation(
     seen: Tensor,  # (h, w) bool
     r: Tensor,  # (P, P) reference
     pad: int,  # how far the film may reach beyond the detector
-    inside: float = 0.75,  # share of the film that must lie on the detector
+    inside: float = 0.75,  # share of the film that must lie on the detector; of a larger film, of what can
 ) -> Tensor:  # (P + 2 pad - h + 1, P + 2 pad - w + 1), 0 where too little overlaps
     "Normalised correlation for every shift."
     m, R = seen.to(f)[None, None], F.pad(r, (pad,) * 4)[None, None]
     V, f = F.pad(torch.ones_like(r), (pad,) * 4)[None, None], f[None, None] * m
     n, sf, sff = F.conv2d(V, m), F.conv2d(V, f), F.conv2d(V, f * f)
     sr, srr, sfr = F.conv2d(R, m), F.conv2d(R * R, m), F.conv2d(R, f)
-    enough = n > inside * m.sum()
+    enough = n > inside * n.max()
     n = n.clamp(min=1)
     spread = (sff - sf**2 / n).clamp(min=1e-6) * (srr - sr**2 / n).clamp(min=1e-6)
     return torch.where(enough, (sfr - sf * sr / n) / spread.sqrt(), 0.0)[0, 0]
@@ -171,9 +171,7 @@ def correlations(
     r = F.interpolate(view[None, None], (GRID, GRID), mode="area")[0, 0]
     everywhere = torch.ones_like(r, dtype=torch.bool)
     r, out = rank_image(r, everywhere), []
-    detail = lambda f, m, part: correlation(
-        detail_of(f, m, GRID / part), m, detail_of(r, everywhere, GRID / part), PAD
-    )
+    detail = lambda f, m, part: correlation(detail_of(f, m, GRID / part), m, detail_of(r, everywhere, GRID / part), PAD)
     for height in heights:
         shape = round(GRID * height), max(4, round(GRID * height * grey.shape[1] / grey.shape[0]))
         if max(shape) <= GRID + 2 * PAD:
@@ -192,17 +190,19 @@ def match_view(
     **how,  # heights, whole, fine
 ) -> Placement:
     "The scale and shift at which a film is most like a mean view."
-    best = Placement(1, 0, 0, mirrored)
+    heights = how.get("heights", SCALES)
+    best = Placement(heights[0] if len(heights) == 1 else 1, 0, 0, mirrored)
     grey, seen = (v.flip(1) if mirrored else v for v in (grey, seen))
     for (h, w), c in correlations(grey, seen, view, **how):
         top = int(c.argmax())
         if c.flatten()[top] > best.likeness:
             y, x = (top // c.shape[1] - PAD + h / 2) / GRID - 0.5, (top % c.shape[1] - PAD + w / 2) / GRID - 0.5
-            best = Placement(h / GRID, y, x, mirrored, c.flatten()[top].item())
+            height = heights[0] if len(heights) == 1 else h / GRID
+            best = Placement(height, y, x, mirrored, c.flatten()[top].item())
     return best
 
 # %% ../nbs/01b_align.ipynb #719677a3
-EXCHANGE_MARGIN = 0.1  # how much more alike two films must be the other way round
+EXCHANGE_MARGIN = 0.2  # how much more alike two films must be the other way round
 MIXED_MARGIN = 0.1  # the same for one film being inverted and the other one not
 SHARPNESS = 30.0  # places and scales count by the exponential of so many times their likeness
 
@@ -315,6 +315,7 @@ def fit_height(
     places: tuple[Placement, Placement],  # to start from
     pixels: int,  # detector pixels along an edge
     calibrate: Calibrate,
+    scale: bool = True,  # False: the size of the lateral film's pixels is known
 ) -> Placement:
     "Move and scale the lateral film until both films weigh the same at each height."
 
@@ -326,8 +327,8 @@ def fit_height(
     best, least = places[1], cost(places[1])
     for step in (0.04, 0.02, 0.01):  # edges of the detector, and share of the scale
         centre = best
-        for row, scale in ((r, s) for r in (-1, 0, 1) for s in (-1, 0, 1) if r or s):
-            near = replace(centre, row=centre.row + row * step, height=centre.height * (1 + scale * step))
+        for row, size in ((r, s) for r in (-1, 0, 1) for s in ((-1, 0, 1) if scale else (0,)) if r or s):
+            near = replace(centre, row=centre.row + row * step, height=centre.height * (1 + size * step))
             if (now := cost(near)) < least:
                 best, least = near, now
     return best
@@ -339,10 +340,15 @@ def align_pair(
     reference: Tensor,  # (2, P, P) mean views
     mirrored: bool = False,  # the lateral film faces right
     calibrate: Calibrate | None = None,
+    heights: tuple[float | None, float | None] = (None, None),  # of the films, where known; edges of the detector
+    pixels: int | None = None,  # that `calibrate` reads along an edge; None: as the mean views
 ) -> tuple[Placement, Placement]:
     "Where both films lie on the detector."
-    first = match_view(films[0], masks[0], reference[0])
-    second = match_view(films[1], masks[1], reference[1], mirrored)
+    first, second = (
+        match_view(f, m, r, turn, heights=SCALES if h is None else (h,))
+        for f, m, r, turn, h in zip(films, masks, reference, (False, mirrored), heights)
+    )
     if calibrate:
-        second = fit_height(films, masks, (first, second), reference.shape[-1], calibrate)
+        known = heights[1] is not None
+        second = fit_height(films, masks, (first, second), pixels or reference.shape[-1], calibrate, not known)
     return first, second
