@@ -215,7 +215,7 @@ class Recognised:
     inverted: tuple[bool, bool]  # black and white exchanged, frontal and lateral film
     mirrored: bool  # the lateral film faces right
     margins: dict[str, float]  # likeness of the answer less likeness of its opposite
-    likeness: tuple[float, float]  # of the frontal and the lateral film to their mean views
+    likeness: tuple[float, float]  # of the frontal film (fine structure alone) and of the lateral one to their views
     twice: float  # likeness of both films to one mean view less likeness of the answer; above 0: one view given twice
 
 
@@ -265,10 +265,14 @@ def recognise(
     g, m = small[1 - x]
     turned = facing(-g if dark[1] else g, m, reference[1])
     own = table[x][0][dark[0]], table[1 - x][1][dark[1]]
+    front, k = small[x]
+    sides = (front, k), (front.flip(1), k.flip(1))
+    maps = [c for v, s in sides for _, c in correlations(-v if dark[0] else v, s, reference[0], whole=0, fine=(8, 16))]
+    lungs = max(c.max().item() for c in maps)
     same = max(table[0][v][i] + table[1][v][i] for v in (0, 1) for i in (0, 1))
     margins = dict(exchanged=gap(0), frontal=gap(1), lateral=gap(2), mirrored=abs(turned))
     right = turned < 0 if mirrored is None else mirrored
-    return Recognised(bool(x), (bool(dark[0]), bool(dark[1])), right, margins, own, same - sum(own))
+    return Recognised(bool(x), (bool(dark[0]), bool(dark[1])), right, margins, (lungs, own[1]), same - sum(own))
 
 # %% ../nbs/01b_align.ipynb #35919013
 def on_detector(

@@ -581,7 +581,7 @@ def reference(
 
 # %% ../nbs/05a_two_images.ipynb #b80fe359
 WEAK = {"exchanged": 0.1, "inverted": 0.05, "mirrored": 0.02}  # margins below which an answer is a guess
-LIKE = 0.5  # likeness below which a film counts as something else
+LIKE = 0.47, 0.5  # likeness below which a frontal or a lateral film counts as something else
 TWICE = 0.05  # how much more two films must be like one view than like two
 SAME = 0.98  # correlation of ranks above which two pictures are one
 
@@ -651,9 +651,9 @@ def suspicions(
     "What speaks against two images, in words."
     names, m = (views[0].name, views[1].name), found.margins
     said = [
-        f"{name} does not look like the {which} view of the patients the model was trained on (likeness {like:.2f}, limit {LIKE:g}); look whether it is upright, whole and of the same part of the body"
-        for name, which, like in zip(names, ORDER, found.likeness)
-        if like < LIKE
+        f"{name} does not look like the {which} view of the patients the model was trained on (likeness {like:.2f}, limit {least:g}); look whether it is upright, whole and of the same part of the body"
+        for name, which, like, least in zip(names, ORDER, found.likeness, LIKE)
+        if like < least
     ]
     if found.twice > TWICE:
         said.append(
@@ -685,8 +685,11 @@ def suspicions(
     return said
 
 # %% ../nbs/05a_two_images.ipynb #7de190b7
-APART = 0.1  # difference of weight per height above which two films count as not of one patient
-CUT = 0.3  # share of the rows of a lateral film that end inside the body
+APART = {
+    True: 0.15,
+    False: 0.3,
+}  # the same with and without a learned calibration: difference of weight per height of two people
+CUT = 0.5  # share of the rows of a lateral film that end inside the body
 HEART_MM = 60.0  # how far the heart lies before the patient's middle
 
 
@@ -792,13 +795,13 @@ def body_doubts(
     y: Tensor,  # (2, P, P)
     seen: Tensor,  # (2, P, P) bool
     weight: dict[str, float],  # difference per height, before and after the fit
-    found: Recognised,
+    learned: bool,  # by the calibration network
 ) -> list[str]:
     "Doubts about the body that two views show."
     out, names = [], (views[0].name, views[1].name)
-    if weight.get("after", 0) > APART:
+    if weight.get("after", 0) > APART[learned]:
         out.append(
-            f"{names[0]} and {names[1]} spread the body differently from head to feet (gap {weight['after']:.2f}, limit {APART:g}); look whether they are of one patient, at one scale, and begin and end at the same height"
+            f"{names[0]} and {names[1]} spread the body differently from head to feet (gap {weight['after']:.2f}, limit {APART[learned]:g}); look whether they are of one patient, at one scale, and begin and end at the same height"
         )
     if not views[1].stored and weight:
         for back, words in ((True, "at the spine"), (False, "at the breastbone")):
@@ -916,7 +919,7 @@ def calibrate(
             y[k] = v.grey if net.line_integrals else to_display(v.grey)[0]
     doubts = [s for v in views for s in v.doubts] + suspicions(views, found, wish)
     said = told(views, found, places, name, seen, fit)
-    doubts += body_doubts(views, y, F.avg_pool2d(seen.float(), pixels // P) > 0.5, weight, found)
+    doubts += body_doubts(views, y, F.avg_pool2d(seen.float(), pixels // P) > 0.5, weight, calibrator is not None)
     doubts += filter(
         None, [perspective(views[0], net.A, wish), *(small(v, f, p, net.A) for v, f, p in zip(views, films, places))]
     )
