@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DAMPING', 'BANDS', 'ENLARGED', 'SAMPLERS', 'Diffusion', 'graded', 'spread', 'strength', 'Condition', 'halved',
-           'mirrors', 'mirrored', 'Denoiser', 'build', 'ssim_loss', 'fourier_loss', 'phase_weights', 'loss_terms',
-           'times_of', 'ddim', 'ddpm', 'velocity', 'euler', 'heun', 'dpm', 'starts', 'blend_weight', 'joined',
-           'windowed']
+           'mirrors', 'mirrored', 'damping', 'Denoiser', 'build', 'ssim_loss', 'fourier_loss', 'phase_weights',
+           'loss_terms', 'times_of', 'ddim', 'ddpm', 'velocity', 'euler', 'heun', 'dpm', 'starts', 'blend_weight',
+           'joined', 'windowed']
 
 # %% ../nbs/02a_diffusion.ipynb #ddc0f79d
 import math
@@ -161,6 +161,15 @@ def mirrored(
 
 # %% ../nbs/02a_diffusion.ipynb #6a15938e
 DAMPING = {"on": 0.0, "soft": 0.3, "off": 0.0}  # of the projection onto the views, by DIFFUSION.CONSISTENCY
+
+
+def damping(
+    consistency: str,  # on, soft or off
+) -> float:
+    "Weight that views get; the one place where it is chosen, so a fitted number belongs here."
+    return DAMPING[consistency]
+
+
 BANDS = 2  # of resolution, each with its scale
 ENLARGED = 8.0  # how much the encoder's input is
 
@@ -241,7 +250,7 @@ def settle(
     "Make a volume agree with its views (chapter 00d), as far as they are line integrals."
     if consistency == "off" or not self.line_integrals:
         return x
-    return nearest(x, views, self.A, self.window, steps, damping=DAMPING[consistency])
+    return nearest(x, views, self.A, self.window, steps, damping=damping(consistency))
 
 # %% ../nbs/02a_diffusion.ipynb #11247804
 @patch
@@ -293,7 +302,7 @@ def base(
         return torch.full_like(self.mean, 0.5).expand(len(views), -1, -1, -1, -1)
     start = self.coarse.guess(views, consistency, amp) if self.coarse else self.mean.expand(len(views), -1, -1, -1, -1)
     return (
-        consistent(start, views, self.A, self.window, 10, 1, damping=DAMPING[consistency], momentum=True)
+        consistent(start, views, self.A, self.window, 10, 1, damping=damping(consistency), momentum=True)
         if self.base_kind == "consistent_mean"
         else start
     )

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .consistency import consistent, doubt
 from .data import Case, Config, DiffusionConfig, Layer, UserError, show_mpr, to_hu
-from .diffusion import DAMPING, SAMPLERS, Denoiser, times_of, windowed
+from .diffusion import SAMPLERS, Denoiser, damping, times_of, windowed
 
 # %% ../nbs/02b_reconstruct.ipynb #9e37d2c6
 class Loaded(Protocol):
@@ -154,7 +154,7 @@ def finish(
         denoiser.A,
         denoiser.window,
         rounds=1 if consistency == "soft" else 10,
-        damping=DAMPING[consistency],
+        damping=damping(consistency),
     )
 
 # %% ../nbs/02b_reconstruct.ipynb #78537583
@@ -187,7 +187,7 @@ def reconstruct(
     if method == "mean":
         return denoiser.mean[0].clone()
     if method == "consistent_mean":
-        return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=DAMPING[c.CONSISTENCY])[0]
+        return consistent(denoiser.mean, v, denoiser.A, denoiser.window, rounds=50, damping=damping(c.CONSISTENCY))[0]
     if method == "expected":
         base = denoiser.base(v, c.CONSISTENCY, amp)
         x = denoiser.to_volume(settled(denoiser, v, base, patch, c, amp)(torch.zeros_like(base), 1.0), base)
