@@ -57,7 +57,7 @@ def readme() -> dict[Path, bytes]:
     text, resources = MarkdownExporter(config=c).from_notebook_node(
         nb, {"unique_key": "index", "output_files_dir": IMAGES}
     )
-    text = re.sub(r"(\]\(|src=[\"'])(images/|[\w.-]+\.ipynb)", r"\1nbs/\2", text)  # links that hold inside nbs/
+    text = re.sub(r"(\]\(|src=[\"'])(images/|howto/|[\w.-]+\.ipynb)", r"\1nbs/\2", text)  # links that hold inside nbs/
     text = text.replace("](../", "](")  # and links that leave it
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = text.replace("\n\n", f"\n\n{BADGES}\n\n", 1)  # below the title
