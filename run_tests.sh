@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # Everything that CI runs. The last line says `N passed, N failed`; the exit code is 1 when anything failed.
-# Usage: ./run_tests.sh [quick]
-#   quick   leaves out the cells and tests marked slow
+# Usage: ./run_tests.sh [quick | NAME...]
+#   quick   leaves out the cells and tests marked slow, the types and the site
+#   NAME    a chapter (02a), a module (diffusion) or a file of tests (wiring): only its checks, without slow ones
 set -euo pipefail
 case "${1:-}" in
-  -h | --help) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
-  '' | quick) ;;
-  *) echo "diffx2ct: run_tests.sh knows quick and --help, not $1" >&2; exit 2 ;;
+  -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
 esac
+here=$(dirname "${BASH_SOURCE[0]}")
+for name in "$@"; do
+  if [ "$name" != quick ] && ! compgen -G "$here/nbs/${name}_*.ipynb" >/dev/null && ! compgen -G "$here/nbs/$name.ipynb" >/dev/null \
+    && [ ! -e "$here/diffx2ct/$name.py" ] && [ ! -e "$here/tests/test_$name.py" ]; then
+    echo "diffx2ct: run_tests.sh takes quick, a chapter such as 02a, a module or a file of tests, not $name" >&2
+    exit 2
+  fi
+done
 source "$(dirname "${BASH_SOURCE[0]}")/docker/setup.sh"
 setup dev
 
@@ -34,4 +41,4 @@ done
 export WANDB_MODE=disabled OMP_NUM_THREADS=1 MPLBACKEND=agg PYTHONDONTWRITEBYTECODE=1
 PATH=$(dirname "$python"):$PATH
 cd "$root"
-"$python" .ci/check.py "${1:-}" </dev/null
+"$python" .ci/check.py "$@" </dev/null

@@ -10,6 +10,16 @@ from traitlets.config import Config
 
 root = Path(__file__).resolve().parents[1]
 IMAGES = "nbs/images"  # pictures that cells drew are written here as index_*.png, beside those put there by hand
+REPOSITORY = "https://github.com/diffx2ct/diffx2ct"
+BADGES = " ".join(
+    f"[![{name}]({picture})]({link})"
+    for name, picture, link in (
+        ("CI", f"{REPOSITORY}/actions/workflows/ci.yml/badge.svg", f"{REPOSITORY}/actions/workflows/ci.yml"),
+        ("Python 3.11", "https://img.shields.io/badge/python-3.11%2B-blue", "pyproject.toml"),
+        ("Apache-2.0", "https://img.shields.io/badge/licence-Apache--2.0-green", "LICENSE"),
+        ("not for clinical use", "https://img.shields.io/badge/not_for-clinical_use-orange", "#limits"),
+    )
+)  # only in README: a page of the site loads nothing from elsewhere
 DIRECTIVE = re.compile(r"^#\|[ \t]*(\S+?):?(?:[ \t]+(.*))?$", re.M)
 
 
@@ -47,9 +57,10 @@ def readme() -> dict[Path, bytes]:
     text, resources = MarkdownExporter(config=c).from_notebook_node(
         nb, {"unique_key": "index", "output_files_dir": IMAGES}
     )
-    text = re.sub(r"(\]\(|src=[\"'])(images/|[\w.-]+\.ipynb)", r"\1nbs/\2", text)  # links that hold inside nbs/
+    text = re.sub(r"(\]\(|src=[\"'])(images/|howto/|[\w.-]+\.ipynb)", r"\1nbs/\2", text)  # links that hold inside nbs/
     text = text.replace("](../", "](")  # and links that leave it
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
+    text = text.replace("\n\n", f"\n\n{BADGES}\n\n", 1)  # below the title
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     head = "<!-- Made from nbs/index.ipynb by .ci/readme.py; edit the notebook. -->\n\n"
     return {root / "README.md": (head + text).encode()} | {

@@ -62,7 +62,7 @@ from diffx2ct.data import (
     unpacked,
     write_manifest,
 )
-from .drr import CHEST_CUBE_MM, Projector, geometry
+from .drr import CHEST_CUBE_MM, GEOMETRIES, Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what a file lacks is said by us, in a sentence
@@ -1760,7 +1760,7 @@ nothing of a DICOM header's identity is kept, nor the name of its folder.""",
     )
     p.add_argument(
         "--geometry",
-        choices=("parallel", "x2ct", "x2ct_scaled", "chest"),
+        choices=tuple(GEOMETRIES),
         help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data; chest: PA and left lateral "
         "chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm says otherwise",
     )

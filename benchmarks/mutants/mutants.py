@@ -64,7 +64,7 @@ MUTANTS = {
             "coverage of the lateral beam is wrong",
         ),
         ("half of the panel", ".abs() <= g.panel_mm / 2)", ".abs() <= g.panel_mm)", "voxels in no beam count as seen"),
-        ("scaled preset", "k = side_mm / 320 if", "k = 320 / side_mm if", "a geometry of other millimetres"),
+        ("scaled preset", "v * (side_mm / 320)", "v * (320 / side_mm)", "a geometry of other millimetres"),
         (
             "lifting by the other depth",
             '(("ap", y, x), ("lat", x, y))',
