@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'LOOK', 'scratch', 'read_upload', 'nifti_bytes', 'dicom_zip', 'link', 'alignment_picture', 'sentences',
-           'Page', 'heading', 'page', 'parser', 'notebook', 'voila_line', 'check_app', 'serve', 'main', 'view_main']
+           'Page', 'heading', 'page', 'notebook', 'voila_line', 'check_app', 'serve', 'main', 'view_main']
 
 # %% ../nbs/05c_app.ipynb #4a320877
 import argparse
@@ -35,7 +35,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .align import place_pair
-from .checkpoint import SHIPPED_MODEL, Model, load_model, model_file
+from .checkpoint import Model, load_model, model_file
+from .commands import SHIPPED_MODEL, app_options, view_options
 from .data import CAUTION, GENERATED, UserError, command
 from .reconstruct import as_views
 from .scans import suffix_of
@@ -378,25 +379,6 @@ def page(
     return Page(load_model(name_or_folder, device))
 
 # %% ../nbs/05c_app.ipynb #07562a62
-def parser(
-    name: str = "diffx2ct_app",
-    what: str = f"Serve a page on this machine: two X-ray films in, a CT volume out. Ctrl-C ends it. {CAUTION.capitalize()}.",
-) -> argparse.ArgumentParser:
-    "The options of `diffx2ct_app` and `diffx2ct_view`."
-    p = argparse.ArgumentParser(name, description=what)
-    p.add_argument(
-        "--checkpoint_dir",
-        default=SHIPPED_MODEL,
-        metavar="DIR",
-        help="folder that diffx2ct_train wrote, or one model file; default: the model of the package",
-    )
-    p.add_argument("--port", type=int, default=8866, help="default: %(default)s")
-    p.add_argument("--no_browser", action="store_true", help="do not open a browser")
-    p.add_argument("--device", default="cpu", help="cpu or cuda:0")
-    p.add_argument("--in_container", action="store_true", help="listen to the host of a container")
-    return p
-
-
 def notebook(
     folder: Path,
     code: str,
@@ -468,7 +450,7 @@ def serve(
 @partial(command, again="serves the page again")
 def main(argv: list[str]):
     "Entry point of `diffx2ct_app`."
-    a = parser().parse_args(argv)
+    a = app_options().parse_args(argv)
     check_app(a)
     path = model_file(a.checkpoint_dir)
     serve(f"from diffx2ct.app import page\n\npage({str(path.resolve())!r}, {a.device!r})", a, str(path))
@@ -477,15 +459,7 @@ def main(argv: list[str]):
 @partial(command, again="serves the viewer again")
 def view_main(argv: list[str]):
     "Entry point of `diffx2ct_view`."
-    p = parser(
-        "diffx2ct_view", f"Look at volumes in the browser: three linked planes. Ctrl-C ends it. {CAUTION.capitalize()}."
-    )
-    p.add_argument(
-        "path",
-        nargs="?",
-        help="NIfTI file, folder that run_visualize.sh wrote, or checkpoint; default: a phantom as the model of --checkpoint_dir reconstructs it",
-    )
-    a = p.parse_args(argv)
+    a = view_options().parse_args(argv)
     check_app(a)
     path = Path(a.path).resolve() if a.path else model_file(a.checkpoint_dir).resolve()
     if not path.exists():

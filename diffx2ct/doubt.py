@@ -6,10 +6,9 @@
 __all__ = ['TISSUES', 'EDGES', 'KINDS', 'FLOOR', 'LEVELS', 'LEAST', 'SIGNS', 'TIMES', 'KEPT', 'BOUND_LEVEL', 'PICKED', 'ensemble',
            'kinds', 'distance', 'factors', 'gaussian', 'inside', 'plot_reliability', 'half_width', 'turned', 'tampered',
            'surprise', 'signs', 'limits', 'trust', 'settings', 'note_errors', 'bounds', 'fit', 'fitted', 'measures_of',
-           'examine', 'parser', 'main']
+           'examine', 'main']
 
 # %% ../nbs/04b_doubt.ipynb #65614af6
-import argparse
 import json
 import math
 import sys
@@ -28,15 +27,15 @@ from tqdm import tqdm
 import diffx2ct
 from .calibrate import film_views
 from .checkpoint import Model, digest, harm, load_model, write_summed
+from .commands import doubt_options
 from .consistency import CLASH, disagreement
 from .data import CAUTION, Case, CTPairs, DiffusionConfig, UserError, command, density, to_hu
-from .diffusion import Denoiser
+from .diffusion import AMP, Denoiser
 from .drr import Projector, coverage, path_density
 from .evaluate import open_cases, trained_on
 from .measures import MEASURES, conformal_bound, measure_chest
 from .parallel import device_option
 from .reconstruct import careful, finish, noise_of, reconstruct, samples, settled
-from .train import AMP
 
 # %% ../nbs/04b_doubt.ipynb #63e66c29
 def ensemble(
@@ -462,38 +461,11 @@ def examine(
         report=text,
     )
 
-# %% ../nbs/04b_doubt.ipynb #061aa294
-def parser() -> argparse.ArgumentParser:
-    "Options of `diffx2ct_doubt`."
-    p = argparse.ArgumentParser(
-        prog="diffx2ct_doubt",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Fit what is usual for a checkpoint, on cases with a known volume, and keep it beside the model in {KEPT}: factors that calibrate its spread, and limits of the trust report.",
-        epilog="""examples:
-  diffx2ct_doubt --checkpoint_dir checkpoints/best                    on its own held-out cases
-  diffx2ct_doubt --checkpoint_dir checkpoints/best --data data/test   on all cases of a folder of diffx2ct_prepare
-
-run_visualize.sh and diffx2ct_reconstruct look for it beside the model. They say "not calibrated" where it is missing, of another model, or of other settings than they are asked for.
-Cases the model was trained on are left out, by name; the others should be like the patients it is meant for.""",
-    )
-    p.add_argument(
-        "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
-    )
-    p.add_argument(
-        "--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)"
-    )
-    p.add_argument(
-        "--k", type=int, default=8, help="samples of each case; factors are kept for 2 to K (default: %(default)s)"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the samples and of the voxels (default: %(default)s)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto (default: %(default)s)")
-    return p
-
-
+# %% ../nbs/04b_doubt.ipynb #b289b182
 @command
 def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_doubt`."
-    a = parser().parse_args(argv)
+    a = doubt_options().parse_args(argv)
     if a.k < 2 or a.seed < 0:
         raise UserError("--k counts from 2 and --seed from 0; give larger numbers")
     model = load_model(a.checkpoint_dir, str(device_option(a.device)))

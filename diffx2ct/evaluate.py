@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'score', 'check_like', 'open_cases', 'trained_on', 'means', 'settings', 'evaluate', 'columns', 'table',
-           'plot_scores', 'parser', 'check_options', 'main']
+           'plot_scores', 'check_options', 'main']
 
 # %% ../nbs/04a_evaluate.ipynb #ff0243f1
 import argparse
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .cases import open_data, phantom_names
 from .checkpoint import Model, load_model
+from .commands import METHODS, evaluate_options
 from .consistency import disagreement, litres, residual
 from diffx2ct.data import (
     Case,
@@ -36,12 +38,11 @@ from diffx2ct.data import (
     writable,
     write_atomic,
 )
-from .diffusion import Denoiser
+from .diffusion import AMP, Denoiser
 from .drr import geometry
 from .metrics import PROTOCOLS, bootstrap, metrics
 from .parallel import device_option
-from .reconstruct import METHODS, careful, methods_of, reconstruct
-from .train import AMP, open_data, phantom_names
+from .reconstruct import careful, methods_of, reconstruct
 
 # %% ../nbs/04a_evaluate.ipynb #6be6b604
 FIGURES = {  # name: what a table calls it, and its format
@@ -339,57 +340,6 @@ def plot_scores(
     plt.close(fig)
     return fig
 
-# %% ../nbs/04a_evaluate.ipynb #988b87ba
-def parser() -> argparse.ArgumentParser:
-    "Options of `diffx2ct_evaluate`."
-    p = argparse.ArgumentParser(
-        prog="diffx2ct_evaluate",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, residual of the views, seconds.",
-        epilog="""examples:
-  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0                        its own validation cases, all methods
-  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --data data/test       every case of a folder of diffx2ct_prepare
-  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --methods expected mean_of_k --k 16 --steps 20 --device cuda:0
-  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --protocol x2ct --json scores.json --plot scores.png
-
-methods:  mean             the mean training volume: knows no view
-          consistent_mean  the mean made consistent with the views: knows no network, the floor
-          expected         the network's average over all volumes that fit, best in PSNR
-          sample           one volume that fits, with texture and invention
-          mean_of_k        the average of K samples
-protocols: unit (the HU window of the settings, range 1), x2ct (HU -1024 to 1476, peak 4095), psct (the same, peak 2500).
-           For one and the same volume x2ct is 4.29 dB above psct: never compare across protocols.
-A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Embedded phantoms that are missing are made, in data/.""",
-    )
-    p.add_argument(
-        "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
-    )
-    p.add_argument(
-        "--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)"
-    )
-    p.add_argument("--methods", nargs="+", metavar="M", help="which of the methods below (default: all the model has)")
-    p.add_argument(
-        "--protocol",
-        choices=list(PROTOCOLS),
-        default="unit",
-        help="how volumes are compared, see below (default: %(default)s)",
-    )
-    p.add_argument("--k", type=int, default=4, help="samples of mean_of_k (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap (default: %(default)s)")
-    p.add_argument(
-        "--steps", type=int, metavar="N", help="steps of each sample (default: DIFFUSION.STEPS of the checkpoint)"
-    )
-    p.add_argument(
-        "--consistency",
-        choices=("on", "soft", "off"),
-        help="how volumes are held to their views (default: DIFFUSION.CONSISTENCY of the checkpoint)",
-    )
-    p.add_argument("--cases", nargs="+", metavar="NAME", help="only these cases")
-    p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto (default: %(default)s)")
-    p.add_argument("--json", metavar="F", help="write settings, means and every case there")
-    p.add_argument("--plot", metavar="F", help="draw the PSNR of every case there: .png, .pdf or .svg")
-    return p
-
 # %% ../nbs/04a_evaluate.ipynb #89edb915
 def check_options(a: argparse.Namespace) -> torch.device:
     "`UserError` for what argparse cannot know; the device."
@@ -413,7 +363,7 @@ def check_options(a: argparse.Namespace) -> torch.device:
 @partial(command, again="begins again")
 def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_evaluate`."
-    a = parser().parse_args(argv)
+    a = evaluate_options().parse_args(argv)
     model = load_model(a.checkpoint_dir, str(check_options(a)))
     cases = open_cases(model, a.data, a.cases)
     learnt = trained_on(cases.cases, model) if a.data else []

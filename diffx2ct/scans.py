@@ -14,8 +14,7 @@ __all__ = ['LPI', 'AIR', 'SUFFIXES', 'NIFTI_FIELDS', 'NIFTI_HEADERS', 'NIFTI_TYP
            'check_h5', 'read_h5', 'open_npz', 'case_name', 'fingerprint', 'Scan', 'file_scans', 'complement',
            'join_folders', 'visible_folders', 'dicom_folders', 'folder_scans', 'find_scans', 'fill_slices', 'pieces',
            'surface_share', 'body_mask', 'smooth', 'resample', 'extent', 'to_cube', 'resample_mask', 'inside',
-           'prepare_volume', 'settings', 'same', 'plain', 'number_series', 'keep_names', 'todo', 'prepare', 'parser',
-           'main']
+           'prepare_volume', 'settings', 'same', 'plain', 'number_series', 'keep_names', 'todo', 'prepare', 'main']
 
 # %% ../nbs/00b_scans.ipynb #6e6380dc
 import argparse
@@ -46,6 +45,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .commands import prepare_options
 from diffx2ct.data import (
     UserError,
     cases_in,
@@ -1731,76 +1731,11 @@ def prepare(
             )
     return len(rest), len(scans) - len(rest)
 
-# %% ../nbs/00b_scans.ipynb #97beca21
-def parser() -> argparse.ArgumentParser:
-    "The options of `diffx2ct_prepare`."
-    p = argparse.ArgumentParser(
-        "diffx2ct_prepare",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="""Turn CT scans into training cases: a cube of voxels and the two X-ray views it casts.
-
-  diffx2ct_prepare patient1.nii.gz patient2_dicom/ --out data --pictures
-  diffx2ct_train --set DATA.PT_DATA_DIR=data/volumes --set DATA.DRR_DIR=data/drrs
-
-SCAN is a file (.nii .nii.gz .nrrd .mha .mhd, .h5 of the X2CT-GAN data, a packed .npz) or a folder, searched to its depth, of DICOM slices, volume files or
-X2CT-GAN cases. Orientation comes from the file's header. Cases are named after their files, and after their folders where two files share a name;
-nothing of a DICOM header's identity is kept, nor the name of its folder.""",
-        epilog="Run it again with the same --out to add scans: settings are taken over, finished cases are kept, a stopped run goes on. Look at DIR/pictures once: R is the patient's right, A the front, H the head.",
-    )
-    p.add_argument("scans", nargs="+", metavar="SCAN", help="scan files and folders")
-    p.add_argument("--out", required=True, metavar="DIR", help="gets volumes/, drrs/ and drrs/manifest.json")
-    p.add_argument(
-        "--size", type=int, metavar="N", help="voxels along an edge of the cube (64; a finished cube keeps its own)"
-    )
-    p.add_argument(
-        "--mm",
-        type=float,
-        help="voxel edge in mm (320/N, a cube that holds a chest; 384/N for --geometry chest; "
-        "a finished cube keeps its edge)",
-    )
-    p.add_argument(
-        "--geometry",
-        choices=tuple(GEOMETRIES),
-        help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data; chest: PA and left lateral "
-        "chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm says otherwise",
-    )
-    p.add_argument("--pixels", type=int, metavar="P", help="detector pixels along an edge (N)")
-    p.add_argument("--window", type=float, nargs=2, metavar=("MIN", "MAX"), help="HU stored as 0 and 1 (-1024 1500)")
-    p.add_argument(
-        "--table",
-        choices=("keep", "remove"),
-        help="what is not patient: set to air or left (remove; keep for finished cubes)",
-    )
-    p.add_argument(
-        "--centre", choices=("body", "volume"), help="what the cube is centred on (body; volume for finished cubes)"
-    )
-    p.add_argument("--air_threshold", type=float, metavar="HU", help="denser is body (-500)")
-    p.add_argument("--series", metavar="UID_OR_NUMBER", help="which CT series of a DICOM folder that holds several")
-    p.add_argument(
-        "--affine",
-        choices=("sform", "qform"),
-        help="which affine of a NIfTI file to take where its two contradict each other (such a file is refused)",
-    )
-    p.add_argument(
-        "--keep_names",
-        action="store_true",
-        help="call DICOM cases after their folders (not: scan_ and a number); only where these name no patient",
-    )
-    p.add_argument(
-        "--h5_offset", type=float, metavar="V", help="stored value minus HU in X2CT-GAN files: 1024 or 1000 (1024)"
-    )
-    p.add_argument("--float16", action=argparse.BooleanOptionalAction, help="store volumes in half precision (yes)")
-    p.add_argument("--overwrite", action="store_true", help="make cases anew that are there already")
-    p.add_argument(
-        "--pictures", action="store_true", help="also save DIR/pictures/<case>.png to check orientation by eye"
-    )
-    return p
-
 # %% ../nbs/00b_scans.ipynb #b9be8b2d
 @command
 def main(argv: list[str]):
     "Prepare scans: the command `diffx2ct_prepare`."
-    a = parser().parse_args(argv)
+    a = prepare_options().parse_args(argv)
     out, scans = Path(a.out), find_scans(a.scans, a.series, a.affine, a.keep_names)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")

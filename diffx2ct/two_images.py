@@ -9,7 +9,7 @@ __all__ = ['EXIF_ORIENTATION', 'UPRIGHT', 'XRAY', 'OPPOSITE', 'ORDER', 'ROWS', '
            'outside_shutter', 'turn_to', 'measure', 'read_xray', 'read_file', 'read_view', 'read_as', 'Film',
            'size_on_panel', 'film_of', 'ranks', 'match', 'reference', 'Wish', 'known', 'sorted_out', 'same_picture',
            'suspicions', 'cut_at', 'perspective', 'way_to_calibrate', 'on_cpu', 'scale_of', 'told', 'body_doubts',
-           'small', 'facts', 'placed', 'calibrate', 'how_consistent', 'same_geometry', 'uid', 'save_dicom', 'parser',
+           'small', 'facts', 'placed', 'calibrate', 'how_consistent', 'same_geometry', 'uid', 'save_dicom',
            'check_options', 'main', 'write']
 
 # %% ../nbs/05a_two_images.ipynb #9219d129
@@ -49,7 +49,8 @@ from diffx2ct.align import (
     shrink,
 )
 from .calibrate import Calibrator, CalibratorHeader, calibrate_films, mass_difference
-from .checkpoint import SHIPPED_MODEL, Model, load_model
+from .checkpoint import Model, load_model
+from .commands import reconstruct_options
 from diffx2ct.data import (
     CAUTION,
     WINDOWS,
@@ -65,11 +66,11 @@ from diffx2ct.data import (
     writable,
     write_atomic,
 )
-from .diffusion import Denoiser
+from .diffusion import AMP, Denoiser
 from .doubt import examine
 from .drr import Projector, to_display
 from .parallel import device_option
-from .reconstruct import METHODS, careful, finish, methods_of, reconstruct, samples
+from .reconstruct import careful, finish, methods_of, reconstruct, samples
 from diffx2ct.scans import (
     as_image,
     as_user_error,
@@ -88,7 +89,6 @@ from diffx2ct.scans import (
     suffix_of,
     whole_nifti,
 )
-from .train import AMP
 from .visualize import NOTES, dtype_of, save_nifti
 
 # %% ../nbs/05a_two_images.ipynb #19d3d7b3
@@ -1067,76 +1067,6 @@ def save_dicom(
         shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../nbs/05a_two_images.ipynb #fd74a955
-def parser() -> argparse.ArgumentParser:
-    "The options of `diffx2ct_reconstruct`."
-    p = argparse.ArgumentParser(
-        "diffx2ct_reconstruct",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="""Make a CT of two X-ray images: a frontal view (AP) and a lateral view (LAT) of one patient, each as PNG, DICOM (CR, DX), NIfTI (2D or one slice) or .pt.
-
-Images must be upright, with the patient's right at the left of AP. The order of the files, which of them are inverted, and where the patient faces in LAT are found, and said with a margin.
-Orientation tags (EXIF, Patient Orientation) are obeyed; padding, bars, letters and transparent pixels count as no image.
-Where a file says its pixel size, that is its scale; else scale and height are found.
-Grey values may follow any tone curve: they become line integrals by the calibration network of the model, or, where it has none, by the values of its mean patient.
-Only .pt files, as diffx2ct_prepare stores them, are taken for line integrals.
-What was done to each image is printed. Not for clinical use.""",
-        epilog="""examples:
-  diffx2ct_reconstruct AP.png LAT.png --checkpoint_dir checkpoints/best --out case.nii.gz
-  diffx2ct_reconstruct AP.png LAT.png --checkpoint_dir checkpoints/best --out case.nii.gz --pixel_mm 0.14 0.14
-  diffx2ct_reconstruct IM1.dcm IM2.dcm --checkpoint_dir checkpoints/best --dicom case_series
-  diffx2ct_reconstruct AP.dcm LAT.dcm --checkpoint_dir checkpoints/best --out case.nii.gz --samples 8 --seed 3
-  diffx2ct_reconstruct data/drrs/p1/AP.pt data/drrs/p1/LAT.pt --checkpoint_dir checkpoints/best --out p1.nii.gz --method consistent_mean
-
-Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel (where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json, whether there is reason to doubt it as a whole.
-The third of these writes a series for a workstation, case_series_coverage.nii.gz, case_series_path_density.nii.gz and case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large, the views did not say what is there.
-The last is half of the 95 % interval in HU. For stored .pt views it is calibrated once diffx2ct_doubt has been run on the checkpoint; for pictures (consistency soft) it is not. The trust report has limits in both cases.""",
-    )
-    p.add_argument("ap", metavar="AP", help="frontal view")
-    p.add_argument("lat", metavar="LAT", help="lateral view")
-    p.add_argument(
-        "--checkpoint_dir",
-        default=SHIPPED_MODEL,
-        metavar="DIR",
-        help="folder that diffx2ct_train wrote, or one model file; default: the model of the package",
-    )
-    p.add_argument("--out", metavar="FILE", help="the volume in HU, .nii.gz or .nii")
-    p.add_argument("--dicom", metavar="DIR", help="the volume as a DICOM CT series in a new folder")
-    p.add_argument("--method", default="expected", choices=METHODS, help="default: expected")
-    p.add_argument(
-        "--samples",
-        type=int,
-        default=0,
-        metavar="K",
-        help="also write mean and spread of K samples beside the volume; default: 0",
-    )
-    p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the model's settings")
-    p.add_argument(
-        "--seed", type=int, default=0, help="the only source of chance, kept in the files' headers; default: 0"
-    )
-    p.add_argument(
-        "--consistency",
-        choices=("on", "soft", "off"),
-        help="how far the volume must agree with the views; default: soft for display images, else the model's setting",
-    )
-    p.add_argument(
-        "--pixel_mm",
-        type=float,
-        nargs=2,
-        metavar=("AP", "LAT"),
-        help="edge of a pixel on the detector in mm, instead of what the files say",
-    )
-    p.add_argument("--facing", choices=("left", "right"), help="where the patient looks in LAT; default: found")
-    p.add_argument(
-        "--frontal",
-        choices=("pa", "ap"),
-        help="whether the frontal film was taken from behind (pa) or from the front (ap); default: what the file says",
-    )
-    p.add_argument("--bone", choices=("bright", "dark"), help="how bone looks in both pictures; default: found")
-    p.add_argument("--keep_order", action="store_true", help="AP is the frontal view, even if it does not look so")
-    p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto")
-    return p
-
 # %% ../nbs/05a_two_images.ipynb #b28fb2bc
 def check_options(
     a: argparse.Namespace,
@@ -1178,7 +1108,7 @@ def check_options(
 @partial(command, again="begins again")
 def main(argv: list[str]):
     "Entry point of `diffx2ct_reconstruct`."
-    a = parser().parse_args(argv)
+    a = reconstruct_options().parse_args(argv)
     check_options(a)
     device = device_option(a.device)
     views = read_view(a.ap, "AP"), read_view(a.lat, "LAT")

@@ -21,7 +21,8 @@ from torch import Tensor
 from . import visualize
 from .align import Placement, Recognised, align_pair, film_mask, place_pair, recognise
 from .calibrate import calibrate_films, match_quantiles
-from .checkpoint import SHIPPED_MODEL, Model, is_shipped, load_model, model_file, read_header
+from .checkpoint import Model, is_shipped, load_model, model_file, read_header
+from .commands import SHIPPED_MODEL
 from .data import CAUTION, DiffusionConfig, Layer, UserError, density, one_line, show_mpr, to_hu, to_unit
 from .doubt import examine
 from .drr import Projector, to_display

@@ -9,7 +9,7 @@ __all__ = ['INKS', 'LEVELS', 'BEAMS', 'SAMPLE', 'STORED', 'NOTES', 'LABELS', 'MA
            'voxel', 'png', 'draw_slice', 'draw_cross', 'save_nifti', 'cubic', 'load_nifti', 'read_volume',
            'is_generated', 'method_of', 'ordered', 'read_volumes', 'layers_of', 'control', 'Viewer', 'value_at',
            'coverage_words', 'scale_bar', 'view', 'cloud', 'picture', 'table', 'histogram', 'draw_volumes',
-           'draw_views', 'draw_doubt', 'page', 'report_figure', 'save_report', 'case_volumes', 'parser', 'phantom_case',
+           'draw_views', 'draw_doubt', 'page', 'report_figure', 'save_report', 'case_volumes', 'phantom_case',
            'held_out', 'answers', 'numbered', 'made_by', 'run_case', 'main', 'log_case']
 
 # %% ../nbs/05_visualize.ipynb #0d81fd33
@@ -41,7 +41,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .checkpoint import SHIPPED_MODEL, Model, is_shipped, load_model, shipped_model
+from .checkpoint import Model, is_shipped, load_model, shipped_model
+from .commands import visualize_options
 from diffx2ct.data import (
     CAUTION,
     GENERATED,
@@ -61,16 +62,16 @@ from diffx2ct.data import (
     to_unit,
     write_atomic,
 )
+from .diffusion import AMP
 from .doubt import examine
 from .drr import to_display
 from .evaluate import open_cases
-from .metrics import PROTOCOLS
 from .metrics import metrics as compare
 from .parallel import device_option
 from .phantom import phantom
-from .reconstruct import METHODS, careful, reconstruct, samples
+from .reconstruct import careful, reconstruct, samples
+from .reporting import start_wandb
 from .scans import as_image, as_tensor, extent, hushed, orient, read_image, resample
-from .train import AMP, start_wandb
 
 # %% ../nbs/05_visualize.ipynb #4cc801f1
 INKS = {
@@ -1445,49 +1446,6 @@ def case_volumes(
         figures = compare(shown[0].float(), case.volume[0].float(), window, protocol)
     return volumes, projector(density(shown[None].float(), window))[0], figures
 
-# %% ../nbs/05_visualize.ipynb #d179f7e9
-def parser() -> argparse.ArgumentParser:
-    "The options of `diffx2ct_visualize`."
-    p = argparse.ArgumentParser(
-        "diffx2ct_visualize",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Reconstruct held-out cases with a checkpoint; write MPR pictures, volumes, a report page and metrics, and log them to W&B.",
-        epilog="""examples:
-  ./run_visualize.sh
-  ./run_visualize.sh --checkpoint_dir checkpoints/trial_0
-  ./run_visualize.sh --checkpoint_dir checkpoints/best --cases 3 --method sample --seed 7
-  ./run_visualize.sh --checkpoint_dir checkpoints/best --ap AP.pt --lat LAT.pt --name patient7""",
-    )
-    p.add_argument(
-        "--checkpoint_dir",
-        default=SHIPPED_MODEL,
-        help="folder that diffx2ct_train wrote, or one model file; default: the model of the package",
-    )
-    p.add_argument(
-        "--out",
-        help="folder for the results; default: visualizations in the checkpoint folder, with the model of the package in the working folder",
-    )
-    p.add_argument("--case", action="append", help="name of a held-out case, may be repeated; default: the first ones")
-    p.add_argument("--cases", type=int, default=1, help="how many held-out cases, where none is named")
-    p.add_argument("--ap", help="frontal view of a new patient, .pt (P, P) in mm of water")
-    p.add_argument("--lat", help="lateral view of a new patient, .pt (P, P) in mm of water")
-    p.add_argument("--name", default="new", help="name of the new patient")
-    p.add_argument("--method", default="expected", choices=METHODS, help="what is shown; default: expected")
-    p.add_argument(
-        "--samples",
-        type=int,
-        default=4,
-        help="samples for the spread (and for mean_of_k), the first 4 of them kept for the viewer's slider; 0 leaves them out; default: 4",
-    )
-    p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the settings")
-    p.add_argument("--seed", type=int, default=0, help="the only source of chance")
-    p.add_argument(
-        "--window", help="lung, mediastinum, bone or full; default: VIS_WINDOW_MIN to VIS_WINDOW_MAX of the settings"
-    )
-    p.add_argument("--protocol", default="unit", choices=list(PROTOCOLS), help="of the metrics; default: unit")
-    p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto")
-    return p
-
 # %% ../nbs/05_visualize.ipynb #9e375e4d
 UNSEEN = 9000  # seed of the first phantom shown with a model whose cases are not here; training uses smaller ones
 
@@ -1608,7 +1566,7 @@ def run_case(
 @partial(command, again="begins again")
 def main(argv: list[str]):
     "Entry point of `diffx2ct_visualize`."
-    a = parser().parse_args(argv)
+    a = visualize_options().parse_args(argv)
     if bool(a.ap) != bool(a.lat):
         raise UserError("--ap and --lat belong together; a volume needs both views")
     if a.cases < 1 or a.samples < 0 or (a.steps or 1) < 1:

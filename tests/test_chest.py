@@ -11,6 +11,7 @@ import torch
 from conftest import run_cmd
 from safetensors import safe_open
 
+from diffx2ct.cases import make_phantoms, open_data
 from diffx2ct.checkpoint import FORMAT, load_model, save_model
 from diffx2ct.data import UserError, density, explain, load_config, read_manifest
 from diffx2ct.drr import CHEST_CUBE_MM, Geometry, Projector, SidedGeometry, geometry
@@ -18,7 +19,8 @@ from diffx2ct.evaluate import open_cases
 from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import reconstruct
 from diffx2ct.scans import as_image
-from diffx2ct.train import comparable, make_phantoms, on_phantoms, open_data
+from diffx2ct.study import comparable
+from diffx2ct.train import on_phantoms
 from diffx2ct.two_images import same_geometry
 
 N, CUBE = 16, CHEST_CUBE_MM

@@ -19,7 +19,8 @@ import torch
 from diffx2ct.checkpoint import load_model
 from diffx2ct.data import load_config
 from diffx2ct.reconstruct import reconstruct
-from diffx2ct.train import draw, open_data, train_run
+from diffx2ct.cases import open_data
+from diffx2ct.train import draw, train_run
 torch.set_num_threads(1)
 sha = lambda *blobs: hashlib.sha256(b"".join(blobs)).hexdigest()
 tiny = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=4", "TRAINING.PATCH_SIZE=16", "MODEL.UNET.NUM_CHANNELS=[8, 16]", "MODEL.UNET.ATTENTION_LEVELS=[false, true]", "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true]",

@@ -75,6 +75,23 @@ def test_every_command_is_a_function_of_the_package():
         assert re.search(rf"^def {function}\(", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.M), target
 
 
+@pytest.mark.parametrize("args", [["--help"], ["--no_such_option"]])
+@pytest.mark.parametrize("command", PROJECT["scripts"])
+def test_help_and_mistakes_load_nothing_heavy(command, args):
+    "What takes seconds to import is not imported to print a page."
+    module, function = PROJECT["scripts"][command].split(":")
+    code = f"""
+import sys, {module}
+sys.argv = [{command!r}, *{args!r}]
+try:
+    {module}.{function}()
+except SystemExit as e:
+    print([e.code, sorted({{"torch", "numpy", "optuna", "wandb", "matplotlib", "diffx2ct.data"}} & sys.modules.keys())])
+"""
+    p = run_cmd([sys.executable, "-c", code])
+    assert p.stdout.endswith(f"[{0 if args == ['--help'] else 2}, []]\n"), p.stderr
+
+
 def test_every_setting_is_read_by_some_chapter():
     from diffx2ct.data import Config, LossWeights, Section
 

@@ -170,7 +170,7 @@ def test_ranks_with_other_settings(place):
         [
             sys.executable,
             "-m",
-            "diffx2ct.train",
+            "diffx2ct.study",
             "--config",
             "tiny.yml",
             "--study_name",

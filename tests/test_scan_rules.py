@@ -6,6 +6,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from diffx2ct.commands import prepare_options
 from diffx2ct.data import UserError
 from diffx2ct.scans import (
     AIR,
@@ -14,7 +15,6 @@ from diffx2ct.scans import (
     as_tensor,
     file_scans,
     inside,
-    parser,
     read_h5,
     resample,
     settings,
@@ -144,7 +144,7 @@ def test_the_share_of_a_body_inside_a_cube():
 def test_settings_of_a_folder_are_kept_where_nothing_is_said(tmp_path):
     hu = np.zeros((16, 16, 16), np.float32)
     sitk.WriteImage(as_image(hu, 20.0), str(tmp_path / "a.nii.gz"))
-    scans, a = file_scans(tmp_path / "a.nii.gz"), parser().parse_args(["x", "--out", str(tmp_path / "out")])
+    scans, a = file_scans(tmp_path / "a.nii.gz"), prepare_options().parse_args(["x", "--out", str(tmp_path / "out")])
     old = settings(a, scans, None) | dict(size=32, mm=7.0, pixels=48, view_domain="line_integral")
     old["geometry"] = old["geometry"] | dict(panel_mm=224.0)
     new = settings(a, scans, old)

@@ -302,7 +302,7 @@ def test_nothing_is_on_stderr_but_progress_bars(here):
     "lines, found", [("", False), ("machine elsewhere.org login a password b\n", False), (None, True)]
 )
 def test_a_login_of_wandb_is_found_without_a_word(tmp_path, lines, found):
-    code = "from diffx2ct.train import has_wandb_login; import wandb; print(wandb.setup().settings.base_url, has_wandb_login())"
+    code = "from diffx2ct.reporting import has_wandb_login; import wandb; print(wandb.setup().settings.base_url, has_wandb_login())"
     env = {"HOME": str(tmp_path), "WANDB_API_KEY": None, "WANDB_MODE": None, "NETRC": None}
     if lines is None:
         lines = "machine api.example.org\n  login user\n  password 0123456789012345678901234567890123456789\n"

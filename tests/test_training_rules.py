@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import diffx2ct.checkpoint as checkpoint
+import diffx2ct.study as study_of
 import diffx2ct.train as train
+from diffx2ct.cases import open_data
 from diffx2ct.data import load_config
 from diffx2ct.diffusion import Diffusion
 from diffx2ct.metrics import psnr
@@ -50,7 +52,7 @@ def there(home, monkeypatch):
 
 @pytest.fixture
 def data(there):
-    return train.open_data(config())
+    return open_data(config())
 
 
 class Fit(nn.Module):
@@ -227,18 +229,18 @@ def test_the_validation_value_is_the_mean_over_all_held_out_cases(data, monkeypa
 def searched(monkeypatch, data, pruner: str, reports: list[list[float]]) -> optuna.Study:
     "A study whose trials report what they are given and end with the last of it."
     c, name = config(f"OPTUNA.PRUNER={pruner}", "OPTUNA.STARTUP_TRIALS=1"), f"study_{pruner}"
-    study = train.open_study(name, c)
+    study = study_of.open_study(name, c)
 
     def lead(c, data, folder, meta, report, *rest):
         for epoch, value in enumerate(reports[meta["trial"]], 1):
             report(value, epoch)
         return reports[meta["trial"]][-1]
 
-    monkeypatch.setattr(train, "lead", lead)
+    monkeypatch.setattr(study_of, "lead", lead)
     for number in range(len(reports)):
         folder = Path("checkpoints", name, f"trial_{number}")
         folder.mkdir(parents=True)
-        train.run_trial(study, study.ask(), c, data, folder)
+        study_of.run_trial(study, study.ask(), c, data, folder)
     return study
 
 
@@ -255,13 +257,13 @@ def test_the_median_pruner_ends_a_trial_that_lags(data, monkeypatch):
 def test_without_a_pruner_every_trial_ends(data, monkeypatch):
     study = searched(monkeypatch, data, "none", REPORTS)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
-    assert train.best_trial(study).number == study.best_trial.number == 2  # 30 dB is the best
+    assert study_of.best_trial(study).number == study.best_trial.number == 2  # 30 dB is the best
 
 
 def test_a_study_looks_for_the_highest_value():
     kinds = {"median": optuna.pruners.MedianPruner, "hyperband": optuna.pruners.HyperbandPruner}
     for pruner in ("median", "hyperband", "none"):
-        study = train.open_study(f"way_{pruner}", config(f"OPTUNA.PRUNER={pruner}"))
+        study = study_of.open_study(f"way_{pruner}", config(f"OPTUNA.PRUNER={pruner}"))
         assert study.direction == optuna.study.StudyDirection.MAXIMIZE
         assert isinstance(study.pruner, kinds.get(pruner, optuna.pruners.NopPruner))
 

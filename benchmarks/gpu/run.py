@@ -159,7 +159,7 @@ def compiled(part: Part) -> None:
 
 def sampling(part: Part) -> None:
     "Seconds of one volume, after one that is not counted."
-    import diffx2ct.train as T
+    from diffx2ct.diffusion import AMP
     from diffx2ct.reconstruct import reconstruct
 
     for profile, edge in (("lidc128", 128), ("lidc256", 256)):
@@ -174,7 +174,7 @@ def sampling(part: Part) -> None:
             evaluations = 2 if part.tiny else 8
             d = c.DIFFUSION.model_copy(update=dict(STEPS=evaluations))
             out = []
-            sample = lambda: out.append(reconstruct(net, views, "sample", d, patch=patch, amp=T.AMP[c.TRAINING.AMP]))
+            sample = lambda: out.append(reconstruct(net, views, "sample", d, patch=patch, amp=AMP[c.TRAINING.AMP]))
             part.timed(sample, 1)
             seconds = part.timed(sample, 1 if part.tiny else 2)
             finite = bool(out[-1].isfinite().all())

@@ -128,7 +128,7 @@ def start(
         return pid
     code = 1
     try:
-        import diffx2ct.train as T
+        import diffx2ct.study as S
 
         os.setsid()
         os.chdir(folder)
@@ -137,7 +137,7 @@ def start(
         for stream in (1, 2):
             os.dup2(said, stream)
         prepare()
-        T.main(args)
+        S.main(args)
         code = 0
     except SystemExit as e:
         code = e.code
@@ -380,16 +380,16 @@ def share_study(
     home.mkdir()
 
     def note():
-        import diffx2ct.train as T
+        import diffx2ct.study as S
 
-        real = T.run_trial
+        real = S.run_trial
 
         def run_trial(study, trial, *a):
             with open("begun", "a") as f:
                 f.write(f"{trial.number} {os.getpid()} {time.monotonic()}\n")
             real(study, trial, *a)
 
-        T.run_trial = run_trial
+        S.run_trial = run_trial
 
     began = time.monotonic()
     args = options(trials, sets + ([f"OPTUNA.STORAGE={storage}"] if storage else []))
@@ -552,7 +552,7 @@ def main(argv: list[str]) -> None:
     import optuna
     import wandb  # noqa: F401  imported before forking
 
-    import diffx2ct.train as T  # noqa: F401
+    import diffx2ct.study  # noqa: F401
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     parts = {

@@ -77,6 +77,7 @@ def measure(name: str, profile: str, edge: int, sets: dict, out: Path) -> None:
     import torch
 
     import diffx2ct.train as T
+    from diffx2ct.diffusion import AMP
     from diffx2ct.unet import SavedBytes
 
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -112,7 +113,7 @@ def measure(name: str, profile: str, edge: int, sets: dict, out: Path) -> None:
             saved_bytes_per_voxel=saved.bytes / edge**3,
             cpu_seconds=round(seconds, 2),
             loss=log["loss"],
-            bf16=T.AMP[c.TRAINING.AMP] is not None,
+            bf16=AMP[c.TRAINING.AMP] is not None,
         ),
     )
 

@@ -231,8 +231,10 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     import yaml
 
     import diffx2ct.train as T
+    from diffx2ct.cases import open_data
     from diffx2ct.checkpoint import load_model, newest
     from diffx2ct.data import load_config, write_atomic
+    from diffx2ct.diffusion import bf16_pays
     from diffx2ct.evaluate import evaluate, open_cases
 
     torch.set_num_threads(1)
@@ -251,7 +253,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         + over,
     )
     c = config(sets)
-    data = T.open_data(c)
+    data = open_data(c)
     plan = folder / "plan.json"
     if not plan.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -326,7 +328,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         curve=[[e, round(v, 3)] for e, v in history["values"]],
         scores=scores,
         cases=cases,
-        machine=machine() | dict(bf16=T.bf16_pays()),
+        machine=machine() | dict(bf16=bf16_pays()),
         evaluation_seconds=round(time.time() - start),
     )
     write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))

@@ -35,9 +35,9 @@ CHEAP = [
 
 def one_case(model, case) -> dict[str, dict]:
     "Way -> scores and CPU seconds."
+    from diffx2ct.diffusion import AMP
     from diffx2ct.evaluate import score
     from diffx2ct.reconstruct import reconstruct
-    from diffx2ct.train import AMP
 
     c, got = model.config, {}
     for name, (method, steps, amp) in WAYS.items():

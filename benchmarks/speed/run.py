@@ -48,6 +48,7 @@ def denoiser(sets: dict, edge: int, amp: str) -> tuple:
     import torch
 
     import diffx2ct.train as T
+    from diffx2ct.diffusion import AMP
 
     c = config(
         "demo",
@@ -63,14 +64,14 @@ def denoiser(sets: dict, edge: int, amp: str) -> tuple:
     )
     net = network(c)
     item = T.Crops(Whole(random_cases(1, net)), [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
-    with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
-        base = net.base(item[3], amp=T.AMP[amp])
+    with torch.no_grad(), torch.autocast("cpu", AMP[amp], enabled=AMP[amp] is not None):
+        base = net.base(item[3], amp=AMP[amp])
         known = net.condition(base, net.encode(item[3]))
     x, t = torch.randn(base.shape), torch.ones(1)
 
     def evaluate():
         net.eval()
-        with torch.no_grad(), torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
+        with torch.no_grad(), torch.autocast("cpu", AMP[amp], enabled=AMP[amp] is not None):
             net(x, t, known)
 
     return evaluate, partial(training_step(net, c), [item]), sum(p.numel() for p in net.parameters())
@@ -89,7 +90,7 @@ def monai(edge: int, amp: str) -> tuple:
     import torch.nn.functional as F
     from monai.networks.nets import DiffusionModelUNet
 
-    import diffx2ct.train as T
+    from diffx2ct.diffusion import AMP
 
     net = DiffusionModelUNet(
         spatial_dims=3,
@@ -111,7 +112,7 @@ def monai(edge: int, amp: str) -> tuple:
     )
 
     def forward():
-        with torch.autocast("cpu", T.AMP[amp], enabled=T.AMP[amp] is not None):
+        with torch.autocast("cpu", AMP[amp], enabled=AMP[amp] is not None):
             return net(x, t, tokens)
 
     def evaluate():
@@ -161,7 +162,7 @@ def main(argv):
     p.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
     p.add_argument("--out", type=Path, default=HERE / "results", help="speed.json goes there (default: %(default)s)")
     a = p.parse_args(argv)
-    from diffx2ct.train import bf16_pays
+    from diffx2ct.diffusion import bf16_pays
 
     if not bf16_pays():
         print("this machine has no bf16 units: both precisions are single", file=sys.stderr)
