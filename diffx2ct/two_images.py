@@ -513,6 +513,7 @@ class Film:
     grey: Tensor  # (h, w) square pixels, the larger the brighter
     seen: Tensor  # (h, w) bool, pixels that show the patient
     height: float | None  # in edges of the detector; None: unknown
+    hidden: float = 0.0  # share of the pixels that are bars, edges or letters
 
 
 def size_on_panel(
@@ -548,12 +549,11 @@ def film_of(
     seen = film_mask(view.grey, view.covered)
     if seen.float().mean() < 0.1:
         raise UserError(f"{view.name} has too little image for the model's detector: {'; '.join(view.done)}")
-    if (hidden := (view.covered & ~seen).float().mean().item()) > 0.005:
-        view.done.append(f"{hidden:.0%} of its pixels are bars, edges or letters and do not count")
+    hidden = (view.covered & ~seen).float().mean().item()
     rows = min(h, max(ROWS, 4 * A.pixels))
     shape = rows, max(8, round(rows * (size[1] / size[0] if size else w / h * view.aspect)))
     grey, seen = (view.grey, seen) if shape == (h, w) else shrink(view.grey, seen, shape)
-    return Film(grey, seen, size and size[0])
+    return Film(grey, seen, size and size[0], hidden)
 
 # %% ../nbs/05a_two_images.ipynb #e0d3f906
 def ranks(
@@ -766,6 +766,7 @@ def scale_of(view: View, fitted: bool) -> str:
 # %% ../nbs/05a_two_images.ipynb #6563e7ba
 def told(
     views: tuple[View, View],
+    films: list[Film],
     found: Recognised,
     places: tuple[Placement, Placement],
     name: str,  # of the calibration
@@ -779,6 +780,8 @@ def told(
         if not v.stored:
             said[0] += f"; {seen[k].float().mean():.0%} of the detector, {place.height:.2f} of its edge high"
             said += v.done
+            if films[k].hidden > 0.005:
+                said.append(f"{films[k].hidden:.0%} of its pixels are bars, edges or letters and do not count")
         if found.inverted[k]:
             back = " back" * any("exchanged" in s for s in said)
             margin = found.margins["lateral" if k else "frontal"]
@@ -918,7 +921,7 @@ def calibrate(
         if v.stored:
             y[k] = v.grey if net.line_integrals else to_display(v.grey)[0]
     doubts = [s for v in views for s in v.doubts] + suspicions(views, found, wish)
-    said = told(views, found, places, name, seen, fit)
+    said = told(views, films, found, places, name, seen, fit)
     doubts += body_doubts(views, y, F.avg_pool2d(seen.float(), pixels // P) > 0.5, weight, calibrator is not None)
     doubts += filter(
         None, [perspective(views[0], net.A, wish), *(small(v, f, p, net.A) for v, f, p in zip(views, films, places))]

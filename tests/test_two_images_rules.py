@@ -7,8 +7,22 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from diffx2ct.align import Recognised
 from diffx2ct.drr import Projector, geometry
-from diffx2ct.two_images import View, askew, gap, laid, on_panel, ranks, save_dicom
+from diffx2ct.two_images import (
+    Film,
+    View,
+    Wish,
+    cut_at,
+    known,
+    perspective,
+    ranks,
+    same_picture,
+    save_dicom,
+    size_on_panel,
+    small,
+    suspicions,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,36 +42,77 @@ def test_magnification_of_a_cone_beam(calibrated, enlarged, factor):
     "Pixels measured in the patient's middle are as many times larger on the detector."
     A = Projector(geometry("x2ct", 320.0), 16, 20.0, 100)  # a detector of 500 mm
     view = View("x", torch.rand(40, 40), mm=(5.0, 5.0), calibrated=calibrated, enlarged=enlarged)
-    seen = on_panel(view, A)[1]
-    assert seen.sum().item() ** 0.5 * 5 == pytest.approx(200 * factor, abs=10)
+    assert size_on_panel(view, A) == pytest.approx((0.4 * factor,) * 2)
 
 
-def suspicions(first, second, ref):
-    seen = torch.ones(32, 32, dtype=torch.bool)
-    return " ".join(askew([(first, seen), (second, seen)], ref, ("one", "two")))
+def found(margin=0.5, twice=-0.5, likeness=(0.8, 0.8), exchanged=False, mirrored=False):
+    margins = dict(exchanged=margin, frontal=margin, lateral=margin, mirrored=margin)
+    return Recognised(exchanged, (False, False), mirrored, margins, likeness, twice)
 
 
-def test_exchanged_and_mirrored_images_are_suspected():
-    common = drawn(32, 32, seed=2)
-    ref = torch.stack([common + drawn(32, 32, seed=k) for k in (0, 1)])  # the two views are half alike
-    assert suspicions(ref[0], ref[1], ref) == ""
-    assert "look exchanged" in suspicions(ref[1], ref[0], ref)
-    assert "two looks mirrored" in suspicions(ref[0], ref[1].flip(1), ref)
-    assert "mirrored" not in suspicions(ref[0], ref[1].flip(0), ref)
+def words(what, wish=Wish(), pictures=True, **view):
+    return " ".join(
+        suspicions((View("one", torch.rand(9, 9), **view), View("two", torch.rand(9, 9), **view)), what, wish, pictures)
+    )
 
 
-def test_a_gap_counts_what_is_missing_and_what_is_too_much():
-    y = torch.ones(2, 10, 10)
-    y[1, :5] = 0  # half of the weight is elsewhere
-    assert gap(y) == pytest.approx(1) and gap(y[[0, 0]] * torch.tensor([1.0, 3.0])[:, None, None]) == pytest.approx(0)
+def test_each_suspicion_has_its_figure():
+    assert words(found()) == ""
+    assert "one does not look like the AP view" in words(found(likeness=(0.3, 0.8)))
+    assert "two does not look like the LAT view" in words(found(likeness=(0.8, 0.3)))
+    assert "look like the same view (by 0.20" in words(found(twice=0.2))
+    assert "two looks mirrored (margin 0.50)" in words(found(mirrored=True), pictures=False)
+    assert "look exchanged (margin 0.50)" in words(found(exchanged=True), pictures=False)
 
 
-def test_a_negative_is_turned_over_and_a_positive_is_not():
-    A = Projector(geometry("parallel", 320.0), 16, 20.0, 16)
-    net, ref = SimpleNamespace(A=A), drawn(16, 16).expand(2, 16, 16)
-    for sign in (1, -1):
-        grey, _, said = laid(net, View("x", sign * ref[0]), ref)
-        assert torch.allclose(grey, ref[0], atol=1e-5) and any("exchanged" in s for s in said) == (sign < 0)
+def test_small_margins_are_said_and_options_silence_them():
+    said = words(found(margin=0.01))
+    assert all(option in said for option in ("--keep_order", "--bone", "--facing")), said
+    assert words(found(margin=0.01), Wish("left", "bright", True)) == ""
+    assert words(found(margin=0.01), stored=True) == ""
+
+
+def test_what_is_known_is_not_asked():
+    one, two = (View(n, torch.rand(9, 9)) for n in ("one", "two"))
+    assert known((one, two), Wish()) == dict(exchanged=None, inverted=(None, None), mirrored=None)
+    assert known((one, two), Wish("right", "dark", True)) == dict(exchanged=False, inverted=(True, True), mirrored=True)
+    two.sided = True
+    assert known((one, two), Wish())["mirrored"] is False and known((one, two), Wish("right"))["mirrored"] is True
+    one.stored = True
+    assert known((one, two), Wish(bone="dark")) == dict(exchanged=False, inverted=(False, True), mirrored=False)
+
+
+def test_the_same_picture_is_known_again():
+    a, b = drawn(48, 48), drawn(48, 48, seed=1)
+    film = lambda v: Film(v, torch.ones_like(v, dtype=torch.bool), None)
+    for again in (a, -a, a.flip(1), a**3):
+        assert same_picture([film(a), film(again)]) > 0.95
+    assert same_picture([film(a), film(b)]) < 0.2
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_film_that_ends_inside_the_body_is_cut(back):
+    y, seen = torch.full((16, 16), 200.0), torch.zeros(16, 16, dtype=torch.bool)
+    seen[:, 3:13] = True
+    assert cut_at(y, seen, back) == 1
+    y[:8, 11:], y[:8, :5] = 0, 0
+    assert cut_at(y, seen, back) == 0.5
+    assert cut_at(y, torch.ones_like(seen), back) == 0
+
+
+def test_perspective_is_that_of_the_other_side():
+    chest, view = Projector(geometry("chest", 384.0), 16, 24.0, 16), View("x", torch.rand(9, 9))
+    assert perspective(view, chest, Wish()) == perspective(view, chest, Wish(frontal="pa")) == ""
+    factor = (1608 + 60) / (1608 - 60)  # detector at 1800 mm in both
+    assert f"{factor - 1:.0%} too wide" in perspective(view, chest, Wish(frontal="ap"))
+    front = Projector(geometry("x2ct", 320.0), 16, 20.0, 16)
+    assert "too narrow" in perspective(View("x", torch.rand(9, 9), source="pa"), front, Wish())
+
+
+def test_a_small_film_is_measured_on_the_detector():
+    A, place = Projector(geometry("chest", 384.0), 16, 24.0, 64), SimpleNamespace(height=0.8)
+    size = lambda n: small(View("x", torch.rand(n, n)), Film(torch.rand(n, n), None, None), place, A)
+    assert "50 x 50 pixels, 62 along" in size(50) and size(52) == ""
 
 
 def test_a_series_lies_where_the_volume_does(tmp_path):
