@@ -44,8 +44,11 @@ def signature(node) -> str:
         fields = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         return f"{node.name}({', '.join([a.arg for a in made.args.args[1:]] if made else fields)})"
     a = node.args
-    names = [x.arg for x in a.posonlyargs + a.args] + [f"*{a.vararg.arg}"] * bool(a.vararg)
-    return f"{node.name}({', '.join(names + [x.arg for x in a.kwonlyargs] + [f'**{a.kwarg.arg}'] * bool(a.kwarg))})"
+    names = [x.arg for x in a.posonlyargs + a.args]
+    names += [f"*{a.vararg.arg}"] if a.vararg else []
+    names += [x.arg for x in a.kwonlyargs]
+    names += [f"**{a.kwarg.arg}"] if a.kwarg else []
+    return f"{node.name}({', '.join(names)})"
 
 
 def api() -> str:

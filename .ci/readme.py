@@ -58,7 +58,7 @@ def readme() -> dict[Path, bytes]:
         nb, {"unique_key": "index", "output_files_dir": IMAGES}
     )
     text = re.sub(r"(\]\(|src=[\"'])(images/|howto/|[\w.-]+\.ipynb)", r"\1nbs/\2", text)  # links that hold inside nbs/
-    text = text.replace("](../", "](")  # and links that leave it
+    text = text.replace("](../", "](").replace(f"]({REPOSITORY}/blob/main/", "](")  # and links that leave it
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = text.replace("\n\n", f"\n\n{BADGES}\n\n", 1)  # below the title
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1285,7 +1285,7 @@ def test_parallel_cutting_a_line_and_a_circle():
     four = ["encoder", *(f"down{i}" for i in range(4)), "mid", *(f"up{i}" for i in (3, 2, 1, 0)), "last"]
     assert [parallel.seed3(four)[b] for b in four] == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
     for bad, word in (
-        ({"a": 0}, "forgets b"),
+        ({"a": 0}, "does not place b"),
         ([list("abcdefgh"), ["a"]], "2 times"),
         ({"z": 0}, "no block"),
         (dict.fromkeys("abcdefgh", 3), "on device 3"),

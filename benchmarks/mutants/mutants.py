@@ -394,8 +394,8 @@ MUTANTS = {
         ),
         (
             "coarse without its guess",
-            "start = self.coarse.guess(views, consistency, amp) if self.coarse else",
-            "start = self.mean.expand(len(views), -1, -1, -1, -1) if self.coarse else",
+            "self.coarse.guess(views, consistency, amp)",
+            "self.mean.expand(len(views), -1, -1, -1, -1)",
             "the coarse stage is for nothing",
         ),
         (
