@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from .commands import METHODS
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .commands import METHODS
 from .consistency import consistent, doubt
 from .data import Case, Config, DiffusionConfig, Layer, UserError, show_mpr, to_hu
 from .diffusion import DAMPING, SAMPLERS, Denoiser, times_of, windowed

@@ -42,10 +42,10 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 import torch
-from .commands import prepare_options
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .commands import prepare_options
 from diffx2ct.data import (
     UserError,
     cases_in,

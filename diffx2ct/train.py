@@ -27,14 +27,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .cases import Data, open_data
-from .reporting import Reporter
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .augment import augment, grainy, renders, shaken, sown, toned
+from .cases import Data, open_data
 from diffx2ct.checkpoint import (
     describe,
     fill,
@@ -80,6 +79,7 @@ from diffx2ct.ranks import (
     wrap,
 )
 from .reconstruct import methods_of, picture, reconstruct
+from .reporting import Reporter
 
 # %% ../nbs/04_train_optuna.ipynb #1a925b68
 class Pooled(CTPairs):
