@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'score', 'check_like', 'open_cases', 'trained_on', 'means', 'settings', 'evaluate', 'columns', 'table',
-           'plot_scores', 'check_options', 'main']
+           'plot_scores', 'check_options', 'tell_study', 'main']
 
 # %% ../nbs/04a_evaluate.ipynb #ff0243f1
 import argparse
@@ -43,6 +43,7 @@ from .drr import geometry
 from .metrics import PROTOCOLS, bootstrap, metrics
 from .parallel import device_option
 from .reconstruct import careful, methods_of, reconstruct
+from .reporting import start_wandb, to_wandb
 
 # %% ../nbs/04a_evaluate.ipynb #6be6b604
 FIGURES = {  # name: what a table calls it, and its format
@@ -360,6 +361,20 @@ def check_options(a: argparse.Namespace) -> torch.device:
     return device_option(a.device)
 
 
+def tell_study(
+    model: Model,
+    result: dict,  # from `evaluate`
+) -> None:
+    "Let W&B have the figures, as a job of the study the model comes from."
+    study, trial = (model.meta.get(k) for k in ("study", "trial"))
+    run = start_wandb(model.config, study, f"trial_{trial}", "evaluate") if study is not None else None
+    if report_to := to_wandb(run, model.path.parent):
+        means = {f"val/{m}/{k}": v[0] for m, figures in result["means"].items() for k, v in figures.items()}
+        rows = [{"case": n, "method": m} | f for n, v in result["cases"].items() for m, f in v["scores"].items()]
+        report_to(means | {"val/cases": rows}, None)
+        run.finish()
+
+
 @partial(command, again="begins again")
 def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_evaluate`."
@@ -392,6 +407,7 @@ def main(argv: list[str]) -> None:
         trained_on=learnt,
     )
     print(table(result))
+    tell_study(model, result)
     if a.json:
         print(
             f"\nfigures: {write_atomic(a.json, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False)))}"

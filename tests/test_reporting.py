@@ -102,43 +102,49 @@ def here(tmp_path_factory) -> Path:
         assert p.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), out[-1]
     go(*train)
     go("diffx2ct_visualize", "--checkpoint_dir", "checkpoints/s/single", "--samples", "2", "--cases", "1")
+    go("diffx2ct_evaluate", "--checkpoint_dir", "checkpoints/s/single", "--methods", "mean", "expected")
     (here / "terminal.txt").write_text("".join(out), encoding="utf-8")
     return here
 
 
 def test_every_step_is_told_once_across_a_stop_and_a_kill(here):
     "Two coarse steps, then one an epoch; what W&B has not yet written when it is killed with the run may be lost, nothing else."
-    files = [f for f in runs(here) if "-visualize" not in f.name]
+    files = [f for f in runs(here) if "single-single" in f.name]
     assert len(files) == 3 and len({f.name for f in files}) == 1  # the same run goes on
     *rows, end = [r for f in files for r in rows_of(f)]
     steps = [r["_step"] for r in rows]
     last_before_kill = rows_of(files[1])[-1]["_step"] if rows_of(files[1]) else rows_of(files[0])[-1]["_step"]
     total = max(steps)
     assert steps == sorted(set(steps))  # in order, none twice
-    assert "cases._type" in end and end["_step"] == total + 1
+    assert "val/cases._type" in end and end["_step"] == total + 1
     missing = set(range(1, total + 1)) - set(steps)
     assert missing <= {last_before_kill + 1, last_before_kill + 2}, missing
     for r in rows:
         before = "coarse/" if r["_step"] <= 2 else ""
         assert {
-            before + k for k in ("loss", "grad_norm", "threshold", "lr", "epoch", "voxels_per_second", "memory/process")
+            before + k
+            for k in (
+                *(f"train/{k}" for k in ("loss", "grad_norm", "threshold", "lr", "voxels_per_second")),
+                "epoch",
+                "memory/process",
+            )
         } <= r.keys()
-        assert any(before + k in r for k in ("L1", "L2"))
+        assert any(f"{before}train/{k}" in r for k in ("L1", "L2"))
 
 
 def test_pictures_of_the_same_cases_a_table_and_the_model(here):
-    files = [f for f in runs(here) if "-visualize" not in f.name]
+    files = [f for f in runs(here) if "single-single" in f.name]
     rows, found = [r for f in files for r in rows_of(f)], [x for f in files for x in records(f)]
-    drawn = [{k for k in r if k.startswith("MPR/") and k.endswith("._type")} for r in rows]
-    assert sum(map(bool, drawn)) >= 2 and len(set(map(frozenset, filter(None, drawn)))) == 1
-    for picture in files[0].parents[1].glob("*/files/media/images/**/MPR/*.png"):
+    drawn = [r["val/MPR.captions"] for r in rows if "val/MPR.captions" in r]
+    assert len(drawn) >= 2 and all(names == drawn[0] for names in drawn)  # one key, the same cases
+    for picture in files[0].parents[1].glob("*/files/media/images/val/MPR*.png"):
         good_picture(picture)
-    assert rows[-1]["cases._type"] == "table-file"
-    (path,) = files[-1].parent.glob("files/media/table/cases*.json")
+    assert rows[-1]["val/cases._type"] == "table-file"
+    (path,) = files[-1].parent.glob("files/media/table/val/cases*.json")
     table = json.loads(path.read_text())
     assert table["columns"] == ["case", "psnr of consistent_mean", "psnr", "ssim", "mae_hu", "mae_hu_body"]
     case, *figures = table["data"][0]
-    assert len(table["data"]) == 1 and f"MPR/{case}._type" in next(filter(None, drawn)) and all(f > 0 for f in figures)
+    assert len(table["data"]) == 1 and drawn[0] == [case] and all(f > 0 for f in figures)
     (model,) = [x.artifact for x in found if x.WhichOneof("record_type") == "artifact" and x.artifact.type == "model"]
     (entry,) = model.manifest.contents
     assert entry.ref == (here / "checkpoints/s/single/best.safetensors").as_uri() and json.loads(model.metadata)[
@@ -152,6 +158,16 @@ def test_pictures_of_the_same_cases_a_table_and_the_model(here):
         EPOCHS,
         "postgresql://***localhost/x",
     )
+    assert settings["git_commit"].startswith("version ") or len(settings["git_commit"].split("-")[0]) == 40
+
+
+def test_an_evaluation_is_a_job_of_the_study_and_the_way_to_send_runs_is_said(here):
+    said = (here / "terminal.txt").read_text()
+    assert said.count("W&B is offline: runs are kept in wandb; to send them: wandb sync wandb/offline-run-*") == 5
+    (file,) = (f for f in runs(here) if "-evaluate" in f.name)
+    (run,) = [x.run for x in records(file) if x.WhichOneof("record_type") == "run"][:1]
+    (row,) = rows_of(file)
+    assert (run.run_group, run.job_type) == ("s", "evaluate") and row["val/expected/psnr"] > 0
 
 
 def test_no_key_and_no_password_in_anything_that_was_written(here):

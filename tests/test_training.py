@@ -196,7 +196,7 @@ def test_a_search_from_nothing(searched):
     assert len(pictures) == 2 and not (root / "wandb").exists()
     for path in pictures:
         good_picture(path)
-    for name in ("history", "importances"):
+    for name in ("validation", "history", "importances"):
         good_picture(root / f"checkpoints/s/{name}.png")
 
 
@@ -481,14 +481,14 @@ def test_cone_beams_small_patches_and_wandb_offline_without_a_key(tmp_path):
     assert "cone beams" in said and "best validation PSNR" in said and not (tmp_path / "cone.db").exists()
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     *rows, end = rows_of(run)
-    assert end["_step"] == 3 and "cases._type" in end
+    assert end["_step"] == 3 and "val/cases._type" in end
     assert run.name.startswith("run-cone-single-single-") and b"mine" in run.read_bytes()
     assert (
         [r["_step"] for r in rows] == [1, 2]
-        and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows)
-        and [k for k in rows[-1] if k.startswith("MPR/")]
+        and all(np.isfinite(r["train/loss"]) and r["train/grad_norm"] > 0 for r in rows)
+        and rows[-1]["val/MPR._type"] == "images/separated"
     )
-    assert f"this model {rows[-1]['psnr']:.2f} dB" in said
+    assert f"this model {rows[-1]['val/psnr']:.2f} dB" in said
     drawn = list(run.parent.glob("files/media/images/**/*.png"))
     assert len(drawn) == 2
     for picture in drawn:

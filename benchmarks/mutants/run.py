@@ -69,10 +69,18 @@ CHECKS = {
         "nbs/02b_reconstruct.ipynb",
     ],
     "train": [
-        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or means or best_one or without_a_pruner",
+        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or means or best_one",
         "tests/test_training_rules.py",
         "tests/test_determinism.py",
         "nbs/04_train_optuna.ipynb",
+    ],
+    "commands": ["nbs/00_commands.ipynb", "tests/test_packaging.py heavy", "tests/test_evaluate.py"],
+    "cases": ["nbs/03e_cases.ipynb", "tests/test_training_rules.py", "tests/test_chest.py"],
+    "reporting": ["nbs/03f_reporting.ipynb", "tests/test_reporting.py"],
+    "study": [
+        "tests/test_training_rules.py without_a_pruner or lags or highest",
+        "nbs/04d_study.ipynb",
+        "tests/test_training.py",
     ],
     "evaluate": [
         "tests/test_judging_rules.py second or means or figures or evaluation or machine",
