@@ -231,13 +231,12 @@ def views_of(
     ref = reference(model.denoiser)
     image, seen = place_pair(films.grey, films.seen, films.places, ref.shape[-1])
     y = film_calibrator(model)(image, seen)
-    g = model.denoiser.A.geometry
     notes = films.notes + [
         f"{name}: {100 * p.height:.0f} % of the detector high, likeness {p.likeness:.2f}, {m.float().mean():.0%} of the detector covered"
         for name, p, m in zip(films.names, films.places, seen)
     ]
     warnings = films.warnings + askew(list(zip(image, seen)), ref, films.names)
-    if g.kind and (apart := gap(y)) > APART and model.denoiser.line_integrals:
+    if model.denoiser.line_integrals and (apart := gap(y)) > APART:
         warnings.append(
             f"{films.names[0]} and {films.names[1]} spread the body differently from head to feet (gap {apart:.2f}, limit {APART:g})"
         )
