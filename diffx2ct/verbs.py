@@ -461,8 +461,8 @@ def score(
 
 
 def card(
-    name_or_folder: str | Path = SHIPPED_MODEL,
-) -> str:
+    name_or_folder: str | Path = SHIPPED_MODEL,  # a model of the package, a checkpoint folder, or one model file
+) -> str:  # Markdown
     "What a model is, what it was trained on, and what it can and cannot do."
     path = model_file(name_or_folder)
     beside = path.parent / "MODEL_CARD.md"
