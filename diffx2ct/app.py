@@ -388,7 +388,8 @@ def notebook(
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     only = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws://127.0.0.1:* ws://localhost:*"
     web = dict(websocket_max_message_size=2 * LARGEST * 1_000_000, headers={"Content-Security-Policy": only})
-    (folder / "voila.json").write_text(json.dumps(dict(Voila=dict(tornado_settings=web))))
+    forget = dict(cull_idle_timeout=600, cull_interval=60)  # s: where a browser went without a word
+    (folder / "voila.json").write_text(json.dumps(dict(Voila=dict(tornado_settings=web), MappingKernelManager=forget)))
     path = folder / "diffx2ct.ipynb"
     path.write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
     return path

@@ -36,10 +36,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 import torch
-<<<<<<< /tmp/tmpcz5jtgmf/o
-=======
 from optuna.storages.journal import JournalFileBackend
->>>>>>> /tmp/tmpcz5jtgmf/t
 from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
@@ -50,7 +47,7 @@ from sqlalchemy.exc import (
 )
 from tqdm.auto import tqdm
 
-from diffx2ct.cases import Data, open_data
+from .cases import Data, open_data
 from diffx2ct.checkpoint import (
     MODELS,
     STATES,
@@ -65,7 +62,7 @@ from diffx2ct.checkpoint import (
     sums_of,
     sweep,
 )
-from diffx2ct.commands import train_options
+from .commands import train_options
 from diffx2ct.data import (
     SHIPPED,
     Config,
@@ -79,9 +76,9 @@ from diffx2ct.data import (
     shown,
     write_atomic,
 )
-from diffx2ct.diffusion import AMP
-from diffx2ct.drr import geometry
-from diffx2ct.parallel import devices_of
+from .diffusion import AMP
+from .drr import geometry
+from .parallel import devices_of
 from diffx2ct.ranks import (
     first,
     join,
@@ -92,15 +89,11 @@ from diffx2ct.ranks import (
     ranks,
     same,
 )
-from diffx2ct.reconstruct import methods_of, picture, reconstruct
-from diffx2ct.reporting import Reporter, folder_id, start_wandb, to_wandb, wandb_mode
-<<<<<<< /tmp/tmpcz5jtgmf/o
-from diffx2ct.train import Diverged, case_table, flat, train_devices, train_run, validate
-=======
-from diffx2ct.train import Diverged, Early, case_table, flat, train_devices, train_run, validate
+from .reconstruct import methods_of, picture, reconstruct
+from .reporting import Reporter, folder_id, start_wandb, to_wandb, wandb_mode
+from .train import Diverged, Early, case_table, flat, train_devices, train_run, validate
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of what is used below
->>>>>>> /tmp/tmpcz5jtgmf/t
 
 # %% ../nbs/04d_study.ipynb #6564134f
 def check_study(

@@ -32,12 +32,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from diffx2ct.augment import augment, grainy, renders, shaken, sown, toned
-<<<<<<< /tmp/tmpxt0fj2nm/o
-from diffx2ct.calibrate import Calibrator, CalibratorHeader, check_detector, film_views, load_calibrator
-=======
->>>>>>> /tmp/tmpxt0fj2nm/t
-from diffx2ct.cases import Data, open_data
+from .augment import augment, grainy, renders, shaken, sown, toned
+from .calibrate import Calibrator, CalibratorHeader, check_detector, film_views, load_calibrator
+from .cases import Data, open_data
 from diffx2ct.checkpoint import (
     CALIBRATOR,
     describe,
@@ -65,11 +62,11 @@ from diffx2ct.data import (
     load_config,
     write_atomic,
 )
-from diffx2ct.diffusion import AMP, BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
-from diffx2ct.drr import Projector
-from diffx2ct.metrics import metrics, psnr
-from diffx2ct.optimizer import make_optimizer
-from diffx2ct.parallel import devices_of, distribute
+from .diffusion import AMP, BANDS, Denoiser, build, halved, loss_terms, phase_weights, spread, strength
+from .drr import Projector
+from .metrics import metrics, psnr
+from .optimizer import make_optimizer
+from .parallel import devices_of, distribute
 from diffx2ct.ranks import (
     first,
     here,
@@ -84,8 +81,8 @@ from diffx2ct.ranks import (
     whole,
     wrap,
 )
-from diffx2ct.reconstruct import methods_of, picture, reconstruct
-from diffx2ct.reporting import Reporter
+from .reconstruct import methods_of, picture, reconstruct
+from .reporting import Reporter
 
 # %% ../nbs/04_train_optuna.ipynb #1a925b68
 class Pooled(CTPairs):

@@ -232,13 +232,12 @@ def views_of(
     ref = reference(model.denoiser)
     image, seen = place_pair(films.grey, films.seen, films.places, ref.shape[-1])
     y = film_calibrator(model)(image, seen)
-    g = model.denoiser.A.geometry
     notes = films.notes + [
         f"{name}: {100 * p.height:.0f} % of the detector high, likeness {p.likeness:.2f}, {m.float().mean():.0%} of the detector covered"
         for name, p, m in zip(films.names, films.places, seen)
     ]
     warnings = films.warnings + askew(list(zip(image, seen)), ref, films.names)
-    if g.kind and (apart := gap(y)) > APART and model.denoiser.line_integrals:
+    if model.denoiser.line_integrals and (apart := gap(y)) > APART:
         warnings.append(
             f"{films.names[0]} and {films.names[1]} spread the body differently from head to feet (gap {apart:.2f}, limit {APART:g})"
         )
@@ -463,8 +462,8 @@ def score(
 
 
 def card(
-    name_or_folder: str | Path = SHIPPED_MODEL,
-) -> str:
+    name_or_folder: str | Path = SHIPPED_MODEL,  # a model of the package, a checkpoint folder, or one model file
+) -> str:  # Markdown
     "What a model is, what it was trained on, and what it can and cannot do."
     path = model_file(name_or_folder)
     beside = path.parent / "MODEL_CARD.md"

@@ -101,7 +101,7 @@ def test_the_commands_use_it(weights, tmp_path):
     assert "phantom_9000, expected: visualizations/mpr.png" in p.stdout
     assert (tmp_path / "visualizations" / "report.png").is_file()
     for name in ("AP", "LAT"):
-        torch.save(torch.full((16, 16), 150.0), tmp_path / f"{name}.pt")
+        torch.save(150 + 50 * torch.rand(16, 16), tmp_path / f"{name}.pt")
     p = run_cmd(["diffx2ct_reconstruct", "AP.pt", "LAT.pt", "--out", "ct.nii.gz"], cwd=tmp_path, **env)
     assert p.returncode == 0 and (tmp_path / "ct.nii.gz").is_file(), p.stderr
     sets = [a for s in (*TINY, "DATA.PHANTOMS=4", "TRAINING.START_FROM=chest", "EPOCHS=1") for a in ("--set", s)]
