@@ -40,8 +40,8 @@ from .commands import SHIPPED_MODEL, app_options, view_options
 from .data import CAUTION, GENERATED, UserError, command
 from .reconstruct import as_views
 from .scans import suffix_of
-from .two_images import View, read_view, reference, save_dicom
-from .verbs import Films, Uncertainty, Views, find_films, uncertainty, view, views_of
+from .two_images import FoundFilms, View, read_view, reference, save_dicom
+from .verbs import Uncertainty, Views, look_at_films, uncertainty, view, views_of
 from .visualize import DARK, phantom_case, save_nifti
 
 # %% ../nbs/05c_app.ipynb #2b96c2bf
@@ -174,8 +174,8 @@ class Page(W.VBox):
         super().__init__()
         self.model = model
         self.read: dict[str, View] = {}  # AP and LAT
-        self.films: Films | None = None
-        self.found: Films | None = None  # before a person corrected it
+        self.films: FoundFilms | None = None
+        self.found: FoundFilms | None = None  # before a person corrected it
         self.views: Views | None = None
         self.result: Uncertainty | None = None
         self.held = False  # controls are being set, not used
@@ -311,7 +311,7 @@ def look(self: Page, found: bool = False):
         self.told.value = "stored views, taken as they are"
         return
     self.told.value = "looking where the films lie ..."
-    self.found = self.films = find_films(views, self.model, None if found else self.facing.value)
+    self.found = self.films = look_at_films(views, self.model, None if found else self.facing.value)
     self.held = True
     self.facing.value = "right" if self.films.found.mirrored else "left"
     self.height.value = self.size.value = 0
@@ -329,9 +329,11 @@ def correct(self: Page):
     moved = replace(
         second, row=second.row + self.height.value / panel, height=second.height * (1 + self.size.value / 100)
     )
-    by = f"{self.found.names[1]}: moved by {self.height.value:g} mm and scaled by {self.size.value:g} % by hand"
-    hand = [by] if self.height.value or self.size.value else []
-    self.films = replace(self.found, places=(first, moved), notes=self.found.notes + hand)
+    self.films = replace(self.found, places=(first, moved), mass={})
+    lateral = self.films.views[1]
+    by = f"moved by {self.height.value:g} mm and scaled by {self.size.value:g} % by hand"
+    lateral.done = [text for text in lateral.done if not text.endswith("by hand")]
+    lateral.done += [by] if self.height.value or self.size.value else []
     self.place()
 
 
@@ -340,7 +342,7 @@ def place(self: Page):
     "Show how the films lie, and make views of them."
     self.result, self.report.value, self.files.value, self.shown.children = None, "", "", ()
     net, films = self.model.denoiser, self.films
-    image, _ = place_pair(films.grey, films.seen, films.places, net.A.pixels)
+    image, _ = place_pair([f.grey for f in films.films], [f.seen for f in films.films], films.places, net.A.pixels)
     self.picture.value = alignment_picture(image, reference(net))
     self.picture.layout.display = self.corrections.layout.display = None
     self.views = views_of(films, self.model)

@@ -9,8 +9,8 @@ __all__ = ['EXIF_ORIENTATION', 'UPRIGHT', 'XRAY', 'OPPOSITE', 'ORDER', 'ROWS', '
            'outside_shutter', 'turn_to', 'measure', 'read_xray', 'read_file', 'read_view', 'read_as', 'Film',
            'size_on_panel', 'film_of', 'ranks', 'match', 'reference', 'Wish', 'known', 'sorted_out', 'same_picture',
            'suspicions', 'cut_at', 'perspective', 'way_to_calibrate', 'on_cpu', 'scale_of', 'told', 'body_doubts',
-           'small', 'facts', 'placed', 'calibrate', 'how_consistent', 'same_geometry', 'uid', 'save_dicom',
-           'check_options', 'main', 'write']
+           'small', 'facts', 'placed', 'FoundFilms', 'find_films', 'views_of_films', 'calibrate', 'how_consistent',
+           'same_geometry', 'uid', 'save_dicom', 'check_options', 'main', 'write']
 
 # %% ../nbs/05a_two_images.ipynb #9219d129
 import argparse
@@ -889,6 +889,68 @@ def placed(
     fitted = align_pair(grey, seen, ref, mirrored, way[2], heights, way[1])
     return fitted, dict(before=weigh(places), after=weigh(fitted))
 
+# %% ../nbs/05a_two_images.ipynb #3421ae45
+@dataclass
+class FoundFilms:
+    "Two films and what was found about them, before they become views."
+
+    views: tuple[View, View]  # frontal and lateral
+    films: list[Film]  # the same, bone bright
+    found: Recognised
+    places: tuple[Placement, Placement]  # on the model's detector
+    calibration: tuple[str, int, Calibrate]  # of `way_to_calibrate`
+    learned: bool  # True: by the calibration network
+    mass: dict[str, float]  # difference of mass per height before and after the fit; empty without a fit
+    order: list[str]  # names in the order in which they were given
+
+
+def find_films(
+    net: Denoiser,
+    views: tuple[View, View],  # as given; at least one is a picture
+    calibrator: Calibrator | None = None,
+    head: CalibratorHeader | None = None,
+    wish: Wish = Wish(),
+) -> FoundFilms:
+    "Recognise two films and find where they lie."
+    ref, order = reference(net), [v.name for v in views]
+    views, films, found = sorted_out(views, net.A, ref, wish)
+    mixed = any(v.stored for v in views)
+    if not mixed and (like := same_picture(films)) > SAME:
+        raise UserError(
+            f"{order[0]} and {order[1]} are the same picture (correlation {like:.2f}); give a frontal and a lateral film"
+        )
+    way = way_to_calibrate(net, ref, None if mixed else calibrator, head)
+    places, mass = placed(views, films, ref, found.mirrored, way, net.line_integrals and not mixed)
+    return FoundFilms(views, films, found, places, way, calibrator is not None and not mixed, mass, order)
+
+
+def views_of_films(
+    net: Denoiser,
+    f: FoundFilms,
+    wish: Wish = Wish(),
+) -> tuple[Tensor, list[str], list[str], dict[str, Any]]:
+    "Views (2, P, P) of films that lie on the detector; what was done, what is doubtful, and what was found."
+    P, (name, pixels, how) = net.A.pixels, f.calibration
+    image, seen = place_pair([v.grey for v in f.films], [v.seen for v in f.films], f.places, pixels)
+    y = F.avg_pool2d(how(image, seen), pixels // P)
+    for k, v in enumerate(f.views):
+        if v.stored:
+            y[k] = v.grey if net.line_integrals else to_display(v.grey)[0]
+    covered = F.avg_pool2d(seen.float(), pixels // P) > 0.5
+    doubts = [s for v in f.views for s in v.doubts] + suspicions(f.views, f.found, wish)
+    doubts += body_doubts(f.views, y, covered, f.mass, f.learned)
+    doubts += filter(None, [perspective(f.views[0], net.A, wish)])
+    doubts += filter(None, [small(v, film, p, net.A) for v, film, p in zip(f.views, f.films, f.places)])
+    said = told(f.views, f.films, f.found, f.places, name, seen, bool(f.mass))
+    if f.found.exchanged:
+        margin = f.found.margins["exchanged"]
+        said.insert(
+            0,
+            f"{f.order[0]} is the lateral view and {f.order[1]} the frontal one, so they were exchanged "
+            f"(margin {margin:.2f})",
+        )
+    return y, said, doubts, facts(f.views, f.found, f.places, name, f.mass)
+
 
 def calibrate(
     net: Denoiser,
@@ -898,40 +960,13 @@ def calibrate(
     wish: Wish = Wish(),
 ) -> tuple[Tensor, list[str], list[str], dict[str, Any]]:
     "Two images as two views (2, P, P) the model can read; what was done, what is doubtful, and what was found."
-    ref, P = reference(net), net.A.pixels
-    order = [v.name for v in views]
-    if all(v.stored for v in views):
-        films = [film_of(v, net.A) for v in views]
-        found = recognise([f.grey for f in films], [f.seen for f in films], ref, inverted=(False, False))
-        y = torch.stack([f.grey for f in films])
-        done = [f"{v.name}: {scale_of(v, False)}" for v in views]
-        return y if net.line_integrals else to_display(y)[0], done, suspicions(views, found, wish, False), {}
-    views, films, found = sorted_out(views, net.A, ref, wish)
-    mixed = any(v.stored for v in views)
-    if not mixed and (like := same_picture(films)) > SAME:
-        raise UserError(
-            f"{order[0]} and {order[1]} are the same picture (correlation {like:.2f}); give a frontal and a lateral film"
-        )
-    name, pixels, how = way = way_to_calibrate(net, ref, None if mixed else calibrator, head)
-    fit = net.line_integrals and not mixed
-    places, weight = placed(views, films, ref, found.mirrored, way, fit)
-    image, seen = place_pair([f.grey for f in films], [f.seen for f in films], places, pixels)
-    y = F.avg_pool2d(how(image, seen), pixels // P)
-    for k, v in enumerate(views):
-        if v.stored:
-            y[k] = v.grey if net.line_integrals else to_display(v.grey)[0]
-    doubts = [s for v in views for s in v.doubts] + suspicions(views, found, wish)
-    said = told(views, films, found, places, name, seen, fit)
-    doubts += body_doubts(views, y, F.avg_pool2d(seen.float(), pixels // P) > 0.5, weight, calibrator is not None)
-    doubts += filter(
-        None, [perspective(views[0], net.A, wish), *(small(v, f, p, net.A) for v, f, p in zip(views, films, places))]
-    )
-    if found.exchanged:
-        said.insert(
-            0,
-            f"{order[0]} is the lateral view and {order[1]} the frontal one, so they were exchanged (margin {found.margins['exchanged']:.2f})",
-        )
-    return y, said, doubts, facts(views, found, places, name, weight)
+    if not all(v.stored for v in views):
+        return views_of_films(net, find_films(net, views, calibrator, head, wish), wish)
+    films = [film_of(v, net.A) for v in views]
+    found = recognise([f.grey for f in films], [f.seen for f in films], reference(net), inverted=(False, False))
+    y = torch.stack([f.grey for f in films])
+    done = [f"{v.name}: {scale_of(v, False)}" for v in views]
+    return y if net.line_integrals else to_display(y)[0], done, suspicions(views, found, wish, False), {}
 
 # %% ../nbs/05a_two_images.ipynb #b4130eeb
 def how_consistent(
