@@ -398,7 +398,8 @@ def test_the_same_image_in_every_format(here, tmp_path):
         assert all(("MONOCHROME1" in line) == (name in ("CR1", "DX1")) for line in done), (name, done)
     for name, pair in pairs.items():  # where files say their pixel size it is the scale
         like = pairs["png16" if name in ("png8", "png16", "inverted", "gamma") else "nifti"]
-        assert (pair - like).norm() / like.norm() < 0.04, name
+        limit = 0.15 if name == "gamma" else 0.04  # bars are found in grey values, so a tone curve can move their edge
+        assert (pair - like).norm() / like.norm() < limit, name
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])

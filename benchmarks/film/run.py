@@ -89,15 +89,35 @@ def mean_views(A, phantoms: int):
 
 def volume_scores(net, c, y, truth, soft: bool, method: str = "expected") -> dict:
     "PSNR and SSIM of the volume made of two views."
+    from diffx2ct.data import to_hu
+    from diffx2ct.measures import lung_volume
     from diffx2ct.metrics import psnr, ssim
     from diffx2ct.reconstruct import reconstruct
 
     c = c.model_copy(update=dict(CONSISTENCY="soft" if soft else "on"))
     x = reconstruct(net, y, method, c).float().cpu()[0]
-    return {"PSNR, dB": psnr(x, truth[0]), "SSIM": ssim(x, truth[0])}
+    found, true = (lung_volume(to_hu(v, net.window), net.A.mm) for v in (x, truth[0]))
+    lungs = 100 * abs(found - true) / true if true else None
+    return {"PSNR, dB": psnr(x, truth[0]), "SSIM": ssim(x, truth[0]), "lung volume, error %": lungs}
 
 
-def chest_rows(name, fine, A, reference, calibrator, model, primary: Path | None) -> list[dict]:
+def angle_rows(truth, A, model) -> list[dict]:
+    "Ideal line integrals whose lateral view is turned, and whether weight or consistency notice."
+    from diffx2ct.calibrate import mass_difference
+    from diffx2ct.consistency import doubt
+    from diffx2ct.data import density
+    from diffx2ct.radiograph import moved
+
+    rows, rho = [], density(truth, WINDOW)[None]
+    for turn in (0, 1, 2, 5, 10):
+        y = A(rho, density(moved(truth[None], turn=turn), WINDOW))[0]
+        row = {"row": f"lateral turned by {turn} degrees", "weight": mass_difference(y)}
+        row["noticed"] = doubt(y[None], A, WINDOW) is not None
+        rows.append(row | volume_scores(model.denoiser, model.config.DIFFUSION, y, truth, True))
+    return rows
+
+
+def chest_rows(name, fine, A, panel, reference, calibrator, model, primary: Path | None) -> list[dict]:
     "All rows of one chest."
     import torch.nn.functional as F
 
@@ -118,16 +138,17 @@ def chest_rows(name, fine, A, reference, calibrator, model, primary: Path | None
         add("nothing (mean volume)", None, False, "mean")
         add("ideal line integrals, consistent mean only", y, False, "consistent_mean")
         add("ideal line integrals", y, False)
-    films = {kind: films_of(fine, A, kind, k) for k, kind in enumerate(KINDS)}
-    add("line integrals of the 2 mm volume", next(iter(films.values()))[1], False)
+    pool = lambda v: F.avg_pool2d(v, panel.pixels // A.pixels)
+    films = {kind: films_of(fine, panel, kind, k) for k, kind in enumerate(KINDS)}
+    add("line integrals of the 2 mm volume", pool(next(iter(films.values()))[1]), False)
     films = {kind: film for kind, (film, _) in films.items()}
     if primary and primary.exists():
         for k, kind in enumerate(list(KINDS)[1:]):
-            films[f"gvxr, {kind}"] = films_of_primary(primary, A, kind, k)
+            films[f"gvxr, {kind}"] = films_of_primary(primary, panel, kind, k)
     for kind, film in films.items():
-        add(f"{kind}; quantile matching", match_quantiles(film, reference), True)
+        add(f"{kind}; quantile matching", match_quantiles(pool(film), reference), True)
         if calibrator:
-            add(f"{kind}; learned calibration", calibrate_films(calibrator, film), True)
+            add(f"{kind}; learned calibration", pool(calibrate_films(calibrator, film)), True)
     print(name, *(f"{r['row']}: {r['error']:.3f}" for r in rows if r["error"] is not None), sep="\n  ", flush=True)
     return rows
 
@@ -165,7 +186,7 @@ def read_film(path: Path):
     return torch.from_numpy(np.asarray(Image.open(path).convert("L")).astype(np.float32))
 
 
-def pair_row(folder: Path, name: str, reference, calibrator) -> dict:
+def pair_row(folder: Path, name: str, reference, calibrator, pixels: int) -> dict:
     "What is found about a real pair, and the difference of its weight per height."
     from diffx2ct.align import align_pair, film_mask, place_pair, recognise
     from diffx2ct.calibrate import calibrate_films, mass_difference, match_quantiles
@@ -176,7 +197,6 @@ def pair_row(folder: Path, name: str, reference, calibrator) -> dict:
     if found.exchanged:
         films, masks = films[::-1], masks[::-1]
     films = [-f if dark else f for f, dark in zip(films, found.inverted)]
-    pixels = reference.shape[-1]
     difference = lambda places, how: mass_difference(how(*(laid := place_pair(films, masks, places, pixels))), laid[1])
     matched = lambda image, seen: match_quantiles(image, reference)
     places = align_pair(films, masks, reference, found.mirrored)
@@ -190,7 +210,7 @@ def pair_row(folder: Path, name: str, reference, calibrator) -> dict:
     }
     if calibrator:
         learned = lambda image, seen: calibrate_films(calibrator, image, seen)
-        fitted = align_pair(films, masks, reference, found.mirrored, learned)
+        fitted = align_pair(films, masks, reference, found.mirrored, learned, pixels=pixels)
         row |= {"learned": difference(places, learned), "learned, height fitted": difference(fitted, learned)}
     print(*(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     return row
@@ -210,7 +230,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--size", type=int, default=64, help="voxels and pixels without model and calibrator; default: 64")
     p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ beside this script")
     a = p.parse_args(argv)
-    from diffx2ct.calibrate import load_calibrator
+    from diffx2ct.calibrate import check_detector, load_calibrator
     from diffx2ct.checkpoint import load_model
     from diffx2ct.data import UserError, density
     from diffx2ct.drr import CHEST_CUBE_MM, Projector, geometry
@@ -223,11 +243,16 @@ def main(argv: list[str]) -> None:
     edge = CHEST_CUBE_MM
     A = Projector(geometry(head.geometry if head else "chest", edge), pixels, edge / pixels, pixels)
     if model:
-        if head and (model.denoiser.A.geometry != A.geometry or model.denoiser.A.pixels != pixels):
-            raise UserError(f"{a.calibrator} is for another detector than {a.checkpoint_dir}; train it for the model")
+        if head:
+            check_detector(head, model.denoiser.A, a.calibrator)
+        elif model.calibrator:
+            calibrator, pixels = model.calibrator, model.calibrator_header.pixels
+        else:
+            pixels = model.denoiser.A.pixels
         A, reference = model.denoiser.A, model.denoiser.A(density(model.denoiser.mean, model.denoiser.window))[0]
     else:
         reference = mean_views(A, a.phantoms)
+    panel = Projector(A.geometry, A.size, A.mm, pixels)  # that films are made and calibrated on
     result = {"kinds": KINDS, "trained_on": a.trained_on}
     if a.ct:
         paths = [q for q in sorted(Path(a.ct).iterdir()) if not q.name.startswith((".", "sts_", "README"))]
@@ -240,8 +265,16 @@ def main(argv: list[str]) -> None:
         rows = {}
         for c in chosen:
             primary = Path(a.gvxr, f"{c}.npy") if a.gvxr else None
-            rows[c] = chest_rows(c, read_case(paths[c], A.size * A.mm), A, reference, calibrator, model, primary)
+            rows[c] = chest_rows(c, read_case(paths[c], A.size * A.mm), A, panel, reference, calibrator, model, primary)
         result["chests"] = rows
+        if model:
+            from torch.nn.functional import interpolate
+
+            whole = {
+                c: interpolate(read_case(paths[c], A.size * A.mm)[None], (A.size,) * 3, mode="area")[0] for c in chosen
+            }
+            result["angles"] = {c: angle_rows(v.float(), A, model) for c, v in whole.items()}
+            print(f"\nturned lateral views:\n{table(averaged(result['angles']))}")
         for title, names in (
             ("not trained on", [c for c in chosen if c not in a.trained_on]),
             ("trained on", [c for c in chosen if c in a.trained_on]),
@@ -254,7 +287,7 @@ def main(argv: list[str]) -> None:
         names = sorted(q.name[: -len("_frontal.jpg")] for q in Path(a.xray).glob("*_frontal.jpg"))
         if not names:
             raise UserError(f"{a.xray} holds no pair of films; name a folder with *_frontal.jpg and *_lateral.jpg")
-        pairs = [pair_row(Path(a.xray), n, reference, calibrator) for n in names]
+        pairs = [pair_row(Path(a.xray), n, reference, calibrator, pixels) for n in names]
         result["pairs"] = pairs
         print(f"\n{table(pairs)}")
     save(Path(a.out, "film.json"), result)

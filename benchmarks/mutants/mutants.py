@@ -1434,7 +1434,7 @@ MUTANTS = {
             "exchanged films pass",
         ),
         ("margin of the wrong sign", "- EXCHANGE_MARGIN * x", "+ EXCHANGE_MARGIN * x", "right films are exchanged"),
-        ("faces the other way", "right > left, margins)", "left > right, margins)", "front and back"),
+        ("faces the other way", "right = turned < 0 if", "right = turned > 0 if", "front and back"),
         ("bar at the right edge", " | straight_bar(v.T.flip(0)).flip(0).T", "", "a bar counts as patient"),
         (
             "hidden pixels in the mean",
@@ -1450,14 +1450,14 @@ MUTANTS = {
         ),
         (
             "scale not fitted",
-            "height=centre.height * (1 + scale * step)",
+            "height=centre.height * (1 + size * step)",
             "height=centre.height",
             "films of another scale do not fit",
         ),
         (
             "lateral film at the frontal view",
-            "match_view(films[1], masks[1], reference[1], mirrored)",
-            "match_view(films[1], masks[1], reference[0], mirrored)",
+            "zip(films, masks, reference, (False, mirrored), heights)",
+            "zip(films, masks, reference[[0, 0]], (False, mirrored), heights)",
             "the lateral film lies beside its place",
         ),
     ],
