@@ -104,11 +104,15 @@ def test_the_commands_use_it(weights, tmp_path):
         torch.save(150 + 50 * torch.rand(16, 16), tmp_path / f"{name}.pt")
     p = run_cmd(["diffx2ct_reconstruct", "AP.pt", "LAT.pt", "--out", "ct.nii.gz"], cwd=tmp_path, **env)
     assert p.returncode == 0 and (tmp_path / "ct.nii.gz").is_file(), p.stderr
-    sets = [a for s in (*TINY, "DATA.PHANTOMS=4", "TRAINING.START_FROM=chest", "EPOCHS=1") for a in ("--set", s)]
-    train = ["diffx2ct_train", "--no_search", "--study_name", "s"]
-    p = run_cmd([*train, *sets, "--set", "MODEL.SCALE=0.5"], cwd=tmp_path, **env)
+    sets = [
+        a
+        for s in (*TINY, "DATA.PHANTOMS=4", "TRAINING.START_FROM=chest", "EPOCHS=1", "TRAINING.COARSE_EPOCHS=[]")
+        for a in ("--set", s)
+    ]
+    train = ["diffx2ct_train", "--no_search", "--study_name"]
+    p = run_cmd([*train, "large", *sets, "--set", "MODEL.SCALE=0.5"], cwd=tmp_path, **env)
     assert p.returncode == 2 and "another size" in p.stderr and "TRAINING.START_FROM" in p.stderr, p.stderr
-    p = run_cmd([*train, *sets], cwd=tmp_path, **env)
+    p = run_cmd([*train, "same", *sets], cwd=tmp_path, **env)
     assert p.returncode == 0, p.stderr
 
 
