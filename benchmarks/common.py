@@ -47,11 +47,11 @@ def network(c):
     "An untrained denoiser of the settings, with buffers a run would have measured."
     import torch
 
-    from diffx2ct.diffusion import build
+    from diffx2ct.diffusion import build_denoiser
     from diffx2ct.drr import geometry
 
     torch.manual_seed(0)
-    net = build(c, geometry(c.DATA.GEOMETRY, c.DATA.CUBE_MM), c.DATA.CUBE_MM / c.DATA.TARGET_VOLUME_SIZE)
+    net = build_denoiser(c, geometry(c.DATA.GEOMETRY, c.DATA.CUBE_MM), c.DATA.CUBE_MM / c.DATA.TARGET_VOLUME_SIZE)
     for part in (net, *([net.coarse] if net.coarse else [])):
         part.mean.fill_(0.3)
         part.scales.fill_(0.1)

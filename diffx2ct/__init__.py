@@ -1,4 +1,4 @@
-"""Two X-ray views in, a CT volume out: `load`, `read_ct`, `read_films`, `render`, `reconstruct`, `uncertainty`, `view`, `show`, `score`, `save`, `phantom`, `card`."""
+"""Two X-ray views in, a CT volume out: `load`, `read_ct`, `read_films`, `render`, `reconstruct`, `uncertainty`, `view`, `show`, `save`, `score`, `phantom`, `card`."""
 
 import sys
 from types import ModuleType

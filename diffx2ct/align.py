@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'GRID', 'PAD', 'EXCHANGE_MARGIN', 'MIXED_MARGIN', 'SHARPNESS', 'Calibrate', 'constant_depth', 'straight_bar',
-           'find_bars', 'find_letters', 'film_mask', 'rank_image', 'detail_of', 'correlation', 'Placement', 'shrink',
-           'correlations', 'match_view', 'Recognised', 'likeness', 'facing', 'recognise', 'on_detector', 'to_unit_film',
-           'place_pair', 'fit_height', 'align_pair']
+           'find_bars', 'find_letters', 'film_mask', 'rank_image', 'high_pass', 'correlation', 'Placement',
+           'masked_average', 'correlations', 'match_view', 'Recognised', 'peak_correlation', 'facing', 'recognise',
+           'resample_to_detector', 'to_unit_film', 'place_pair', 'fit_height', 'align_pair']
 
 # %% ../nbs/01b_align.ipynb #8598cddb
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calibrate import mass_difference
-from .drr import centres, hat_matrix
+from .drr import cell_centres, hat_matrix
 from .radiograph import blur
 
 # %% ../nbs/01b_align.ipynb #de03ee99
@@ -104,7 +104,7 @@ def rank_image(
     return out
 
 
-def detail_of(
+def high_pass(
     v: Tensor,  # (h, w) ranks
     seen: Tensor,  # (h, w) bool
     sigma: float,  # pixels
@@ -148,7 +148,7 @@ GRID = 32  # pixels along the detector's edge at which films are compared
 PAD = 10  # pixels that a film may reach beyond the detector
 
 
-def shrink(
+def masked_average(
     grey: Tensor,  # (h, w)
     seen: Tensor,  # (h, w) bool
     shape: tuple[int, int],
@@ -171,11 +171,11 @@ def correlations(
     r = F.interpolate(view[None, None], (GRID, GRID), mode="area")[0, 0]
     everywhere = torch.ones_like(r, dtype=torch.bool)
     r, out = rank_image(r, everywhere), []
-    detail = lambda f, m, part: correlation(detail_of(f, m, GRID / part), m, detail_of(r, everywhere, GRID / part), PAD)
+    detail = lambda f, m, part: correlation(high_pass(f, m, GRID / part), m, high_pass(r, everywhere, GRID / part), PAD)
     for height in heights:
         shape = round(GRID * height), max(4, round(GRID * height * grey.shape[1] / grey.shape[0]))
         if max(shape) <= GRID + 2 * PAD:
-            small, m = shrink(grey, seen, shape)
+            small, m = masked_average(grey, seen, shape)
             f = rank_image(small, m)
             sharp = sum(detail(f, m, part) for part in fine) / len(fine)
             out.append((shape, (1 - whole) * sharp + (whole * correlation(f, m, r, PAD) if whole else 0)))
@@ -219,7 +219,7 @@ class Recognised:
     twice: float  # likeness of both films to one mean view less likeness of the answer; above 0: one view given twice
 
 
-def likeness(
+def peak_correlation(
     grey: Tensor,  # (h, w) film
     seen: Tensor,  # (h, w) bool
     view: Tensor,  # (P, P) mean view
@@ -253,8 +253,8 @@ def recognise(
     mirrored: bool | None = None,
 ) -> Recognised:
     "Whether two films are inverted, exchanged or mirrored."
-    small = [shrink(g, m, (96, max(8, round(96 * g.shape[1] / g.shape[0])))) for g, m in zip(films, masks)]
-    table = [[likeness(g, m, r) for r in reference] for g, m in small]  # film, view, sign
+    small = [masked_average(g, m, (96, max(8, round(96 * g.shape[1] / g.shape[0])))) for g, m in zip(films, masks)]
+    table = [[peak_correlation(g, m, r) for r in reference] for g, m in small]  # film, view, sign
     score = lambda x, i, j: table[x][0][i] + table[1 - x][1][j] - MIXED_MARGIN * (i != j) - EXCHANGE_MARGIN * x
     choices = [(x, i, j) for x in (0, 1) for i in (0, 1) for j in (0, 1)]
     known = lambda x, i, j: all(
@@ -275,7 +275,7 @@ def recognise(
     return Recognised(bool(x), (bool(dark[0]), bool(dark[1])), right, margins, (lungs, own[1]), same - sum(own))
 
 # %% ../nbs/01b_align.ipynb #35919013
-def on_detector(
+def resample_to_detector(
     grey: Tensor,  # (h, w) film
     seen: Tensor,  # (h, w) bool
     place: Placement,
@@ -284,7 +284,7 @@ def on_detector(
     "Resample a film to the detector."
     grey, seen = (v.flip(1) if place.mirrored else v for v in (grey, seen))
     edge = place.height / grey.shape[0]  # of a film pixel, in edges of the detector
-    u = centres(pixels, 1 / pixels)
+    u = cell_centres(pixels, 1 / pixels)
     R, C = (hat_matrix(u - o, n, edge, 1 / pixels) for n, o in zip(grey.shape, (place.row, place.column)))
     weight = R @ seen.to(grey) @ C.mT
     return R @ torch.where(seen, grey, 0.0) @ C.mT / weight.clamp(min=1e-6), weight > 0.5
@@ -306,7 +306,7 @@ def place_pair(
     pixels: int,
 ) -> tuple[Tensor, Tensor]:  # films (2, P, P) in [0, 1] and masks (2, P, P) bool
     "Both films on the detector."
-    laid = [on_detector(g, m, p, pixels) for g, m, p in zip(films, masks, places)]
+    laid = [resample_to_detector(g, m, p, pixels) for g, m, p in zip(films, masks, places)]
     return torch.stack([to_unit_film(g, m) for g, m in laid]), torch.stack([m for _, m in laid])
 
 # %% ../nbs/01b_align.ipynb #7392b272

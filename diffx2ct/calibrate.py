@@ -26,9 +26,18 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from .augment import augment
-from .data import AugmentConfig, Section, UserError, density, read_pt, sentence, write_atomic, write_pt
+from diffx2ct.data import (
+    AugmentConfig,
+    Section,
+    UserError,
+    density,
+    read_pt,
+    validation_message,
+    write_atomic,
+    write_pt,
+)
 from .drr import Projector, geometry
-from .radiograph import collimation, film_pair, moved, random_motion, randomise, tissue_integrals
+from .radiograph import collimation, film_pair, move_patient, random_motion, random_settings, tissue_integrals
 
 # %% ../nbs/01a_calibrate.ipynb #63300365
 class CalibratorConfig(Section):
@@ -169,14 +178,14 @@ def film_case(
     x = augment(x, rng, c.AUGMENT)
     x = cut_height(x, rng) if rng.random() < c.CUT_SHARE else x
     motion = random_motion(rng, cube_mm=A.size * A.mm)
-    later = moved(x[None], **motion)[0] if rng.random() < c.MOVE_SHARE else x
+    later = move_patient(x[None], **motion)[0] if rng.random() < c.MOVE_SHARE else x
     rho, rho_later = density(x, window)[None], density(later, window)[None]
-    first = randomise(rng)
+    first = random_settings(rng)
     water, bone = (v[0] for v in tissue_integrals(rho, A, first.bone_from_hu, None if later is x else rho_later))
     out = []
     for _ in range(c.FILMS):
-        first = randomise(rng, bone_from_hu=first.bone_from_hu)
-        pair = first, randomise(rng, first)
+        first = random_settings(rng, bone_from_hu=first.bone_from_hu)
+        pair = first, random_settings(rng, first)
         images = film_pair(water, bone, A, pair, torch.Generator().manual_seed(int(rng.integers(2**62))))
         pixel, masked = A.geometry.panel_mm / A.pixels, rng.random() < c.MASK_SHARE
         seen = torch.stack([(collimation((A.pixels,) * 2, pixel, s) > 0.99).float() for s in pair])
@@ -349,7 +358,7 @@ def load_calibrator(
         net = Calibrator(head.config.CHANNELS)
         net.load_state_dict(tensors)
     except ValidationError as e:
-        raise UserError(sentence(e, str(path))) from None
+        raise UserError(validation_message(e, str(path))) from None
     except RuntimeError:
         raise UserError(f"{path} holds weights that do not fit its settings; use another copy") from None
     if digest(tensors) != head.sha256:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .data import Config
 from .diffusion import Denoiser
-from .ranks import whole
+from .ranks import full_state
 
 # %% ../nbs/03d_optimizer.ipynb #982befb3
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of Jordan et al. 2024
@@ -71,7 +71,7 @@ class Muon(torch.optim.AdamW):
             self.state[p] = dict(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))  # AdamW wants a step
         momentum = self.state[p]["momentum_buffer"]
         momentum.lerp_(grad, 1 - group["momentum"])
-        update = whole(grad.lerp(momentum, group["momentum"]))
+        update = full_state(grad.lerp(momentum, group["momentum"]))
         matrix = update.flatten(1)
         update = orthogonalize(matrix).view_as(update)
         if isinstance(p, DTensor):

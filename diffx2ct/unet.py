@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['haar_matrix', 'haar', 'unhaar', 'TimeEmbedding', 'conv3', 'convolve', 'ResBlock', 'Attention', 'Stage', 'UNet',
-           'enter', 'leave', 'SavedBytes']
+           'prepare_input', 'finalize_output', 'SavedBytes']
 
 # %% ../nbs/02_unet.ipynb #5b9b0a57
 import math
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .encoder import norm
+from .encoder import group_norm
 
 # %% ../nbs/02_unet.ipynb #da3b3d7c
 def haar_matrix() -> Tensor:  # (8, 8), orthonormal and symmetric
@@ -84,8 +84,8 @@ class ResBlock(nn.Module):
         planar: bool = False,  # convolutions within axial slices
     ):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), conv3(cin, cout, planar)
-        self.norm2, self.conv2 = norm(cout), conv3(cout, cout, planar)
+        self.norm1, self.conv1 = group_norm(cin), conv3(cin, cout, planar)
+        self.norm2, self.conv2 = group_norm(cout), conv3(cout, cout, planar)
         self.time = nn.Linear(emb, 2 * cout)
         self.lift, self.modulate = nn.Conv3d(lift, cout * (1 + modulate), 1) if lift else None, modulate
         self.skip = nn.Conv3d(cin, cout, 1) if cin != cout else nn.Identity()
@@ -119,7 +119,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.heads = next(h for h in range(max(1, c // head), 0, -1) if c % h == 0)
-        self.norm = norm(c)
+        self.norm = group_norm(c)
         self.qkv, self.out = (nn.Linear(c, 3 * c), nn.Linear(c, c)) if self_attention else (None, None)
         self.q, self.kv, self.cross = (
             (nn.Linear(c, c), nn.Linear(tokens, 2 * c), nn.Linear(c, c)) if tokens else (None, None, None)
@@ -262,17 +262,17 @@ class UNet(nn.Module):
                 skips=[channels[l]] * blocks,
                 resample=nn.ConvTranspose3d(above, channels[l], 2, 2) if l < last else None,
             )
-        self.last = nn.Sequential(norm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], k, 3, padding=1))
+        self.last = nn.Sequential(group_norm(channels[0]), nn.SiLU(), nn.Conv3d(channels[0], k, 3, padding=1))
         for p in self.last[-1].parameters():
             nn.init.zeros_(p)
 
 # %% ../nbs/02_unet.ipynb #1f9af2fe
-def enter(x: Tensor, half: bool, cin: int) -> Tensor:
+def prepare_input(x: Tensor, half: bool, cin: int) -> Tensor:
     "Input of the first convolution from (B, cin + smooth, D, H, W)."
     return torch.cat([haar(x[:, :cin]), F.avg_pool3d(x[:, cin:], 2)], 1) if half else x
 
 
-def leave(h: Tensor, half: bool) -> Tensor:
+def finalize_output(h: Tensor, half: bool) -> Tensor:
     "Output of the last layer as (B, 1, D, H, W), in full precision."
     return unhaar(h.float()) if half else h.float()
 
@@ -287,10 +287,10 @@ def forward(
 ) -> Tensor:  # (B, 1, D, H, W)
     "Loop over the stages."
     skips: list[Tensor] = []
-    h, emb = self.first(enter(x, self.at_half, self.cin)), self.time(t)
+    h, emb = self.first(prepare_input(x, self.at_half, self.cin)), self.time(t)
     for stage in self.stages.values():
         h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
-    return leave(self.last(h), self.at_half)
+    return finalize_output(self.last(h), self.at_half)
 
 # %% ../nbs/02_unet.ipynb #8a0d5a22
 class SavedBytes:

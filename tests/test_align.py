@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import diffx2ct.align as align
-from diffx2ct.align import Placement, align_pair, find_bars, fit_height, on_detector, recognise, shrink
+from diffx2ct.align import Placement, align_pair, find_bars, fit_height, masked_average, recognise, resample_to_detector
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,7 +25,7 @@ def patches() -> torch.Tensor:
 def test_a_film_lies_where_its_place_is():
     film, seen = torch.ones(10, 10), torch.ones(10, 10, dtype=torch.bool)
     for row, column in ((0.25, 0.0), (0.0, 0.25), (-0.25, 0.25)):
-        _, covered = on_detector(film, seen, Placement(0.2, row, column), 40)
+        _, covered = resample_to_detector(film, seen, Placement(0.2, row, column), 40)
         middle = covered.nonzero().float().mean(0) / 40 - 0.4875
         torch.testing.assert_close(middle, torch.tensor([row, column]), atol=0.02, rtol=0)
 
@@ -33,7 +33,7 @@ def test_a_film_lies_where_its_place_is():
 def test_masked_pixels_of_a_film_do_not_count_in_a_cell():
     grey, seen = torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool)
     grey[0, 0], seen[0, 0] = 99, False
-    assert torch.equal(shrink(grey, seen, (2, 2))[0], torch.ones(2, 2))
+    assert torch.equal(masked_average(grey, seen, (2, 2))[0], torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("edge", ["top", "bottom", "left", "right"])
@@ -47,7 +47,7 @@ def test_a_bar_is_found_at_each_edge(edge):
 
 def test_films_that_are_as_like_either_way_are_not_exchanged(monkeypatch):
     "The margin speaks for the order that the user gave."
-    monkeypatch.setattr(align, "likeness", lambda g, m, r: (0.5, -0.5))
+    monkeypatch.setattr(align, "peak_correlation", lambda g, m, r: (0.5, -0.5))
     seen = torch.ones(64, 64, dtype=torch.bool)
     assert not recognise(list(patches()), (seen, seen), patches()).exchanged
 

@@ -19,7 +19,7 @@ from test_browser import CHROMIUM, FLAGS, PATIENCE, SHOTS, free_port
 
 from diffx2ct.checkpoint import describe, save_model
 from diffx2ct.data import density, load_config, to_unit
-from diffx2ct.diffusion import build
+from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom
 
@@ -38,7 +38,7 @@ def case(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("page")
     c = load_config(sets=TINY)
     torch.manual_seed(0)
-    net = build(c, geometry("parallel", 320), 10.0)
+    net = build_denoiser(c, geometry("parallel", 320), 10.0)
     units = torch.stack([to_unit(phantom(k, 32)[0], net.window) for k in range(6)])
     net.mean.copy_(units[1:].mean(0))
     net.usual.copy_(net.A(density(net.mean, net.window))[0])

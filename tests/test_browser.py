@@ -371,10 +371,10 @@ def test_the_cloud_shows_bones(tmp_path, driver):
     from PIL import Image
 
     from diffx2ct.phantom import phantom
-    from diffx2ct.visualize import cloud
+    from diffx2ct.visualize import view_3d
 
     hu, _, info = phantom(0, size=32)
-    plot = cloud(hu, mm=info["mm"])
+    plot = view_3d(hu, mm=info["mm"])
     plot.menu_visibility, plot.colorbar_object_id, plot.axes_helper = False, 0, 0
     (tmp_path / "cloud.html").write_text(plot.get_snapshot(compression_level=1), encoding="utf-8")
     flags = "--use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader --ignore-gpu-blocklist"  # no GPU

@@ -19,9 +19,9 @@ from diffx2ct.evaluate import open_cases
 from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import reconstruct
 from diffx2ct.scans import as_image
-from diffx2ct.study import comparable
-from diffx2ct.train import on_phantoms
-from diffx2ct.two_images import same_geometry
+from diffx2ct.study import compared_settings
+from diffx2ct.train import phantom_config
+from diffx2ct.two_images import check_same_geometry
 
 N, CUBE = 16, CHEST_CUBE_MM
 CHEST = SidedGeometry("cone", 1608.0, 1800.0, 430.0, "pa", "left")
@@ -137,7 +137,7 @@ def test_the_phantoms_before_it_have_the_same_geometry(inside):
     name = "phantoms_16_16_cone-1608-1800-430-pa-left_384mm_-1024_1500"
     assert (inside / "data" / name / "drrs/manifest.json").is_file()  # the training has made it
     c = load_config(sets=[*TINY, *MINE])
-    p = on_phantoms(c, open_data(c))
+    p = phantom_config(c, open_data(c))
     assert geometry(p.DATA.GEOMETRY, p.DATA.CUBE_MM) == CHEST
     assert open_data(p).geometry == CHEST and make_phantoms(p).name == name
     right = load_config(sets=[*TINY, *PHANTOMS, "DATA.GEOMETRY={LATERAL: right}"])
@@ -169,8 +169,8 @@ def test_old_manifests_and_checkpoints_have_four_numbers(inside, model):
     assert load_model(path).denoiser.A.geometry == old
     c = load_config(sets=[*TINY, *MINE])
     kind = "geometry of DATA.DRR_DIR"
-    assert comparable(c, data)[kind] == "cone 541 949 500, voxels of 24 mm"  # as studies have stored it
-    assert comparable(c, open_data(c))[kind] == "cone 1608 1800 430 pa left, voxels of 24 mm"
+    assert compared_settings(c, data)[kind] == "cone 541 949 500, voxels of 24 mm"  # as studies have stored it
+    assert compared_settings(c, open_data(c))[kind] == "cone 1608 1800 430 pa left, voxels of 24 mm"
 
 
 @pytest.mark.parametrize("change", [dict(frontal="ap"), dict(lateral="right"), dict(frontal=None)])
@@ -179,12 +179,12 @@ def test_other_sides_are_another_geometry(inside, model, tmp_path, change):
     with pytest.raises(UserError, match="says source sides .*, but .* was trained with source sides pa left"):
         open_cases(model, other)
     with pytest.raises(UserError, match="SDD 1800 mm.* was trained with .*SDD 1800 mm, frontal pa; prepare"):
-        same_geometry(other / "drrs/p0/AP.pt", model)
+        check_same_geometry(other / "drrs/p0/AP.pt", model)
     open_cases(model, inside / "mine")
-    same_geometry(inside / "mine/drrs/p0/AP.pt", model)
+    check_same_geometry(inside / "mine/drrs/p0/AP.pt", model)
     same = with_geometry(inside / "mine", tmp_path / "same", asdict(CHEST) | dict(lateral=None))
     open_cases(model, same)  # null is the usual side
-    same_geometry(same / "drrs/p0/AP.pt", model)
+    check_same_geometry(same / "drrs/p0/AP.pt", model)
 
 
 @pytest.mark.parametrize("wrong", [dict(frontal="back"), dict(lateral=1), dict(sides="pa")])

@@ -11,8 +11,8 @@ from diffx2ct.data import (
     density,
     load_config,
     load_tensor,
+    mpr_planes,
     patient_of,
-    planes,
     save_tensor,
     show_mpr,
     split_cases,
@@ -142,7 +142,7 @@ def test_crops_begin_at_every_place_that_there_is():
 
 def test_planes_go_through_their_voxel():
     v = torch.arange(4 * 5 * 6).view(4, 5, 6)
-    axial, coronal, sagittal = planes(v, (1, 2, 3))
+    axial, coronal, sagittal = mpr_planes(v, (1, 2, 3))
     assert torch.equal(axial, v[1]) and torch.equal(coronal, v[:, 2]) and torch.equal(sagittal, v[:, :, 3])
 
 

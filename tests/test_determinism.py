@@ -20,7 +20,7 @@ from diffx2ct.checkpoint import load_model
 from diffx2ct.data import load_config
 from diffx2ct.reconstruct import reconstruct
 from diffx2ct.cases import open_data
-from diffx2ct.train import draw, train_run
+from diffx2ct.train import batch_plan, train_run
 torch.set_num_threads(1)
 sha = lambda *blobs: hashlib.sha256(b"".join(blobs)).hexdigest()
 tiny = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=4", "TRAINING.PATCH_SIZE=16", "MODEL.UNET.NUM_CHANNELS=[8, 16]", "MODEL.UNET.ATTENTION_LEVELS=[false, true]", "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true]",
@@ -32,7 +32,7 @@ train_run(c, data, Path("run"), {})
 history = torch.load(max(Path("run").glob("training_*.pt")), weights_only=True)["history"]
 model = load_model(max(Path("run").glob("model_*"))).denoiser
 sample = reconstruct(model, data.valid[0].views, "sample", c.DIFFUSION, patch=16)
-print(json.dumps(dict(phantoms=sha(*(p.read_bytes() for p in sorted(Path("data").rglob("*.pt")))), split=[data.train.cases, data.valid.cases], order=repr([draw(c, 3, s) for s in range(6)]),
+print(json.dumps(dict(phantoms=sha(*(p.read_bytes() for p in sorted(Path("data").rglob("*.pt")))), split=[data.train.cases, data.valid.cases], order=repr([batch_plan(c, 3, s) for s in range(6)]),
                       losses=history["losses"], values=history["values"], weights=sha(*(v.numpy().tobytes() for v in model.state_dict().values())), sample=sha(sample.numpy().tobytes()))))
 """
 

@@ -9,9 +9,9 @@ from pretended import CPU, Devices, MixedDevices
 
 from diffx2ct import train as T
 from diffx2ct.data import Case, crop, density, load_config
-from diffx2ct.diffusion import SAMPLERS, Diffusion, times_of
+from diffx2ct.diffusion import SAMPLERS, Diffusion, sampling_times
 from diffx2ct.drr import Projector, geometry
-from diffx2ct.parallel import DistributedUNet, blocks_of
+from diffx2ct.parallel import DistributedUNet, named_blocks
 from diffx2ct.reconstruct import reconstruct
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ class Cases(list):
         return replace(self[i], volume=crop(self[i].volume, origin, patch))
 
 
-def data_of(edge: int, g=geometry("parallel", 320)) -> T.Data:
+def data_of(edge: int, g=geometry("parallel", 320)) -> T.TrainingData:
     "Two cases to train on and one to validate: random cubes of eight voxels along an edge."
     A, rng, cases = Projector(g, edge, 320 / edge, edge), torch.Generator().manual_seed(0), []
     for name in ("a", "b", "c"):
@@ -48,16 +48,16 @@ def data_of(edge: int, g=geometry("parallel", 320)) -> T.Data:
         for axis in (1, 2, 3):
             x = x.repeat_interleave(edge // 8, axis)
         cases.append(Case(name, x, A(density(x[None], (-1024, 1500)))[0]))
-    return T.Data(Cases(cases[:2]), Cases(cases[2:]), g, 320 / edge, True)
+    return T.TrainingData(Cases(cases[:2]), Cases(cases[2:]), g, 320 / edge, True)
 
 
-def micro_batches(c, data: T.Data, step: int = 0) -> list:
+def micro_batches(c, data: T.TrainingData, step: int = 0) -> list:
     "What the training loop reads for a step."
-    crops = T.Crops(data.train, T.draw(c, len(data.train), step), c, data.line_integrals, data.mm)
+    crops = T.Crops(data.train, T.batch_plan(c, len(data.train), step), c, data.line_integrals, data.mm)
     return [crops[i] for i in range(len(crops))]
 
 
-def awake(r: T.Running) -> None:
+def awake(r: T.TrainingState) -> None:
     "Give zero-initialised layers weights, so that every path counts."
     for net in (r.denoiser, r.ema):
         rng = torch.Generator().manual_seed(1)
@@ -71,9 +71,9 @@ def trained(folder: Path, sets: list[str], steps: int = 1):
     c = load_config(ROOT / "config.yml", "lidc256", SETS + sets)
     torch.manual_seed(0)
     data = data_of(c.DATA.TARGET_VOLUME_SIZE)
-    r = T.begin(c, data, folder)
+    r = T.start_training(c, data, folder)
     awake(r)
-    logs = [T.make_step(r, c, micro_batches(c, data, step), 0, "test") for step in range(steps)]
+    logs = [T.run_step(r, c, micro_batches(c, data, step), 0, "test") for step in range(steps)]
     return c, data, r, logs
 
 
@@ -193,7 +193,7 @@ def test_no_copy_of_a_training_step_can_be_left_out(small):
 
     def step():
         try:
-            T.make_step(r, c, [item], 0, "test")
+            T.run_step(r, c, [item], 0, "test")
         finally:
             r.optimizer.zero_grad()
 
@@ -226,7 +226,7 @@ def test_a_copy_taken_out_of_the_code_is_missed(small, monkeypatch):
         with pytest.raises(MixedDevices, match="cuda:1"):
             r.loss(item, {"L2": 1.0})
         monkeypatch.undo()
-        blocks_of(r.denoiser.unet, r.denoiser.encoder)["mid"].to("cuda:2")  # weights that nobody placed
+        named_blocks(r.denoiser.unet, r.denoiser.encoder)["mid"].to("cuda:2")  # weights that nobody placed
         with pytest.raises(MixedDevices, match="cuda:2"):
             r.loss(item, {"L2": 1.0})
         r.denoiser.unet.stages["mid"].to("cuda:1")
@@ -253,7 +253,9 @@ def test_a_sampler_stays_on_its_gpu(name):
     with Devices(2) as machine:
         noise = torch.randn(1, 1, 4, 4, 4).to("cuda:1")
         machine.copies.clear()
-        x = SAMPLERS[name](lambda x, t: 0.5 * x, noise, times_of(3), Diffusion(), torch.Generator().manual_seed(0))
+        x = SAMPLERS[name](
+            lambda x, t: 0.5 * x, noise, sampling_times(3), Diffusion(), torch.Generator().manual_seed(0)
+        )
         assert x.device == GPUS[1] and not any(k.target == CPU and k.shape for k in machine.copies)
 
 
@@ -263,11 +265,11 @@ def test_a_training_goes_on_where_its_blocks_are(small, tmp_path):
     if plan == "seed3":
         pytest.skip("once is enough")
     with machine:
-        T.save(r, c, tmp_path, 0, {"cases": T.divided(data)})
-        again = T.begin(c, data, tmp_path)
+        T.write_checkpoint(r, c, tmp_path, 0, {"cases": T.case_split(data)})
+        again = T.start_training(c, data, tmp_path)
         assert again.step == r.step
         for p, q in zip(r.denoiser.parameters(), again.denoiser.parameters(), strict=True):
             assert p.device == q.device and torch.equal(p, q)
             kept = [v for k, v in again.optimizer.state[q].items() if k != "step"]
             assert kept and {v.device for v in kept} == {q.device}
-        T.make_step(again, c, micro_batches(c, data, 1), 0, "test")
+        T.run_step(again, c, micro_batches(c, data, 1), 0, "test")

@@ -16,7 +16,7 @@ from diffx2ct.data import density, to_unit
 from diffx2ct.drr import Projector, geometry
 from diffx2ct.phantom import phantom
 from diffx2ct.radiograph import FilmSettings, film_pair, tissue_integrals
-from diffx2ct.two_images import WEAK
+from diffx2ct.two_images import MIN_MARGINS
 
 WINDOW, N, CUBE = (-1024.0, 1500.0), 64, 384.0
 FACES_LEFT = {0, 3, 4, 5, 6, 7}  # of the twelve real pairs, judged by eye
@@ -42,7 +42,7 @@ def test_real_pairs_are_recognised(xray_dir, reference):
         found = recognise(films, masks, reference)
         assert not found.exchanged and found.inverted == (False, False), k
         agrees = found.mirrored == (k not in FACES_LEFT)
-        assert agrees or found.margins["mirrored"] < WEAK["mirrored"], k  # a wrong answer is called a guess
+        assert agrees or found.margins["mirrored"] < MIN_MARGINS["mirrored"], k  # a wrong answer is called a guess
         right += agrees
     assert right >= 11, right
 

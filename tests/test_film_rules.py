@@ -9,16 +9,16 @@ import torch
 from diffx2ct.drr import Projector, geometry
 from diffx2ct.radiograph import (
     CT_KEV,
-    ENERGIES,
+    ENERGIES_KEV,
     FilmSettings,
     add_noise,
     attenuation,
     collimation,
     film,
     local_contrast,
-    moved,
+    move_patient,
     open_field,
-    randomise,
+    random_settings,
     scatter,
     tissue_integrals,
 )
@@ -48,7 +48,9 @@ def test_scatter_is_none_in_air_and_grows_with_thickness():
 
 
 def test_bone_and_water_attenuate_alike_at_the_energy_of_a_ct():
-    at = [np.interp(math.log(CT_KEV), np.log(ENERGIES), attenuation(what).log().numpy()) for what in ("water", "bone")]
+    at = [
+        np.interp(math.log(CT_KEV), np.log(ENERGIES_KEV), attenuation(what).log().numpy()) for what in ("water", "bone")
+    ]
     assert at[0] == pytest.approx(at[1], abs=1e-4)
 
 
@@ -67,8 +69,8 @@ def test_each_edge_is_collimated_at_its_side(edge, where):
 
 def test_what_belongs_to_a_machine_is_that_of_the_other_film():
     for seed in range(20):
-        first = randomise(np.random.default_rng(seed))
-        second = randomise(np.random.default_rng(seed + 100), first)
+        first = random_settings(np.random.default_rng(seed))
+        second = random_settings(np.random.default_rng(seed + 100), first)
         for name, f in FilmSettings.model_fields.items():
             if f.json_schema_extra and not f.json_schema_extra["exposure"]:
                 assert getattr(first, name) == getattr(second, name), name
@@ -101,5 +103,5 @@ def test_a_patient_who_moves_is_another_one_in_the_lateral_view():
 
 def test_a_breath_moves_the_lower_end_and_leaves_the_upper_one():
     rows = torch.arange(N).float()[:, None, None].expand(1, 1, N, N, N)
-    shift = (moved(rows, breath=0.2) - rows)[0, 0, :, N // 2, N // 2].abs()
+    shift = (move_patient(rows, breath=0.2) - rows)[0, 0, :, N // 2, N // 2].abs()
     assert shift[1] < 0.2 and shift[-8] > 2 * shift[8] > 0.5

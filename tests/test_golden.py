@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from diffx2ct.data import Case, load_config
-from diffx2ct.diffusion import build
+from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import reconstruct
-from diffx2ct.train import Draw, Loss
+from diffx2ct.train import BatchPlan, Loss
 
 NUMBERS = Path(__file__).with_name("golden_outputs.json")
 TINY = [
@@ -73,7 +73,7 @@ def numbers(name: str) -> dict[str, list[float]]:
     "What a case gives: an expected volume, a sample, loss terms, gradients."
     torch.set_num_threads(1)
     c = load_config(sets=[*TINY, *CASES[name]])
-    net = build(c, geometry(c.DATA.GEOMETRY, 320), 20.0, True).eval()
+    net = build_denoiser(c, geometry(c.DATA.GEOMETRY, 320), 20.0, True).eval()
     for k, (parameter, p) in enumerate(sorted(net.named_parameters())):
         fan = max(1, p[0].numel())
         p.data = drawn(tuple(p.shape), k) * (0.3 if p.ndim == 1 else 1 / math.sqrt(fan)) + (p.ndim == 1) * 0.1
@@ -97,7 +97,7 @@ def numbers(name: str) -> dict[str, list[float]]:
             out[method] = summary(reconstruct(net, views, method, c.DIFFUSION, patch=patch), 100 + k)
     net.train()
     loss, truth = Loss(net, c), torch.stack([case.volume for case in cases])[..., :patch, :patch, :patch]
-    item = (Draw((0, 1), (0, 0, 0), 5), None, truth, torch.stack([case.views for case in cases]), None)
+    item = (BatchPlan((0, 1), (0, 0, 0), 5), None, truth, torch.stack([case.views for case in cases]), None)
     weights = {k: v for k, v in c.TRAINING.LOSS_WEIGHTS.model_dump().items() if v}
     terms = loss(item, weights)
     out["losses"] = [terms[k].item() for k in sorted(terms)]

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffx2ct.checkpoint import SUMS, describe, load_model, load_training, save_checkpoint
+from diffx2ct.checkpoint import CHECKSUM_FILE, describe, load_model, load_training, save_checkpoint
 from diffx2ct.data import (
     CTPairs,
     UserError,
@@ -46,9 +46,9 @@ from diffx2ct.data import (
     to_unit,
     write_manifest,
 )
-from diffx2ct.diffusion import build
-from diffx2ct.doubt import KEPT
+from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
+from diffx2ct.uncertainty import CALIBRATION_FILE
 
 N, MM, SECONDS, BYTES = 16, 20.0, 10, 2 << 30  # SECONDS of the processor
 EXAMPLES = int(os.environ.get("DIFFX2CT_HOSTILE_EXAMPLES", 12))
@@ -72,7 +72,7 @@ slow = pytest.mark.slow
 def network():
     torch.manual_seed(0)
     c = load_config(sets=SETS)
-    net = build(c, geometry("parallel", N * MM), MM)
+    net = build_denoiser(c, geometry("parallel", N * MM), MM)
     net.mean.copy_(torch.rand(N, N, N))
     net.scales.fill_(0.05)
     return net.requires_grad_(True), c
@@ -355,7 +355,7 @@ def trial(reader, good):
     bad.mkdir()
     for folder in ("dicom", "data", "model"):
         shutil.copytree(good / folder, bad / folder)
-    (bad / "model" / SUMS).unlink()  # as after a copy without checksums: the readers themselves must hold
+    (bad / "model" / CHECKSUM_FILE).unlink()  # as after a copy without checksums: the readers themselves must hold
     asks = {
         "config.yml": ("train", "--config", bad / "config.yml", "--explain", "TRAINING"),
         "data/volumes/p1.pt": ("pairs", bad / "data"),
@@ -1350,15 +1350,15 @@ def test_what_is_kept_beside_a_model_is_never_opened(reader, good):
     "doubt.json, from which intervals are calibrated: damaged, it counts as absent, and the report says so."
     at, pwned, out = reader.at / "kept", reader.at / "pwned", reader.out / "c.nii.gz"
     shutil.copytree(good / "model", at)
-    (at / SUMS).unlink()
+    (at / CHECKSUM_FILE).unlink()
     for what, data in (
         evils(pwned)
         | {"nested lists": b"[" * 100000, "numbers for text": b'{"factors": 7}', "nothing": b"", "a list": b"[]"}
     ).items():
-        (at / KEPT).write_bytes(data)
+        (at / CALIBRATION_FILE).write_bytes(data)
         assert (
             reader.judge(
-                KEPT,
+                CALIBRATION_FILE,
                 f"code: {what}",
                 "reconstruct",
                 [
@@ -1434,7 +1434,7 @@ def test_a_pickle_in_a_study_is_never_opened(reader, good, place):
         "study": here / "s.db",
         "journal": here / "s.log",
         "id": folder / "id",
-        "checksums": folder / "trial_0" / SUMS,
+        "checksums": folder / "trial_0" / CHECKSUM_FILE,
         "image": folder / "history.png",
     }.get(place)
     if path:
@@ -1499,7 +1499,7 @@ def test_any_flipped_byte_of_a_checkpoint_is_noticed(good, tmp_path, capsys):
     for step in (10, 20):
         save_checkpoint(tmp_path / "two", step, net, net, dict(history=[step]), describe(net, c, step=step))
     for name in files:
-        if name == SUMS:
+        if name == CHECKSUM_FILE:
             continue
         copy = flipped(tmp_path / "two", name)
         assert load_training(copy, net, net)["step"] == 10 and f"{name} is damaged" in capsys.readouterr().err

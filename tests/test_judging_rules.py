@@ -1,4 +1,4 @@
-"Rules of reconstruction, of evaluation and of doubt, each by a small case worked out by hand; the models are untrained."
+"Rules of reconstruction, of evaluation and of uncertainty, each by a small case worked out by hand; the models are untrained."
 
 import json
 import math
@@ -7,32 +7,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_doubt import TINY
+from test_uncertainty import TINY
 
 import diffx2ct.evaluate as evaluation
-from diffx2ct.checkpoint import describe, load_model, save_model, write_summed
+from diffx2ct.checkpoint import describe, load_model, save_model, write_with_checksum
 from diffx2ct.data import Case, UserError, density, load_config, to_unit
-from diffx2ct.diffusion import build
-from diffx2ct.doubt import (
-    FLOOR,
-    KEPT,
-    KINDS,
-    LEVELS,
-    digest,
-    distance,
-    factors,
-    fitted,
-    gaussian,
-    half_width,
-    limits,
-    settings,
-    trust,
-    turned,
-)
+from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
-from diffx2ct.evaluate import check_like, evaluate, means, score, trained_on
+from diffx2ct.evaluate import check_same_data, evaluate, mean_intervals, score_volume, trained_on
 from diffx2ct.metrics import bootstrap, metrics
 from diffx2ct.phantom import phantom
+from diffx2ct.uncertainty import (
+    CALIBRATION_FILE,
+    CONFIDENCE_LEVELS,
+    MIN_DEVIATION_HU,
+    VOXEL_CLASSES,
+    calibration_settings,
+    conformal_factors,
+    file_digest,
+    gaussian_factors,
+    half_width,
+    load_calibration,
+    ood_report,
+    rotate_patient,
+    score_limits,
+    z_score,
+)
 
 reconstruction = sys.modules["diffx2ct.reconstruct"]  # `diffx2ct.reconstruct` is the verb
 WINDOW = (-1024.0, 1500.0)
@@ -43,7 +43,7 @@ HU = WINDOW[1] - WINDOW[0]
 def model(tmp_path_factory):
     "An untrained checkpoint."
     c = load_config(sets=[*TINY, "DATA.AIR_THRESHOLD=-300"])
-    net = build(c, geometry("parallel", 320), 20.0)
+    net = build_denoiser(c, geometry("parallel", 320), 20.0)
     net.mean.copy_(to_unit(phantom(0, 16)[0], net.window)[None, None])
     folder = tmp_path_factory.mktemp("untrained")
     save_model(folder / "best.safetensors", net, describe(net, c, step=0))
@@ -101,19 +101,19 @@ def test_a_second_scan_of_a_trained_patient_is_named():
 
 def test_means_have_the_interval_of_the_bootstrap():
     values = [20.0, 22.0, 27.0, 21.0, 30.0]
-    cases = {str(i): dict(scores=dict(mean=dict.fromkeys(evaluation.FIGURES, v))) for i, v in enumerate(values)}
-    assert means(cases, ["mean"], seed=3)["mean"]["psnr"] == list(bootstrap(values, seed=3))
+    cases = {str(i): dict(scores=dict(mean=dict.fromkeys(evaluation.METRICS, v))) for i, v in enumerate(values)}
+    assert mean_intervals(cases, ["mean"], seed=3)["mean"]["psnr"] == list(bootstrap(values, seed=3))
 
 
 def test_figures_that_do_not_exist_are_none(model, case):
-    empty = score(case.volume, Case("nobody", torch.zeros_like(case.volume), case.views), model.denoiser)
+    empty = score_volume(case.volume, Case("nobody", torch.zeros_like(case.volume), case.views), model.denoiser)
     assert empty["mae_hu_body"] is None and empty["mae_hu"] > 0  # a cube of air has no body
     json.dumps(empty, allow_nan=False)
 
 
 def test_figures_are_those_of_the_protocol_and_of_the_body_that_are_asked_for(model, case):
     x = model.denoiser.mean[0]
-    got = [score(x, case, model.denoiser, protocol, air) for protocol in ("unit", "psct") for air in (-900, 0)]
+    got = [score_volume(x, case, model.denoiser, protocol, air) for protocol in ("unit", "psct") for air in (-900, 0)]
     for (protocol, air), found in zip(((p, a) for p in ("unit", "psct") for a in (-900, 0)), got):
         wanted = metrics(x[0], case.volume[0], WINDOW, protocol, air)
         assert all(found[k] == pytest.approx(wanted[k]) for k in ("psnr", "ssim", "mae_hu_body")), (protocol, air)
@@ -129,10 +129,10 @@ def test_the_settings_of_an_evaluation_reach_its_parts(model, case, monkeypatch)
 
     def judge(x, case, net, protocol="unit", air=-500):
         seen.update(protocol=protocol, air=air)
-        return dict.fromkeys(evaluation.FIGURES, 1.0)
+        return dict.fromkeys(evaluation.METRICS, 1.0)
 
     monkeypatch.setattr(evaluation, "reconstruct", reconstruct)
-    monkeypatch.setattr(evaluation, "score", judge)
+    monkeypatch.setattr(evaluation, "score_volume", judge)
     result = evaluate(model, [case], ["sample"], "psct", k=3, seed=7, steps=5, consistency="soft")
     c = seen.pop("c")
     assert (c.STEPS, c.CONSISTENCY) == (5, "soft") and seen == dict(k=3, seed=7, protocol="psct", air=-300)
@@ -152,10 +152,10 @@ def test_the_settings_of_an_evaluation_reach_its_parts(model, case, monkeypatch)
 def test_data_of_another_machine_is_refused(key, value, words, model, monkeypatch, tmp_path):
     known = dict(view_domain="line_integral", size=16, mm=20.0, pixels=16, hu_window=WINDOW, geometry="parallel")
     monkeypatch.setattr(evaluation, "read_manifest", lambda _: known)
-    check_like(tmp_path, model)
+    check_same_data(tmp_path, model)
     known[key] = value
     with pytest.raises(UserError, match=words):
-        check_like(tmp_path, model)
+        check_same_data(tmp_path, model)
 
 
 # Doubt
@@ -163,59 +163,59 @@ def test_data_of_another_machine_is_refused(key, value, words, model, monkeypatc
 
 def test_factors_are_the_conformal_ranks():
     z = torch.arange(1.0, 20)  # of 19 distances the 10th, the 16th and the 19th: ceil(20 p)
-    assert factors(z.flip(0), torch.zeros(19, dtype=torch.long))[0].tolist() == [10, 16, 19]
+    assert conformal_factors(z.flip(0), torch.zeros(19, dtype=torch.long))[0].tolist() == [10, 16, 19]
 
 
 def test_a_kind_has_factors_of_its_own_where_there_are_voxels_enough():
     z, kind = torch.arange(1.0, 801), torch.tensor([1, 2] * 200 + [3] * 201 + [2] * 199)
-    q = factors(z, kind)
+    q = conformal_factors(z, kind)
     assert q[3, 0] == 501 and q[0].tolist() == [401, 641, 761]  # a kind that nobody has seen takes those of all
 
 
 def test_factors_of_the_normal_distribution_are_two_sided():
-    assert gaussian()[0].tolist() == pytest.approx([0.6745, 1.2816, 1.96], abs=1e-3)
+    assert gaussian_factors()[0].tolist() == pytest.approx([0.6745, 1.2816, 1.96], abs=1e-3)
 
 
 def test_a_distance_counts_no_spread_below_the_floor():
-    z = distance(torch.tensor([0.5, 0.5]), torch.tensor([0.4, 0.6]), torch.tensor([0.05, 0.0]), WINDOW)
-    torch.testing.assert_close(z, torch.tensor([2, 0.1 * HU / FLOOR]))
+    z = z_score(torch.tensor([0.5, 0.5]), torch.tensor([0.4, 0.6]), torch.tensor([0.05, 0.0]), WINDOW)
+    torch.testing.assert_close(z, torch.tensor([2, 0.1 * HU / MIN_DEVIATION_HU]))
 
 
 def test_half_an_interval_is_in_hu():
     w = half_width(torch.tensor([0.0, 0.1]), torch.tensor([1, 2]), torch.tensor([9.0, 2.0, 3.0]), WINDOW)
-    torch.testing.assert_close(w, torch.tensor([2 * FLOOR, 3 * 0.1 * HU]))
+    torch.testing.assert_close(w, torch.tensor([2 * MIN_DEVIATION_HU, 3 * 0.1 * HU]))
 
 
 def test_limits_lie_beyond_all_held_out_cases_and_only_what_is_above_counts():
-    usual = limits([dict(spread=10.0, surprise=9.0), dict(spread=20.0, surprise=3.0)], 1.5)
+    usual = score_limits([dict(spread=10.0, surprise=9.0), dict(spread=20.0, surprise=3.0)], 1.5)
     assert usual == dict(spread=30.0, surprise=13.5)
     found = dict(spread=31.0, surprise=1.0, unseen=0.0)
-    assert trust(found, usual)[0] == ["spread"] and trust(found | dict(spread=29.0), usual)[0] == []
+    assert ood_report(found, usual)[0] == ["spread"] and ood_report(found | dict(spread=29.0), usual)[0] == []
 
 
 def test_a_patient_is_turned_about_the_long_axis():
     x = torch.rand(1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(turned(x, 90), x.rot90(1, (2, 3)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rotate_patient(x, 90), x.rot90(1, (2, 3)), atol=1e-4, rtol=0)
     blob = torch.zeros(1, 5, 33, 33)
     blob[:, :, 15:18, 26:29] = 1
-    at = (turned(blob, 30)[0, 2] > 0.5).nonzero().float().mean(0) - 16
+    at = (rotate_patient(blob, 30)[0, 2] > 0.5).nonzero().float().mean(0) - 16
     assert at.norm().item() == pytest.approx(11, abs=0.5)
     assert abs(math.degrees(math.atan2(at[0], at[1]))) == pytest.approx(30, abs=3)
 
 
 def test_what_was_fitted_holds_for_its_model_and_settings_only(model):
-    c, path = model.config.DIFFUSION, model.path.parent / KEPT
-    q = torch.full((len(KINDS), len(LEVELS)), 3.0)
-    kept = dict(model=digest(model.path), factors={2: q.tolist()}, limits=dict(spread=1.0), cases=["a", "b"])
-    kept |= settings(c)
+    c, path = model.config.DIFFUSION, model.path.parent / CALIBRATION_FILE
+    q = torch.full((len(VOXEL_CLASSES), len(CONFIDENCE_LEVELS)), 3.0)
+    kept = dict(model=file_digest(model.path), factors={2: q.tolist()}, limits=dict(spread=1.0), cases=["a", "b"])
+    kept |= calibration_settings(c)
     try:
-        write_summed(path, lambda p: p.write_text(json.dumps(kept)))
-        found, usual, said = fitted(model, c, 2)
+        write_with_checksum(path, lambda p: p.write_text(json.dumps(kept)))
+        found, usual, said = load_calibration(model, c, 2)
         assert torch.equal(found, q) and usual == dict(spread=1.0) and said == "calibrated on 2 held-out cases"
-        assert fitted(model, c, 3)[2].startswith("not calibrated")
-        write_summed(path, lambda p: p.write_text(json.dumps(kept | dict(model="0" * 64))))
-        found, usual, said = fitted(model, c, 2)
-        assert torch.equal(found, gaussian()) and usual is None and "of another model" in said
+        assert load_calibration(model, c, 3)[2].startswith("not calibrated")
+        write_with_checksum(path, lambda p: p.write_text(json.dumps(kept | dict(model="0" * 64))))
+        found, usual, said = load_calibration(model, c, 2)
+        assert torch.equal(found, gaussian_factors()) and usual is None and "of another model" in said
     finally:
-        for file in path.parent.glob(KEPT + "*"):
+        for file in path.parent.glob(CALIBRATION_FILE + "*"):
             file.unlink()

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffx2ct.data import load_config
-from diffx2ct.diffusion import build
+from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.optimizer import Muon, make_optimizer, orthogonalize
 
@@ -39,7 +39,7 @@ def test_two_steps_are_those_of_the_equation():
 def test_the_last_layer_and_places_are_left_to_adamw_and_all_weights_decay():
     sets = ["MODEL.SCALE=0.25", "DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "TRAINING.PATCH_SIZE=16"]
     c = load_config(sets=[*sets, "TRAINING.OPTIMIZER=muon", "TRAINING.WEIGHT_DECAY=0.03"])
-    denoiser = build(c, geometry("parallel", 320.0), 20.0)
+    denoiser = build_denoiser(c, geometry("parallel", 320.0), 20.0)
     optimizer = make_optimizer(denoiser, c)
     held = {id(p): g["muon"] for g in optimizer.param_groups for p in g["params"]}
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.03, 0.03]

@@ -20,10 +20,10 @@ def worker():
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     from diffx2ct.data import load_config
-    from diffx2ct.diffusion import build
+    from diffx2ct.diffusion import build_denoiser
     from diffx2ct.drr import geometry
-    from diffx2ct.parallel import block_bytes, blocks_of, seed3
-    from diffx2ct.pipeline import in_line, parts_of
+    from diffx2ct.parallel import block_bytes, named_blocks, original_partition
+    from diffx2ct.pipeline import line_plan, partition_model
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -40,7 +40,7 @@ def worker():
         "MODEL.CONDITIONING_ENCODER.OUTPUT_DIM=8",
     ]
     torch.manual_seed(0)
-    denoiser = build(load_config(sets=sets), geometry("parallel", 320), 20.0)
+    denoiser = build_denoiser(load_config(sets=sets), geometry("parallel", 320), 20.0)
     for p in denoiser.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)  # zero-initialised layers would hide what lies before them
@@ -61,10 +61,13 @@ def worker():
     assert all(g.any() for g in grads.values())
     total = torch.cat([g.flatten() for g in grads.values()]).norm()
 
-    names = list(blocks_of(unet, encoder))
-    for title, plan in {"line": in_line(block_bytes(unet, encoder, 16), size), "seed3": seed3(names)}.items():
+    names = list(named_blocks(unet, encoder))
+    for title, plan in {
+        "line": line_plan(block_bytes(unet, encoder, 16), size),
+        "seed3": original_partition(names),
+    }.items():
         denoiser.zero_grad()
-        part = parts_of(unet, encoder, plan, lift)[rank]
+        part = partition_model(unet, encoder, plan, lift)[rank]
         schedule = ScheduleGPipe(
             PipelineStage(part, rank, size, torch.device("cpu")), n // 2, loss_fn
         )  # two samples each: with one the gradient of a skip would be contiguous by chance

@@ -359,7 +359,7 @@ def test_a_case_is_never_half_new(tmp_path, monkeypatch):
         m.setattr(data.os, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             save("a", new)
-    assert data.cases_in(tmp_path / "volumes") == [] and files() == ["AP.pt", "LAT.pt"]
+    assert data.list_cases(tmp_path / "volumes") == [] and files() == ["AP.pt", "LAT.pt"]
     save("a", new)
     assert there() == [1, 1, 1]
     (tmp_path / "volumes/b.pt").mkdir()

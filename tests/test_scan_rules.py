@@ -9,19 +9,19 @@ import torch
 from diffx2ct.commands import prepare_options
 from diffx2ct.data import UserError
 from diffx2ct.scans import (
-    AIR,
+    AIR_HU,
     Slice,
     as_image,
     as_tensor,
     file_scans,
-    inside,
+    folder_settings,
     read_h5,
     resample,
-    settings,
+    scans_to_add,
+    share_inside,
     smooth,
     sort_slices,
     to_cube,
-    todo,
 )
 
 STEP = 2.5
@@ -82,9 +82,9 @@ def test_an_array_is_an_image_around_the_isocentre():
 def test_what_a_scan_does_not_reach_is_air():
     img = as_image(np.full((8, 8, 8), 40, np.float32), 10.0)
     got = as_tensor(resample(img, np.zeros(3), (16, 16, 16), 10.0))
-    assert got[8, 8, 8] == 40 and got[0, 0, 0] == AIR and (got == 40).sum() == 8**3
+    assert got[8, 8, 8] == 40 and got[0, 0, 0] == AIR_HU and (got == 40).sum() == 8**3
     up = as_tensor(resample(img, np.array([0, 0, 40.0]), (16, 16, 16), 10.0))  # a grid that lies nearer to the head
-    assert up[:8].max() == AIR and up[8:].max() == 40
+    assert up[:8].max() == AIR_HU and up[8:].max() == 40
 
 
 def test_voxels_are_widened_before_they_are_picked_and_never_otherwise():
@@ -127,27 +127,27 @@ def test_the_cube_lies_about_the_body_or_about_the_scan(lying):
 
 def test_the_table_goes_and_the_body_stays(lying):
     hu, info = to_cube(lying, 20, 20.0, "volume", "remove")
-    assert hu[5, 5, 15] == pytest.approx(40, abs=5) and hu[:, 14:].max() == AIR and info["body_inside"] == 1
+    assert hu[5, 5, 15] == pytest.approx(40, abs=5) and hu[:, 14:].max() == AIR_HU and info["body_inside"] == 1
     kept, _ = to_cube(lying, 20, 20.0, "volume", "keep")
     assert kept[:, 14:].max() > -800
 
 
 def test_the_share_of_a_body_inside_a_cube():
     mask, nowhere = torch.ones(10, 10, 10, dtype=torch.bool), np.zeros(3)
-    assert inside(mask, nowhere, 1.0, nowhere, 100.0) == 1
-    assert inside(mask, nowhere, 1.0, nowhere, 4.0) == pytest.approx(0.4**3)  # four voxels of ten along each axis
-    assert inside(mask, nowhere, 1.0, np.array([0, 0, 5.0]), 10.0) == pytest.approx(0.5)
+    assert share_inside(mask, nowhere, 1.0, nowhere, 100.0) == 1
+    assert share_inside(mask, nowhere, 1.0, nowhere, 4.0) == pytest.approx(0.4**3)  # four voxels of ten along each axis
+    assert share_inside(mask, nowhere, 1.0, np.array([0, 0, 5.0]), 10.0) == pytest.approx(0.5)
     mask[:5] = False  # what is left lies at the feet
-    assert inside(mask, nowhere, 1.0, np.array([0, 0, 5.0]), 10.0) == 0
+    assert share_inside(mask, nowhere, 1.0, np.array([0, 0, 5.0]), 10.0) == 0
 
 
 def test_settings_of_a_folder_are_kept_where_nothing_is_said(tmp_path):
     hu = np.zeros((16, 16, 16), np.float32)
     sitk.WriteImage(as_image(hu, 20.0), str(tmp_path / "a.nii.gz"))
     scans, a = file_scans(tmp_path / "a.nii.gz"), prepare_options().parse_args(["x", "--out", str(tmp_path / "out")])
-    old = settings(a, scans, None) | dict(size=32, mm=7.0, pixels=48, view_domain="line_integral")
+    old = folder_settings(a, scans, None) | dict(size=32, mm=7.0, pixels=48, view_domain="line_integral")
     old["geometry"] = old["geometry"] | dict(panel_mm=224.0)
-    new = settings(a, scans, old)
+    new = folder_settings(a, scans, old)
     assert (new["size"], new["mm"], new["pixels"]) == (32, 7.0, 48)
 
 
@@ -159,8 +159,8 @@ def test_a_case_without_one_of_its_views_is_not_done(tmp_path):
     for f in files:
         f.parent.mkdir(parents=True, exist_ok=True)
         f.touch()
-    assert todo([scan], out, old, False) == [] and todo([scan], out, old, True) == [scan]
+    assert scans_to_add([scan], out, old, False) == [] and scans_to_add([scan], out, old, True) == [scan]
     for f in files:
         f.unlink()
-        assert todo([scan], out, old, False) == [scan], f
+        assert scans_to_add([scan], out, old, False) == [scan], f
         f.touch()

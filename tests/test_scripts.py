@@ -15,7 +15,7 @@ COMMANDS = [
     "diffx2ct_prepare",
     "diffx2ct_visualize",
     "diffx2ct_evaluate",
-    "diffx2ct_doubt",
+    "diffx2ct_uncertainty",
     "diffx2ct_reconstruct",
 ]
 

@@ -14,7 +14,7 @@ from diffx2ct import checkpoint
 from diffx2ct.calibrate import Calibrator, CalibratorConfig, save_calibrator
 from diffx2ct.checkpoint import describe, load_model, model_file, save_model, save_shipped
 from diffx2ct.data import UserError, load_config
-from diffx2ct.diffusion import build
+from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -26,7 +26,7 @@ def stand_in(folder: Path, *sets: str) -> Path:
     "A trained-looking checkpoint folder."
     c = load_config(sets=[*TINY, "DATA.PT_DATA_DIR=/somebody/volumes", "DATA.DRR_DIR=/somebody/drrs", *sets])
     torch.manual_seed(0)
-    net = build(c, geometry("parallel", 320), 20.0)
+    net = build_denoiser(c, geometry("parallel", 320), 20.0)
     net.mean.fill_(0.3)
     net.scales.fill_(0.05)
     cases = dict(train=["a", "b"], valid=["c"])
@@ -198,7 +198,7 @@ def test_the_real_model_is_whole_small_and_described(real):
     names = {p.name for p in real.iterdir()}
     assert {"best.safetensors", "calibrator.safetensors", "doubt.json", "checksums.sha256"} <= names
     for name in ("best.safetensors", "doubt.json"):
-        assert checkpoint.harm(real / name) is None
+        assert checkpoint.verify_checksum(real / name) is None
     model = dx.load(real)
     assert model.calibrator is not None and model.config.DATA.PT_DATA_DIR is None
     assert sum(p.stat().st_size for p in real.iterdir()) < 60_000_000

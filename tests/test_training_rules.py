@@ -69,7 +69,7 @@ class Fit(nn.Module):
 def one_step(loss: nn.Module, batches: list, *sets: str, norms: list | None = None, lr=0.25):
     "One plain gradient step on micro-batches of rows; what it logged, and the optimizer."
     c = config(f"TRAINING.GRADIENT_ACCUMULATION_STEPS={len(batches)}", "TRAINING.LOSS_PHASE_EPOCHS=[9, 0]", *sets)
-    items = [(train.Draw(tuple(range(len(rows))), (0, 0, 0), 0), None, rows, None, None) for rows in batches]
+    items = [(train.BatchPlan(tuple(range(len(rows))), (0, 0, 0), 0), None, rows, None, None) for rows in batches]
     optimizer = torch.optim.SGD(loss.parameters(), lr, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return train.train_step(loss, c, items, 0, optimizer, scaler, [] if norms is None else norms), optimizer
@@ -130,19 +130,19 @@ def test_what_is_not_finite_never_reaches_the_weights(loss, why):
 
 def test_a_step_left_out_changes_neither_weights_nor_averages(data):
     c = config("TRAINING.BAD_STEPS=1")
-    r = train.begin(c, data, Path("bad_step"))
+    r = train.start_training(c, data, Path("bad_step"))
     r.loss = Root()
     weights = [p.clone() for p in (*r.denoiser.parameters(), *r.ema.parameters())]
-    item = (train.Draw((0,), (0, 0, 0), 0), None, torch.ones(1, 3), None, None)
-    assert train.make_step(r, c, [item], 0, "x") == {"bad_steps": 1}
+    item = (train.BatchPlan((0,), (0, 0, 0), 0), None, torch.ones(1, 3), None, None)
+    assert train.run_step(r, c, [item], 0, "x") == {"bad_steps": 1}
     assert all(torch.equal(p, q) for p, q in zip(weights, (*r.denoiser.parameters(), *r.ema.parameters())))
     assert int(r.average.n_averaged) == 0 and r.history["bad"] == [0] and not r.history["losses"]
     with pytest.raises(train.Diverged):
-        train.make_step(r, c, [item], 0, "x")
+        train.run_step(r, c, [item], 0, "x")
 
 
 def an_item(c, data, planted=None):
-    d = train.draw(c, len(data.train), 0)[0]
+    d = train.batch_plan(c, len(data.train), 0)[0]
     _, _, truth, views, _ = train.Crops(data.train, [d], c, True, data.mm)[0]
     return d, None, truth, views, planted
 
@@ -162,13 +162,15 @@ def test_a_planted_voxel_counts_as_the_settings_say_and_any_other_once(data, mon
 
 @pytest.mark.parametrize("share, least, most", [(1.0, 40, 40), (0.0, 0, 0), (0.75, 22, 38)])
 def test_the_share_of_cases_at_full_noise(share, least, most, data, monkeypatch):
-    c, times, real = config(f"TRAINING.FULL_NOISE_RATIO={share}"), [], Diffusion.noisy
-    monkeypatch.setattr(Diffusion, "noisy", lambda self, x, e, t: (times.extend(t.tolist()), real(self, x, e, t))[1])
+    c, times, real = config(f"TRAINING.FULL_NOISE_RATIO={share}"), [], Diffusion.add_noise
+    monkeypatch.setattr(
+        Diffusion, "add_noise", lambda self, x, e, t: (times.extend(t.tolist()), real(self, x, e, t))[1]
+    )
     loss = train.Loss(train.prepare_run(c, data), c)
     _, *rest = an_item(c, data)
     with torch.no_grad():
         for seed in range(20):
-            loss((train.Draw((0, 1), (0, 0, 0), seed), *rest), {"L2": 1.0})
+            loss((train.BatchPlan((0, 1), (0, 0, 0), seed), *rest), {"L2": 1.0})
     assert least <= sum(t == 1 for t in times) <= most and len(times) == 40
     assert all(0 <= t <= 1 for t in times) and len(set(times)) == 1 + sum(t != 1 for t in times) - (not least)
 
@@ -196,7 +198,7 @@ def test_every_step_has_the_learning_rate_of_the_schedule(warmup, data, monkeypa
         rates.extend(of_groups)
         return {}
 
-    monkeypatch.setattr(train, "make_step", noted)
+    monkeypatch.setattr(train, "run_step", noted)
     monkeypatch.setattr(train, "validate", lambda *a: 20.0)
     monkeypatch.setattr(train, "plot_norms", lambda *a: None)
     train.train_stage(c, data, Path(f"rates_{warmup}"), {})
@@ -208,15 +210,15 @@ def test_every_step_has_the_learning_rate_of_the_schedule(warmup, data, monkeypa
 def test_only_a_better_network_becomes_the_best_one(data, monkeypatch):
     values, kept = [20.0, 25.0, 22.0, 25.0, 26.0], []
     monkeypatch.setattr(train, "save_model", lambda path, *rest: kept.append((path.name, r.history["best"])))
-    r = train.begin(config(), data, Path("best_of"))
+    r = train.start_training(config(), data, Path("best_of"))
     for epoch, value in enumerate(values, 1):
         monkeypatch.setattr(train, "validate", lambda *a, value=value: value)
-        assert train.judge(r, config(), data, Path("best_of"), epoch, {}) == value
+        assert train.validate_and_keep_best(r, config(), data, Path("best_of"), epoch, {}) == value
     assert kept == [("best.safetensors", v) for v in (20.0, 25.0, 26.0)]
     assert r.history["values"] == [[e, v] for e, v in enumerate(values, 1)] and r.history["best"] == 26.0
     monkeypatch.setattr(train, "validate", lambda *a: math.nan)
     with pytest.raises(train.Diverged, match="validation PSNR is nan"):
-        train.judge(r, config(), data, Path("best_of"), 6, {})
+        train.validate_and_keep_best(r, config(), data, Path("best_of"), 6, {})
 
 
 def test_the_validation_value_is_the_mean_over_all_held_out_cases(data, monkeypatch):
@@ -236,7 +238,7 @@ def searched(monkeypatch, data, pruner: str, reports: list[list[float]]) -> optu
             report(value, epoch)
         return reports[meta["trial"]][-1]
 
-    monkeypatch.setattr(study_of, "lead", lead)
+    monkeypatch.setattr(study_of, "train_as_rank_zero", lead)
     for number in range(len(reports)):
         folder = Path("checkpoints", name, f"trial_{number}")
         folder.mkdir(parents=True)
@@ -270,11 +272,13 @@ def test_a_study_looks_for_the_highest_value():
 
 def test_the_training_state_is_written_before_the_model(data, monkeypatch):
     "A model file vouches for the state beside it, so a kill between the two leaves the pair before."
-    c, folder, real = config(), Path("pairs"), checkpoint.write_summed
-    r, names = train.begin(c, data, folder), []
-    monkeypatch.setattr(checkpoint, "write_summed", lambda path, write: (names.append(path.name), real(path, write))[1])
+    c, folder, real = config(), Path("pairs"), checkpoint.write_with_checksum
+    r, names = train.start_training(c, data, folder), []
+    monkeypatch.setattr(
+        checkpoint, "write_with_checksum", lambda path, write: (names.append(path.name), real(path, write))[1]
+    )
     r.step = 1
-    train.save(r, c, folder, 1, {})
+    train.write_checkpoint(r, c, folder, 1, {})
     assert names == ["training_000001.pt", "model_000001.safetensors"]
 
     def killed(path, write):
@@ -282,41 +286,41 @@ def test_the_training_state_is_written_before_the_model(data, monkeypatch):
             raise KeyboardInterrupt
         return real(path, write)
 
-    monkeypatch.setattr(checkpoint, "write_summed", killed)
+    monkeypatch.setattr(checkpoint, "write_with_checksum", killed)
     r.step = 2
     with pytest.raises(KeyboardInterrupt):
-        train.save(r, c, folder, 2, {})
-    assert checkpoint.newest(folder).name == "model_000001.safetensors"
-    assert train.begin(c, data, folder).step == 1
+        train.write_checkpoint(r, c, folder, 2, {})
+    assert checkpoint.newest_model(folder).name == "model_000001.safetensors"
+    assert train.start_training(c, data, folder).step == 1
     assert not os.path.exists(folder / "model_000002.safetensors")
 
 
 def test_the_memory_of_the_average_grows_up_to_its_decay():
     for steps, kept in ((0, 0.1), (8, 0.5), (10_000, 0.9)):
         ema, now = [torch.ones(3)], [torch.zeros(3)]
-        train.averaging(0.9)(ema, now, torch.tensor(steps))
+        train.ema_average(0.9)(ema, now, torch.tensor(steps))
         assert torch.allclose(ema[0], torch.full((3,), kept)), steps
 
 
 def test_the_average_follows_each_step(data, monkeypatch):
-    r = train.begin(config(), data, Path("averaged"))
+    r = train.start_training(config(), data, Path("averaged"))
     monkeypatch.setattr(train, "train_step", lambda *a: dict(loss=1.0, threshold=1.0))
     first, moved = next(r.average.module.parameters()), next(r.denoiser.parameters())
     for _ in range(2):  # the first step of an average is a copy
         moved.data += 1
         before = first.detach().clone()
-        train.make_step(r, config(), [], 0, "")
+        train.run_step(r, config(), [], 0, "")
         assert not torch.equal(first, before)
 
 
 def test_every_epoch_has_an_order_of_its_own():
     c = config("BATCH_SIZE=2", "TRAINING.GRADIENT_ACCUMULATION_STEPS=1")
-    epochs = [sum((d.cases for s in range(3) for d in train.draw(c, 6, 3 * e + s)), ()) for e in range(5)]
+    epochs = [sum((d.cases for s in range(3) for d in train.batch_plan(c, 6, 3 * e + s)), ()) for e in range(5)]
     assert all(sorted(order) == list(range(6)) for order in epochs) and len(set(epochs)) > 3
 
 
 def test_a_crop_of_the_coarse_stage_is_a_crop_of_the_pooled_case(data):
-    coarse = train.pooled(data).train
+    coarse = train.downsampled(data).train
     got, whole = coarse.part(0, (1, 2, 3), 4), coarse[0]
     assert torch.allclose(got.volume, whole.volume[:, 1:5, 2:6, 3:7], atol=1e-6)
     assert torch.allclose(got.views, whole.views)
@@ -325,6 +329,6 @@ def test_a_crop_of_the_coarse_stage_is_a_crop_of_the_pooled_case(data):
 def test_changed_volumes_have_views_of_their_own(data):
     net, c = train.prepare_run(config(), data), config("TRAINING.AUGMENT.PHOTONS=0")
     stored, changed = data.train[0].views[None], data.train[1].volume[None]
-    d = train.Draw((0,), (0, 0, 0), 5)
-    assert torch.allclose(train.seen(net, stored, changed, d, [0], c), data.train[1].views[None], atol=0.5)
-    assert torch.equal(train.seen(net, stored, None, d, [0], c), stored)
+    d = train.BatchPlan((0,), (0, 0, 0), 5)
+    assert torch.allclose(train.render_views(net, stored, changed, d, [0], c), data.train[1].views[None], atol=0.5)
+    assert torch.equal(train.render_views(net, stored, None, d, [0], c), stored)

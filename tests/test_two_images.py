@@ -17,11 +17,11 @@ from PIL import Image
 from diffx2ct.calibrate import Calibrator
 from diffx2ct.checkpoint import describe, load_model, save_model
 from diffx2ct.data import UserError, density, load_config, save_tensor, to_unit, write_manifest
-from diffx2ct.diffusion import build
+from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import reconstruct
-from diffx2ct.two_images import ORDER, calibrate, film_of, main, read_view, save_dicom, size_on_panel
+from diffx2ct.two_images import VIEW_LETTERS, calibrate_views, main, read_view, save_dicom, size_on_panel, to_film
 
 N, MM, WINDOW = 16, 20.0, (-1024.0, 1500.0)
 TINY = [
@@ -50,7 +50,7 @@ def make_model(folder, line_integrals=True):
     "An untrained model whose mean patient is a mean of phantoms with landmarks in it."
     torch.manual_seed(0)
     c = load_config(sets=TINY)
-    net = build(c, geometry("parallel", N * MM), MM, line_integrals).eval().requires_grad_(False)
+    net = build_denoiser(c, geometry("parallel", N * MM), MM, line_integrals).eval().requires_grad_(False)
     mean = torch.stack([to_unit(phantom(seed, N)[0], WINDOW) for seed in range(1, 6)]).mean(0)
     for at, hu in LANDMARKS.items():
         mean[at] = (hu - WINDOW[0]) / (WINDOW[1] - WINDOW[0])
@@ -115,7 +115,7 @@ def here(tmp_path_factory):
     net = make_model(at / "model")
     make_model(at / "display", line_integrals=False)
     y = net.A(density(to_unit(phantom(0, N)[0], WINDOW)[None, None], WINDOW))[0]
-    for view, name in zip(y, ORDER):
+    for view, name in zip(y, VIEW_LETTERS):
         png(grey(view, 255), at / f"{name}.png")
         save_tensor(view, at / f"{name}.pt")
     return SimpleNamespace(at=at, net=net, y=y, pngs=[at / "AP.png", at / "LAT.png"], pts=[at / "AP.pt", at / "LAT.pt"])
@@ -284,7 +284,9 @@ def test_dicom_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_nothing_of_the_input_header_leaves_it(here, say, tmp_path):
-    files = [dicom(tmp_path / f"{n}.dcm", grey(v, 4000), ImagerPixelSpacing=[3.3, 3.3]) for v, n in zip(here.y, ORDER)]
+    files = [
+        dicom(tmp_path / f"{n}.dcm", grey(v, 4000), ImagerPixelSpacing=[3.3, 3.3]) for v, n in zip(here.y, VIEW_LETTERS)
+    ]
     say("--out", tmp_path / "out/c.nii", "--dicom", tmp_path / "out/s", files=files)
     for f in (tmp_path / "out").rglob("*.*"):
         assert not f.is_file() or not any(word in f.read_bytes() for word in (b"DOE", b"MRN12345")), f
@@ -298,7 +300,8 @@ def test_names_of_folders_and_files_leave_no_trace(here, say, tmp_path):
         "png": [shutil.copy(p, at / f"Doe^Jane {p.name}") for p in here.pngs],
         "pt": [shutil.copy(p, at / f"Doe^Jane {p.name}") for p in here.pts],
         "dcm": [
-            dicom(at / f"Doe^Jane {n}", grey(v, 4000), ImagerPixelSpacing=[3.3] * 2) for v, n in zip(here.y, ORDER)
+            dicom(at / f"Doe^Jane {n}", grey(v, 4000), ImagerPixelSpacing=[3.3] * 2)
+            for v, n in zip(here.y, VIEW_LETTERS)
         ],
     }.items():
         out = tmp_path / "out" / name
@@ -390,7 +393,9 @@ def test_the_same_image_in_every_format(here, tmp_path):
             }
     pairs = {}
     for name, make in kinds.items():
-        pairs[name], done, _, _ = calibrate(here.net, tuple(read_view(make(v, n), n) for v, n in zip(y, ORDER)))
+        pairs[name], done, _, _ = calibrate_views(
+            here.net, tuple(read_view(make(v, n), n) for v, n in zip(y, VIEW_LETTERS))
+        )
         assert len(done) == 2
         assert all(
             ("black and white were exchanged" in line) == (name in ("inverted", "CR1", "DX1")) for line in done
@@ -466,9 +471,9 @@ def test_half_a_header_is_none(here, tmp_path):
 @pytest.mark.parametrize("which", ["AP", "LAT"])
 def test_patient_orientation_is_obeyed(which, here, tmp_path):
     "All eight ways to store an image: each comes out as the upright one, with the edges of its pixels."
-    right, down = ORDER[which]
+    right, down = VIEW_LETTERS[which]
     opposite = dict(zip("LRAPFH", "RLPAHF"))
-    n = grey(here.y[list(ORDER).index(which)], 4000)[:, :80]
+    n = grey(here.y[list(VIEW_LETTERS).index(which)], 4000)[:, :80]
     plain = read_view(dicom(tmp_path / "a", n, PatientOrientation=[right, down], ImagerPixelSpacing=[0.2, 0.1]), which)
     assert not plain.done and plain.mm == (0.2, 0.1)
     for k in range(8):
@@ -486,7 +491,7 @@ def test_patient_orientation_is_obeyed(which, here, tmp_path):
     other = "LAT" if which == "AP" else "AP"
     assert (
         "those of this view lead to"
-        in read_view(dicom(tmp_path / "c", n, PatientOrientation=list(ORDER[other])), which).doubts[0]
+        in read_view(dicom(tmp_path / "c", n, PatientOrientation=list(VIEW_LETTERS[other])), which).doubts[0]
     )
     for letters in ([right], "", [right, ""], ["X", "Y"]):
         assert torch.equal(read_view(dicom(tmp_path / "d", n, PatientOrientation=letters), which).grey, plain.grey)
@@ -495,17 +500,17 @@ def test_patient_orientation_is_obeyed(which, here, tmp_path):
 def test_pixels_that_are_not_square(here, tmp_path):
     "PixelAspectRatio, height to width: half the rows, each twice as high, are the same image."
     n = grey(here.y[0], 4000)
-    plain = film_of(read_view(dicom(tmp_path / "a", n), "AP"), here.net.A).grey
+    plain = to_film(read_view(dicom(tmp_path / "a", n), "AP"), here.net.A).grey
     low = n.reshape(48, 2, 96).mean(1).round()
     half = read_view(dicom(tmp_path / "b", low, PixelAspectRatio=["2", "1"]), "AP")
-    got = film_of(half, here.net.A).grey
+    got = to_film(half, here.net.A).grey
     assert got.shape == (48, 48) and (got - plain.reshape(48, 2, 48, 2).mean((1, 3))).norm() / plain.norm() < 0.02
     turned = dicom(tmp_path / "c", low.T, PixelAspectRatio=["1", "2"], PatientOrientation=["F", "L"])
     assert torch.equal(read_view(turned, "AP").grey, half.grey) and read_view(turned, "AP").aspect == half.aspect
     both = dict(PixelAspectRatio=["2", "1"], ImagerPixelSpacing=[3.0, 3.0])  # not allowed together: the spacing counts
     square = dict(ImagerPixelSpacing=[3.0, 3.0])
     views = [read_view(dicom(tmp_path / "d", low, **t), "AP") for t in (both, square)]
-    assert torch.equal(*[film_of(v, here.net.A).grey for v in views])
+    assert torch.equal(*[to_film(v, here.net.A).grey for v in views])
 
 
 SYNTAXES = [
@@ -554,14 +559,14 @@ def test_padding_is_no_image(name, photometric, here, tmp_path):
 
     def calibrated(value, **tags):
         views = []
-        for v, which in zip(here.y, ORDER):
+        for v, which in zip(here.y, VIEW_LETTERS):
             n = 100 + grey(v, 1800)
             n = np.where(outside, value, 2000 - n if photometric == "MONOCHROME1" else n)
             file = dicom(
                 tmp_path / which, n, photometric, bits=bits, signed=signed, RescaleSlope=1, RescaleIntercept=-7, **tags
             )
             views.append(read_view(file, which))
-        return views, calibrate(here.net, tuple(views))
+        return views, calibrate_views(here.net, tuple(views))
 
     views, (y, done, _, _) = calibrated(value, **header)
     assert (views[0].covered.numpy() == ~outside).all() and all("padding, which is no image" in line for line in done)
@@ -790,7 +795,7 @@ def test_suspicions_warn_and_go_on(here, say, tmp_path):
     ):
         out, err = say("--out", tmp_path / "c.nii.gz", "--method", "mean", files=files)
         assert words in err and "look whether" in err and err.startswith("diffx2ct: warning: "), err
-    small = [png(grey(v, 255, size=12), tmp_path / f"s{n}.png") for v, n in zip(here.y, ORDER)]
+    small = [png(grey(v, 255, size=12), tmp_path / f"s{n}.png") for v, n in zip(here.y, VIEW_LETTERS)]
     assert "is small: 12 x 12 pixels" in say("--out", tmp_path / "c.nii.gz", "--method", "mean", files=small)[1]
 
 
@@ -806,8 +811,8 @@ def test_the_network_of_a_checkpoint_calibrates(here, tmp_path):
     "An untrained one gives its films times 250 mm; its detector may be finer than the model's."
     net = Calibrator([8, 8])
     head = SimpleNamespace(pixels=2 * N)
-    pair = tuple(read_view(p, n) for p, n in zip(here.pngs, ORDER))
-    y, done, _, found = calibrate(here.net, pair, net, head)
+    pair = tuple(read_view(p, n) for p, n in zip(here.pngs, VIEW_LETTERS))
+    y, done, _, found = calibrate_views(here.net, pair, net, head)
     assert y.shape == (2, N, N) and 200 < y.max() <= 250 and "network" in found["calibration"] in done[0]
 
 
@@ -840,7 +845,7 @@ def wrong_manifest(here, tmp, spec="x2ct", domain="line_integral"):
 
     (tmp / "p").mkdir(parents=True)
     write_manifest(tmp, asdict(geometry(spec, N * MM)), N, MM, N, WINDOW, {}, domain)
-    return [save_tensor(v, tmp / f"p/{n}.pt") for v, n in zip(here.y, ORDER)]
+    return [save_tensor(v, tmp / f"p/{n}.pt") for v, n in zip(here.y, VIEW_LETTERS)]
 
 
 def photo(tmp):

@@ -11,17 +11,17 @@ from diffx2ct.align import Recognised
 from diffx2ct.drr import Projector, geometry
 from diffx2ct.two_images import (
     Film,
+    FilmOptions,
     View,
-    Wish,
-    cut_at,
-    known,
-    perspective,
-    ranks,
+    fractional_ranks,
+    known_answers,
+    perspective_warning,
+    recognition_warnings,
     same_picture,
     save_dicom,
     size_on_panel,
-    small,
-    suspicions,
+    size_warning,
+    truncated_share,
 )
 
 
@@ -31,7 +31,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_ranks_are_shares_and_equal_values_are_equal():
-    assert ranks(torch.tensor([2.0, 1.0, 1.0, 3.0])).tolist() == [0.625, 0.25, 0.25, 0.875]
+    assert fractional_ranks(torch.tensor([2.0, 1.0, 1.0, 3.0])).tolist() == [0.625, 0.25, 0.25, 0.875]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,11 @@ def found(margin=0.5, twice=-0.5, likeness=(0.8, 0.8), exchanged=False, mirrored
     return Recognised(exchanged, (False, False), mirrored, margins, likeness, twice)
 
 
-def words(what, wish=Wish(), pictures=True, **view):
+def words(what, wish=FilmOptions(), pictures=True, **view):
     return " ".join(
-        suspicions((View("one", torch.rand(9, 9), **view), View("two", torch.rand(9, 9), **view)), what, wish, pictures)
+        recognition_warnings(
+            (View("one", torch.rand(9, 9), **view), View("two", torch.rand(9, 9), **view)), what, wish, pictures
+        )
     )
 
 
@@ -68,18 +70,25 @@ def test_each_suspicion_has_its_figure():
 def test_small_margins_are_said_and_options_silence_them():
     said = words(found(margin=0.01))
     assert all(option in said for option in ("--keep_order", "--bone", "--facing")), said
-    assert words(found(margin=0.01), Wish("left", "bright", True)) == ""
+    assert words(found(margin=0.01), FilmOptions("left", "bright", True)) == ""
     assert words(found(margin=0.01), stored=True) == ""
 
 
 def test_what_is_known_is_not_asked():
     one, two = (View(n, torch.rand(9, 9)) for n in ("one", "two"))
-    assert known((one, two), Wish()) == dict(exchanged=None, inverted=(None, None), mirrored=None)
-    assert known((one, two), Wish("right", "dark", True)) == dict(exchanged=False, inverted=(True, True), mirrored=True)
+    assert known_answers((one, two), FilmOptions()) == dict(exchanged=None, inverted=(None, None), mirrored=None)
+    assert known_answers((one, two), FilmOptions("right", "dark", True)) == dict(
+        exchanged=False, inverted=(True, True), mirrored=True
+    )
     two.sided = True
-    assert known((one, two), Wish())["mirrored"] is False and known((one, two), Wish("right"))["mirrored"] is True
+    assert (
+        known_answers((one, two), FilmOptions())["mirrored"] is False
+        and known_answers((one, two), FilmOptions("right"))["mirrored"] is True
+    )
     one.stored = True
-    assert known((one, two), Wish(bone="dark")) == dict(exchanged=False, inverted=(False, True), mirrored=False)
+    assert known_answers((one, two), FilmOptions(bone="dark")) == dict(
+        exchanged=False, inverted=(False, True), mirrored=False
+    )
 
 
 def test_the_same_picture_is_known_again():
@@ -94,24 +103,28 @@ def test_the_same_picture_is_known_again():
 def test_a_film_that_ends_inside_the_body_is_cut(back):
     y, seen = torch.full((16, 16), 200.0), torch.zeros(16, 16, dtype=torch.bool)
     seen[:, 3:13] = True
-    assert cut_at(y, seen, back) == 1
+    assert truncated_share(y, seen, back) == 1
     y[:8, 11:], y[:8, :5] = 0, 0
-    assert cut_at(y, seen, back) == 0.5
-    assert cut_at(y, torch.ones_like(seen), back) == 0
+    assert truncated_share(y, seen, back) == 0.5
+    assert truncated_share(y, torch.ones_like(seen), back) == 0
 
 
 def test_perspective_is_that_of_the_other_side():
     chest, view = Projector(geometry("chest", 384.0), 16, 24.0, 16), View("x", torch.rand(9, 9))
-    assert perspective(view, chest, Wish()) == perspective(view, chest, Wish(frontal="pa")) == ""
+    assert (
+        perspective_warning(view, chest, FilmOptions())
+        == perspective_warning(view, chest, FilmOptions(frontal="pa"))
+        == ""
+    )
     factor = (1608 + 60) / (1608 - 60)  # detector at 1800 mm in both
-    assert f"{factor - 1:.0%} too wide" in perspective(view, chest, Wish(frontal="ap"))
+    assert f"{factor - 1:.0%} too wide" in perspective_warning(view, chest, FilmOptions(frontal="ap"))
     front = Projector(geometry("x2ct", 320.0), 16, 20.0, 16)
-    assert "too narrow" in perspective(View("x", torch.rand(9, 9), source="pa"), front, Wish())
+    assert "too narrow" in perspective_warning(View("x", torch.rand(9, 9), source="pa"), front, FilmOptions())
 
 
 def test_a_small_film_is_measured_on_the_detector():
     A, place = Projector(geometry("chest", 384.0), 16, 24.0, 64), SimpleNamespace(height=0.8)
-    size = lambda n: small(View("x", torch.rand(n, n)), Film(torch.rand(n, n), None, None), place, A)
+    size = lambda n: size_warning(View("x", torch.rand(n, n)), Film(torch.rand(n, n), None, None), place, A)
     assert "50 x 50 pixels, 62 along" in size(50) and size(52) == ""
 
 

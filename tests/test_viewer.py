@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffx2ct import visualize as V
-from diffx2ct.data import CAUTION, COLOURS, GENERATED, WINDOWS, Case, Layer
+from diffx2ct.data import CAUTION, COLOUR_MAPS, GENERATED, WINDOWS, Case, Layer
 
 SIDES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # at left, right, top, bottom
 AXES = {"axial": (1, 2), "coronal": (0, 2), "sagittal": (0, 1)}  # rows and columns of each picture
@@ -62,10 +62,10 @@ def test_each_letter_stands_at_its_side(plane):
 def test_the_cross_hair_crosses_at_row_and_column_in_the_colours_of_the_other_planes(plane):
     at = (2, 9, 5)
     axis = list(SIDES).index(plane)
-    top, left, height, width = V.box(SHAPE, axis, PIXELS)
+    top, left, height, width = V.slice_box(SHAPE, axis, PIXELS)
     picture = pixels(V.draw_slice(V.layer("truth", volume(-2000, SHAPE)), plane, at, PIXELS))
     rows, columns = AXES[plane]
-    ink = lambda k: (np.array(matplotlib.colors.to_rgb(V.INKS[list(SIDES)[k]])) * 255).round()
+    ink = lambda k: (np.array(matplotlib.colors.to_rgb(V.PLANE_COLOURS[list(SIDES)[k]])) * 255).round()
     across = np.flatnonzero((np.abs(picture - ink(rows)).max(-1) < 2).sum(1) > width / 2)
     down = np.flatnonzero((np.abs(picture - ink(columns)).max(-1) < 2).sum(0) > height / 2)
     assert [list(across), list(down)] == [
@@ -81,7 +81,7 @@ def test_a_bright_voxel_is_drawn_where_it_lies(plane):
     hu[at] = 1500
     axis = list(SIDES).index(plane)
     picture = pixels(V.draw_slice(V.layer("truth", hu), plane, at, PIXELS, cross=False, smooth=False)).sum(-1)
-    top, left, height, width = V.box(SHAPE, axis, PIXELS)
+    top, left, height, width = V.slice_box(SHAPE, axis, PIXELS)
     bright = picture[top : top + height, left : left + width] > 600
     middle = (np.argwhere(bright).mean(0) + 0.5) / bright.shape * [SHAPE[k] for k in AXES[plane]]
     assert middle == pytest.approx([at[k] + 0.5 for k in AXES[plane]], abs=0.1)
@@ -115,7 +115,7 @@ def test_the_slider_shows_the_sample_that_it_names(chosen, hu):
 
 def test_samples_are_numbered_from_one_in_their_order():
     many = torch.stack([torch.full((1, 2, 2, 2), k / 4) for k in range(3)])
-    made = V.numbered(many, (0.0, 400.0))
+    made = V.name_samples(many, (0.0, 400.0))
     assert {n: float(v.mean()) for n, v in made.items()} == {"sample_1": 0, "sample_2": 100, "sample_3": 200}
     layers, drawn = V.layers_of(V.read_volumes(made)[0], (-1000, 1000))
     assert [float(v.mean()) for v in drawn] == [0, 100, 200]
@@ -153,7 +153,7 @@ def test_compared_with_each_layer_and_with_nothing():
 
 
 def mouse(viewer, **what):
-    viewer.mouse.value = json.dumps(dict(id=1, over=None) | V.STILL | what)
+    viewer.mouse.value = json.dumps(dict(id=1, over=None) | V.POINTER_AT_REST | what)
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -188,7 +188,7 @@ def test_the_readout_of_the_mouse_is_of_the_voxel_under_it():
     viewer = V.view(hu, pixels=PIXELS, mm=2.0)
     for axis, plane in enumerate(SIDES):
         point = (6, 2, 13)
-        top, left, height, width = V.box(SHAPE, axis, PIXELS)
+        top, left, height, width = V.slice_box(SHAPE, axis, PIXELS)
         rows, columns = AXES[plane]
         x = (left + (point[columns] + 0.5) * width / SHAPE[columns]) / PIXELS
         y = (top + (point[rows] + 0.5) * height / SHAPE[rows]) / PIXELS
@@ -197,12 +197,12 @@ def test_the_readout_of_the_mouse_is_of_the_voxel_under_it():
         assert viewer.over == expected
         row = viewer.readout.value.split("<tr>")[3]
         assert f"voxel {expected}" in row and f"{hu[expected]:.0f} HU" in row
-        assert V.place(expected, SHAPE, 2.0) in row
+        assert V.patient_position(expected, SHAPE, 2.0) in row
 
 
 def test_the_place_of_a_voxel_in_the_patient():
-    assert V.place((0, 0, 0), (5, 5, 5), 10.0) == "R 20.0 mm, A 20.0 mm, H 20.0 mm"
-    assert V.place((3, 4, 4), (5, 5, 5), 10.0) == "L 20.0 mm, P 20.0 mm, F 10.0 mm"
+    assert V.patient_position((0, 0, 0), (5, 5, 5), 10.0) == "R 20.0 mm, A 20.0 mm, H 20.0 mm"
+    assert V.patient_position((3, 4, 4), (5, 5, 5), 10.0) == "L 20.0 mm, P 20.0 mm, F 10.0 mm"
 
 
 def test_values_in_words():
@@ -235,7 +235,7 @@ def test_colours_and_the_caution_follow_the_layer_whatever_its_name():
         strip = np.asarray(Image.open(io.BytesIO(viewer.snapshot())).convert("RGB")).astype(int)[-14:]
         small[shown] = np.flatnonzero((strip[..., 0] - strip[..., 2] > 60).any(0)).max()  # amber letters end there
     assert small["mine"] > 1.5 * small["truth"] > 0
-    assert set(COLOURS) == {v.kind for v in V.STORED.values()}
+    assert set(COLOUR_MAPS) == {v.kind for v in V.VOLUME_KINDS.values()}
 
 
 def report(**how):

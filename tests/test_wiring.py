@@ -78,7 +78,7 @@ def geometry_of(kind: str, side: float = 320.0) -> drr.Geometry:
 @cache
 def denoiser(*sets: str, kind: str = "parallel", line_integrals: bool = True) -> diffusion.Denoiser:
     "A small denoiser with non-zero weights, mean, mean views and scales."
-    net = diffusion.build(load_config(sets=[*TINY, *sets]), geometry_of(kind), 20.0, line_integrals)
+    net = diffusion.build_denoiser(load_config(sets=[*TINY, *sets]), geometry_of(kind), 20.0, line_integrals)
     for part in (net, net.coarse) if net.coarse else (net,):
         n = part.A.size
         part.mean.copy_((0.35 + 0.1 * noise(1, 1, n, n, n, seed=1)).clamp(0, 1))
@@ -90,7 +90,7 @@ def denoiser(*sets: str, kind: str = "parallel", line_integrals: bool = True) ->
 @cache
 def case(kind: str = "parallel", n: int = 2, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     "Volumes and their views: two soft balls in air, another pair for each."
-    c = drr.centres(size, 320 / size)
+    c = drr.cell_centres(size, 320 / size)
     z, y, x = torch.meshgrid(c, c, c, indexing="ij")
     ball = lambda d, h, w, r: torch.sigmoid((r - ((z - d) ** 2 + (y - h) ** 2 + (x - w) ** 2).sqrt()) / 8)
     volumes = torch.stack(
@@ -137,12 +137,12 @@ def denoised(t: float, *sets: str, base: str = "on", **how) -> torch.Tensor:
     views = case(how.get("kind", "parallel"))[1]
     if not net.line_integrals:
         views = drr.to_display(views)[0]
-    start = net.base(views, base)
+    start = net.prior(views, base)
     return net(noise(2, 1, 16, 16, 16), torch.tensor([t, t]), net.condition(start, net.encode(views)))
 
 
 def based(*sets: str, how: str = "on", **kw) -> torch.Tensor:
-    return denoiser(*sets, **kw).base(case(kw.get("kind", "parallel"))[1], how)
+    return denoiser(*sets, **kw).prior(case(kw.get("kind", "parallel"))[1], how)
 
 
 def sampled(*sets: str, method: str = "sample", patch: int = 16, **kw) -> torch.Tensor:
@@ -167,11 +167,11 @@ def cone(kind: str, pixels: int = 12) -> torch.Tensor:
 
 def solved(kind: str, **how) -> torch.Tensor:
     A = drr.Projector(geometry_of(kind), 16, 20.0, 16)
-    return consistency.consistent(torch.full((2, 1, 16, 16, 16), 0.2), case(kind)[1], A, WINDOW, 4, **how)
+    return consistency.alternating_projections(torch.full((2, 1, 16, 16, 16), 0.2), case(kind)[1], A, WINDOW, 4, **how)
 
 
 ANSWERS = (
-    {f"encoder {k}": partial(encoded, k) for k in encoder.BLOCKS}
+    {f"encoder {k}": partial(encoded, k) for k in encoder.ENCODER_BLOCKS}
     | {f"drr {k}": partial(cone, k) for k in ("parallel", "x2ct", "near")}
     | {f"drr wide pixels {k}": partial(cone, k, 5) for k in ("parallel", "near")}
     | {
@@ -276,7 +276,7 @@ def test_drr_fourier_slice():
 def test_drr_cone_beam_through_a_gaussian(kind):
     "The line integral of a Gaussian blob off the axis is known in closed form, at every pixel."
     g, n, pixels, sigma = geometry_of(kind), 48, 64, 26.0
-    c, mm = drr.centres(n, 320 / n), 320 / n
+    c, mm = drr.cell_centres(n, 320 / n), 320 / n
     at = torch.tensor([48.0, 30.0, -36.0])  # D, H, W, mm
     square = [(c - a) ** 2 for a in at]
     rho = torch.exp(-(square[0][:, None, None] + square[1][:, None] + square[2]) / (2 * sigma**2))
@@ -314,7 +314,7 @@ def test_drr_adjoint_is_the_transpose(kind):
     y = uniform(1, 2, 10, 10)
     torch.testing.assert_close(A.adjoint(y).flatten(), dense(A).T @ y.flatten(), rtol=1e-4, atol=1e-3)
     rays = (dense(A).abs().sum(0) / 40).view(8, 8, 8)
-    torch.testing.assert_close(drr.path_density(A)[0, 0], rays, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drr.ray_density(A)[0, 0], rays, rtol=1e-4, atol=1e-4)
 
 
 def test_drr_presets_in_millimetres():
@@ -369,9 +369,9 @@ def damped(A: drr.Projector, x: torch.Tensor, y: torch.Tensor, damping: float) -
 def test_consistency_is_the_dense_solution(kind, damping):
     A = drr.Projector(geometry_of(kind), 8, 40.0, 8)
     x, y = uniform(1, 1, 8, 8, 8), A(density(uniform(1, 1, 8, 8, 8, seed=1), WINDOW))
-    got = consistency.nearest(x, y, A, WINDOW, steps=60, damping=damping)
+    got = consistency.project_onto_views(x, y, A, WINDOW, steps=60, damping=damping)
     torch.testing.assert_close(got, damped(A, x, y, damping), rtol=1e-3, atol=2e-3)
-    left = lambda v: consistency.residual(v, y, A, WINDOW).item()
+    left = lambda v: consistency.projection_residual(v, y, A, WINDOW).item()
     assert left(got) < left(x) and (left(got) < 1e-3) == (damping == 0)
 
 
@@ -389,16 +389,23 @@ def test_consistency_damping_weakens_by_its_amount():
 def test_consistency_default_steps_and_the_stop():
     A, cases = drr.Projector(geometry_of("near"), 8, 40.0, 8), uniform(2, 1, 8, 8, 8)
     y, start = A(density(cases, WINDOW)), torch.full((2, 1, 8, 8, 8), 0.2)
-    assert torch.equal(consistency.nearest(start, y, A, WINDOW), consistency.nearest(start, y, A, WINDOW, 10))
+    assert torch.equal(
+        consistency.project_onto_views(start, y, A, WINDOW), consistency.project_onto_views(start, y, A, WINDOW, 10)
+    )
     one, all_of = (
-        consistency.residual(consistency.nearest(start, y, A, WINDOW, k, noise=0.05), y, A, WINDOW) for k in (1, 50)
+        consistency.projection_residual(
+            consistency.project_onto_views(start, y, A, WINDOW, k, noise=0.05), y, A, WINDOW
+        )
+        for k in (1, 50)
     )
     assert (
         (all_of <= 0.05).all() and (all_of < one).any() and (all_of > 1e-3).all()
     )  # it stops at the noise, not at zero
     P = drr.Projector(geometry_of("parallel"), 8, 40.0, 8)
     y = P(density(cases, WINDOW))
-    assert torch.equal(consistency.nearest(start, y, P, WINDOW), consistency.nearest(start, y, P, WINDOW, 2))
+    assert torch.equal(
+        consistency.project_onto_views(start, y, P, WINDOW), consistency.project_onto_views(start, y, P, WINDOW, 2)
+    )
 
 
 @pytest.mark.parametrize("momentum", [False, True])
@@ -413,7 +420,7 @@ def test_consistent_is_alternating_projections(momentum):
         ahead = x + (k - 1) / new * (x - last) if momentum else x
         last, x, k = x, damped(A, ahead, y, 0.0).clamp(0, 1), new
     assert (x == 1).any() and (x == 0).sum() == 0
-    got = consistency.consistent(torch.full((1, 1, 8, 8, 8), 0.9), y, A, WINDOW, 4, 60, momentum=momentum)
+    got = consistency.alternating_projections(torch.full((1, 1, 8, 8, 8), 0.9), y, A, WINDOW, 4, 60, momentum=momentum)
     torch.testing.assert_close(got, x, rtol=1e-3, atol=2e-3)
 
 
@@ -422,9 +429,9 @@ def test_consistency_litres(kind):
     "A ball of water of 2.14 litres weighs as much in both views."
     n = 32
     A = drr.Projector(geometry_of(kind), n, 10.0, 64)
-    c = drr.centres(n, 10.0)
+    c = drr.cell_centres(n, 10.0)
     r = (c[:, None, None] ** 2 + c[:, None] ** 2 + c**2).sqrt()
-    got = consistency.litres(A(((80 - r) / 10 + 0.5).clamp(0, 1)[None, None]), A)
+    got = consistency.mass_litres(A(((80 - r) / 10 + 0.5).clamp(0, 1)[None, None]), A)
     assert got.shape == (1, 2) and got[0].tolist() == pytest.approx([4 / 3 * math.pi * 0.8**3] * 2, rel=0.04)
 
 
@@ -441,7 +448,12 @@ def test_consistency_warnings():
     assert find(y * torch.tensor([1.0, 1.015]).view(1, 2, 1, 1), A, WINDOW) is None
     upside_down = torch.stack([y[0, 0], y[0, 1].flip(0)])[None]
     assert "no volume explains" in find(upside_down, A, WINDOW)
-    assert consistency.disagreement(y, A, WINDOW) < 1e-3 < 0.02 < consistency.disagreement(upside_down, A, WINDOW)
+    assert (
+        consistency.irreducible_residual(y, A, WINDOW)
+        < 1e-3
+        < 0.02
+        < consistency.irreducible_residual(upside_down, A, WINDOW)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -525,7 +537,7 @@ def test_metrics_bootstrap_is_a_95_percent_interval():
 
 
 # ------------------------------------------------------------------------------------------------------------ encoder
-@pytest.mark.parametrize("kind", encoder.BLOCKS)
+@pytest.mark.parametrize("kind", encoder.ENCODER_BLOCKS)
 def test_encoder_keeps_the_views_apart(kind):
     "Change only the lateral image: the frontal maps and tokens stay equal, the lateral ones change; and the reverse."
     net = weigh(encoder.Encoder(kind, [8, 16], 16, 8, 8))
@@ -542,7 +554,7 @@ def test_encoder_keeps_the_views_apart(kind):
     assert [tuple(m.shape) for m in maps] == [(2, 2, 8, 8, 8), (2, 2, 16, 4, 4)] and tokens.shape == (2, 2 * 4 * 4, 8)
 
 
-@pytest.mark.parametrize("kind", encoder.BLOCKS)
+@pytest.mark.parametrize("kind", encoder.ENCODER_BLOCKS)
 def test_encoder_every_weight_learns(kind):
     net = weigh(encoder.Encoder(kind, [8, 16], 16, 8, 8))
     maps, tokens = net(uniform(2, 2, 16, 16))
@@ -563,7 +575,7 @@ def test_encoder_tokens_have_a_place_that_learns():
 
 
 def test_encoder_position_code():
-    code = encoder.position_code(4, 2)
+    code = encoder.position_encoding(4, 2)
     u = np.array([-0.75, -0.25, 0.25, 0.75])
     rows = [np.sin(np.pi / 2 * u), np.sin(np.pi * u), np.cos(np.pi / 2 * u), np.cos(np.pi * u)]
     want = np.stack([np.tile(r[:, None], (1, 4)) for r in rows] + [np.tile(r, (4, 1)) for r in rows])
@@ -574,8 +586,8 @@ def test_encoder_position_code():
 def test_encoder_features_are_lifted_along_their_own_rays(kind):
     "One bright pixel of one view: in a block it lies where that pixel's ray passes, and nowhere in the other view."
     g, n, mm, pixels, origin = geometry_of(kind), 8, 40.0, 8, (1, 0, 4)
-    (lift,) = encoder.lift_levels(g, n, mm, origin, 4, pixels, 1, 1)
-    pixel, c = g.panel_mm / pixels, drr.centres(n, mm).tolist()
+    (lift,) = encoder.back_projections(g, n, mm, origin, 4, pixels, 1, 1)
+    pixel, c = g.panel_mm / pixels, drr.cell_centres(n, mm).tolist()
     row, columns = 2, (5, 2)  # AP, LAT
     for view, column in enumerate(columns):
         r, q = ((i - 3.5) * pixel for i in (row, column))
@@ -594,7 +606,7 @@ def test_encoder_features_are_lifted_along_their_own_rays(kind):
 def test_encoder_block_axes():
     z, y, x = encoder.block_axes(16, 20.0, (0, 4, 8), 8, 2)
     assert z.tolist() == [-140, -100, -60, -20] and y[0] == -60 and x[0] == 20
-    lifts = encoder.lift_levels(geometry_of("parallel"), 16, 20.0, (0, 0, 0), 16, 16, 3)
+    lifts = encoder.back_projections(geometry_of("parallel"), 16, 20.0, (0, 0, 0), 16, 16, 3)
     assert [lift.shape[0] for lift in lifts] == [8, 4, 2] and [lift.ap_rows.shape[-1] for lift in lifts] == [8, 4, 2]
 
 
@@ -609,7 +621,7 @@ def test_unet_haar_block_by_block():
             want = (sign.view(2, 2, 2) * block).sum() / math.sqrt(8)
             assert y[0, 8 * c + k, d, h, w].item() == pytest.approx(want.item(), abs=1e-5)
     torch.testing.assert_close(unet.unhaar(y), x)
-    kept = unet.enter(noise(1, 3, 4, 4, 4), True, 2)
+    kept = unet.prepare_input(noise(1, 3, 4, 4, 4), True, 2)
     assert kept.shape == (1, 17, 2, 2, 2)
     torch.testing.assert_close(kept[:, 16:], F.avg_pool3d(noise(1, 3, 4, 4, 4)[:, 2:], 2))
 
@@ -742,7 +754,7 @@ def test_diffusion_parameterisations(name, prediction):
     x0, eps = noise(2, 1, 2, 2, 2), noise(2, 1, 2, 2, 2, seed=1)
     a, s = (torch.tensor([schedule(name, float(v))[i] for v in t]).view(-1, 1, 1, 1, 1) for i in (0, 1))
     x_t = a * x0 + s * eps
-    torch.testing.assert_close(d.noisy(x0, eps, t), x_t, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(d.add_noise(x0, eps, t), x_t, rtol=1e-4, atol=1e-4)
     root = (a**2 + s**2).sqrt()
     answer = {"x0": (x0 - a * x_t / root**2) * root / s, "v": a * eps - s * x0, "eps": eps}[prediction]
     if prediction == "v":
@@ -750,8 +762,8 @@ def test_diffusion_parameterisations(name, prediction):
     torch.testing.assert_close(d.clean(answer, x_t, t), x0, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(d.wiener(x_t, t), a * x_t / root**2, rtol=1e-4, atol=1e-4)
     step = (d.clean(answer + 1, x_t, t) - d.clean(answer, x_t, t)).abs().amax((1, 2, 3, 4))
-    torch.testing.assert_close(d.reach(t), step, rtol=1e-3, atol=1e-4)
-    assert d.reach(torch.zeros(1)).item() >= 0.0199
+    torch.testing.assert_close(d.output_sensitivity(t), step, rtol=1e-3, atol=1e-4)
+    assert d.output_sensitivity(torch.zeros(1)).item() >= 0.0199
 
 
 @pytest.mark.parametrize("name", ["flow", "cosine", "linear"])
@@ -794,10 +806,12 @@ def evolved(name: str, steps: int, how: str) -> float:
 def test_diffusion_euler_and_heun_by_hand(name, how):
     d = diffusion.Diffusion(name)
     c = lambda t: (a := schedule(name, t)[0]) * 0.25 / (a * a * 0.25 + schedule(name, t)[1] ** 2)
-    got = diffusion.SAMPLERS[how](lambda x, t: c(t) * x, torch.ones(1, dtype=torch.float64), diffusion.times_of(5), d)
+    got = diffusion.SAMPLERS[how](
+        lambda x, t: c(t) * x, torch.ones(1, dtype=torch.float64), diffusion.sampling_times(5), d
+    )
     assert got.item() == pytest.approx(evolved(name, 5, how), rel=2e-3, abs=2e-4)
     fine = diffusion.SAMPLERS[how](
-        lambda x, t: c(t) * x, torch.ones(1, dtype=torch.float64), diffusion.times_of(400), d
+        lambda x, t: c(t) * x, torch.ones(1, dtype=torch.float64), diffusion.sampling_times(400), d
     )
     assert fine.item() == pytest.approx(0.5, abs=0.02)  # the exact flow maps a deviation of 1 to one of 0.5
 
@@ -805,7 +819,7 @@ def test_diffusion_euler_and_heun_by_hand(name, how):
 @pytest.mark.parametrize("name", ["flow", "cosine"])
 def test_diffusion_dpm_solver_by_hand(name):
     "DPM-Solver++(2M) in x / alpha over sigma / alpha; the first and the last step are of first order."
-    d, times = diffusion.Diffusion(name), diffusion.times_of(5)
+    d, times = diffusion.Diffusion(name), diffusion.sampling_times(5)
     mu = 0.8
     denoise = lambda x, t: mu + 0.1 * x
     sigma = [schedule(name, min(t, 0.999))[1] / schedule(name, min(t, 0.999))[0] for t in times]
@@ -824,7 +838,7 @@ def test_diffusion_dpm_solver_by_hand(name):
 
 
 def test_diffusion_times():
-    assert diffusion.times_of(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert diffusion.sampling_times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_diffusion_bands_of_resolution():
@@ -834,16 +848,16 @@ def test_diffusion_bands_of_resolution():
     four = F.interpolate(F.avg_pool3d(x, 4), scale_factor=4)
     scales = torch.tensor([2.0, 3.0, 5.0])
     want = 2 * (x - two) + 3 * (two - four) + 5 * four
-    torch.testing.assert_close(diffusion.graded(x, scales), want, rtol=1e-4, atol=1e-4)
-    got = diffusion.spread(x, 3)
+    torch.testing.assert_close(diffusion.scale_bands(x, scales), want, rtol=1e-4, atol=1e-4)
+    got = diffusion.band_rms(x, 3)
     share = [(x - two).square().mean() * 8 / 7, (two - four).square().mean() * 64 / 7, four.square().mean() * 64]
     torch.testing.assert_close(got, torch.stack(share).sqrt(), rtol=1e-4, atol=1e-4)
-    assert diffusion.strength(got).item() == pytest.approx(x.square().mean().sqrt().item(), rel=1e-4)
-    white = diffusion.spread(noise(1, 1, 64, 64, 64), 3)
+    assert diffusion.total_rms(got).item() == pytest.approx(x.square().mean().sqrt().item(), rel=1e-4)
+    white = diffusion.band_rms(noise(1, 1, 64, 64, 64), 3)
     assert white.tolist() == pytest.approx([1, 1, 1], abs=0.03)
     net = denoiser()
     volume, base = uniform(2, 1, 16, 16, 16), uniform(2, 1, 16, 16, 16, seed=1)
-    state = net.to_state(volume, base)
+    state = net.to_residual(volume, base)
     torch.testing.assert_close(net.to_volume(state, base), volume, rtol=1e-4, atol=1e-4)
     up = F.interpolate(F.avg_pool3d(volume - base, 2), scale_factor=2)
     torch.testing.assert_close(state, (volume - base - up) / 0.07 + up / 0.19, rtol=1e-4, atol=1e-3)
@@ -890,15 +904,15 @@ def test_diffusion_bases():
     views = case()[1]
     A, mean = denoiser().A, denoiser().mean
     for how, damping in (("on", 0.0), ("soft", 0.3), ("off", 0.0)):
-        want = consistency.consistent(
+        want = consistency.alternating_projections(
             mean.expand(2, -1, -1, -1, -1), views, A, WINDOW, 10, 1, damping=damping, momentum=True
         )
-        torch.testing.assert_close(denoiser().base(views, how), want)
-    torch.testing.assert_close(denoiser("MODEL.BASE=mean").base(views), mean.expand(2, -1, -1, -1, -1))
-    assert (denoiser("MODEL.BASE=none").base(views) == 0.5).all()
+        torch.testing.assert_close(denoiser().prior(views, how), want)
+    torch.testing.assert_close(denoiser("MODEL.BASE=mean").prior(views), mean.expand(2, -1, -1, -1, -1))
+    assert (denoiser("MODEL.BASE=none").prior(views) == 0.5).all()
     shown = drr.to_display(views)[0]
     display = denoiser(line_integrals=False)
-    torch.testing.assert_close(display.base(shown), display.mean.expand(2, -1, -1, -1, -1))
+    torch.testing.assert_close(display.prior(shown), display.mean.expand(2, -1, -1, -1, -1))
     net = denoiser("TRAINING.COARSE_EPOCHS=[2]", "TRAINING.FLIP_AXES=[D, W]")
     small, coarse = F.avg_pool2d(views, 2), net.coarse
     assert (coarse.A.size, coarse.A.mm, coarse.A.pixels, len(coarse.mirrors)) == (8, 40.0, 8, 4)
@@ -909,32 +923,36 @@ def test_diffusion_bases():
             seen = seen.flip(2)
         if 4 in axes:
             seen[:, 0] = seen[:, 0].flip(2)
-        base = coarse.base(seen)
+        base = coarse.prior(seen)
         state = coarse(torch.zeros_like(base), torch.ones(2), coarse.condition(base, coarse.encode(seen)))
-        volume = consistency.nearest(coarse.to_volume(state, base), seen, coarse.A, WINDOW)
+        volume = consistency.project_onto_views(coarse.to_volume(state, base), seen, coarse.A, WINDOW)
         answers.append(volume.flip(axes) if axes else volume)
     with torch.no_grad():
         want = F.interpolate(torch.stack(answers).mean(0), scale_factor=2, mode="trilinear")
-        torch.testing.assert_close(coarse.guess(views, "on", None), want, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(coarse.coarse_prediction(views, "on", None), want, rtol=1e-3, atol=1e-4)
     assert not any(p.requires_grad for p in coarse.parameters())
 
 
 def test_diffusion_mirror_images():
     flips = ["D", "H", "W"]
-    assert diffusion.mirrors(geometry_of("near"), flips) == [(), (0,)]  # a cone knows near from far
-    assert diffusion.mirrors(geometry_of("parallel"), ["H", "W"]) == [(), (1,), (2,), (1, 2)]
+    assert diffusion.valid_mirrors(geometry_of("near"), flips) == [(), (0,)]  # a cone knows near from far
+    assert diffusion.valid_mirrors(geometry_of("parallel"), ["H", "W"]) == [(), (1,), (2,), (1, 2)]
     A, x = drr.Projector(geometry_of("parallel"), 16, 20.0, 16), uniform(1, 1, 16, 16, 16)
-    for axes in diffusion.mirrors(A.geometry, flips):
-        torch.testing.assert_close(diffusion.mirrored(A(x), axes), A(x.flip([a + 2 for a in axes])))
+    for axes in diffusion.valid_mirrors(A.geometry, flips):
+        torch.testing.assert_close(diffusion.mirror_views(A(x), axes), A(x.flip([a + 2 for a in axes])))
 
 
 def test_diffusion_settling():
     net, x, views = denoiser(), uniform(2, 1, 16, 16, 16), case()[1]
     for how, damping in (("on", 0.0), ("soft", 0.3)):
         torch.testing.assert_close(
-            net.settle(x, views, how), consistency.nearest(x, views, net.A, WINDOW, damping=damping)
+            net.enforce_consistency(x, views, how),
+            consistency.project_onto_views(x, views, net.A, WINDOW, damping=damping),
         )
-    assert net.settle(x, views, "off") is x and denoiser(line_integrals=False).settle(x, views, "on") is x
+    assert (
+        net.enforce_consistency(x, views, "off") is x
+        and denoiser(line_integrals=False).enforce_consistency(x, views, "on") is x
+    )
 
 
 def test_diffusion_the_coarse_settings():
@@ -951,7 +969,7 @@ def test_diffusion_the_coarse_settings():
             "DATA.TARGET_DRR_SIZE=48",
         ]
     )
-    h = diffusion.halved(c)
+    h = diffusion.coarse_config(c)
     assert (h.EPOCHS, h.BATCH_SIZE, h.TRAINING.COARSE_EPOCHS, h.TRAINING.LOSS_PHASE_EPOCHS) == (40, 6, [9], [40, 0])
     assert (h.TRAINING.FULL_NOISE_RATIO, h.TRAINING.PATCH_SIZE, h.DATA.TARGET_VOLUME_SIZE, h.DATA.TARGET_DRR_SIZE) == (
         1.0,
@@ -970,7 +988,7 @@ def test_diffusion_the_coarse_settings():
 
 
 def test_diffusion_sizes_by_scale():
-    net = diffusion.build(
+    net = diffusion.build_denoiser(
         load_config(sets=[*TINY, "MODEL.SCALE=2", "MODEL.UNET.NUM_RES_BLOCKS=1"]), geometry_of("parallel"), 20.0
     )
     assert (
@@ -981,7 +999,7 @@ def test_diffusion_sizes_by_scale():
     odd = load_config(sets=TINY)
     odd.DATA.TARGET_DRR_SIZE = 18
     with pytest.raises(UserError, match="multiple of 4 for the 2 levels"):
-        diffusion.build(odd, geometry_of("parallel"), 20.0)
+        diffusion.build_denoiser(odd, geometry_of("parallel"), 20.0)
 
 
 def test_diffusion_loss_terms_and_their_units():
@@ -1030,9 +1048,15 @@ def test_diffusion_windows_weigh_most_in_their_middle(blend):
 
 
 def test_diffusion_starts():
-    assert diffusion.starts(16, 8, 0.25) == [0, 6, 8] and diffusion.starts(16, 16, 0.25) == [0]
-    assert diffusion.starts(24, 8, 0.5) == [0, 4, 8, 12, 16] and diffusion.starts(16, 8, 0.99) == [0, 2, 4, 6, 8]
-    assert diffusion.starts(20, 8, 0.0) == [0, 8, 12]
+    assert diffusion.window_starts(16, 8, 0.25) == [0, 6, 8] and diffusion.window_starts(16, 16, 0.25) == [0]
+    assert diffusion.window_starts(24, 8, 0.5) == [0, 4, 8, 12, 16] and diffusion.window_starts(16, 8, 0.99) == [
+        0,
+        2,
+        4,
+        6,
+        8,
+    ]
+    assert diffusion.window_starts(20, 8, 0.0) == [0, 8, 12]
 
 
 @pytest.mark.parametrize("batch", [1, 3, None])
@@ -1042,14 +1066,14 @@ def test_diffusion_windows_are_the_weighted_mean_of_their_answers(batch):
     base, x, t = volumes * 0.9, noise(2, 1, 16, 16, 16), 0.4
     with torch.no_grad():
         encoded = net.encode(views)
-        got = diffusion.windowed(net, base, encoded, 8, 0.25, "gaussian", batch)(x, t)
+        got = diffusion.sliding_window(net, base, encoded, 8, 0.25, "gaussian", batch)(x, t)
         w, top, total = diffusion.blend_weight(8, "gaussian"), torch.zeros_like(x), torch.zeros_like(x)
         for o in itertools.product((0, 6, 8), repeat=3):
             cut = (..., *(slice(i, i + 8) for i in o))
             top[cut] += w * net(x[cut], torch.tensor([t, t]), net.condition(base[cut], encoded, o))
             total[cut] += w
         torch.testing.assert_close(got, top / total, rtol=1e-3, atol=1e-3)
-        whole = diffusion.windowed(net, base, encoded, 16)(x, t)
+        whole = diffusion.sliding_window(net, base, encoded, 16)(x, t)
         torch.testing.assert_close(whole, net(x, torch.tensor([t, t]), net.condition(base, encoded)))
 
 
@@ -1061,7 +1085,7 @@ def test_diffusion_what_the_network_is_given():
     x = noise(2, 1, 16, 16, 16)
     net(x, torch.tensor([0.25, 0.25]), c)
     hook.remove()
-    state = unet.haar(torch.cat([0.75 * x / (0.75**2 + 0.25**2), 2 * c.base - 1], 1))
+    state = unet.haar(torch.cat([0.75 * x / (0.75**2 + 0.25**2), 2 * c.prior - 1], 1))
     torch.testing.assert_close(seen[0], torch.cat([state, F.avg_pool3d(c.extra, 2)], 1), rtol=1e-4, atol=1e-4)
 
 
@@ -1070,15 +1094,15 @@ STILL = dict(SHARE=1, ROTATE=0, SCALE=0, SHIFT=0, ELASTIC=0, INTENSITY=0, NODULE
 
 
 def test_augment_renders_where_and_only_where_the_views_no_longer_fit():
-    of = lambda flips=(), **change: augment.renders(AugmentConfig(**STILL | change), flips)
+    of = lambda flips=(), **change: augment.needs_new_views(AugmentConfig(**STILL | change), flips)
     assert not of() and not of(PHOTONS=1e4) and not of(GAMMA=0.5)
     for change in (dict(ROTATE=5), dict(SCALE=0.1), dict(SHIFT=0.1), dict(ELASTIC=0.02), dict(INTENSITY=0.03)):
         assert of(**change) and not of(**change, SHARE=0), change
     assert of(["W"]) and of(["W"], SHARE=0) and of(NODULES=1, SHARE=0) and of(GEOMETRY=0.1, SHARE=0)
-    assert [augment.warps(AugmentConfig(**STILL | {k: 0.02})) for k in ("ROTATE", "SCALE", "SHIFT", "ELASTIC")] == [
-        True
-    ] * 4
-    assert not augment.warps(AugmentConfig(**STILL | dict(INTENSITY=0.1)))
+    assert [
+        augment.changes_shape(AugmentConfig(**STILL | {k: 0.02})) for k in ("ROTATE", "SCALE", "SHIFT", "ELASTIC")
+    ] == [True] * 4
+    assert not augment.changes_shape(AugmentConfig(**STILL | dict(INTENSITY=0.1)))
 
 
 def test_augment_flips_and_intensity():
@@ -1099,7 +1123,7 @@ def test_augment_flips_and_intensity():
     share = AugmentConfig(**STILL | dict(INTENSITY=0.2, SHARE=0.25))
     spared = sum(torch.equal(augment.augment(x, np.random.default_rng(s), share), x) for s in range(200))
     assert 130 < spared < 170
-    c, grid = drr.centres(8, 0.25), augment.warp_grid(8, np.random.default_rng(0), still)
+    c, grid = drr.cell_centres(8, 0.25), augment.warp_grid(8, np.random.default_rng(0), still)
     assert all(torch.allclose(grid[0, ..., k].movedim(2 - k, -1), c, atol=1e-6) for k in range(3))
 
 
@@ -1140,21 +1164,21 @@ def test_augment_rotation_matrices():
 
 
 def test_augment_nodules():
-    ball = augment.blob(32, 2.0, (16, 10, 20), 22)
+    ball = augment.lesion_shape(32, 2.0, (16, 10, 20), 22)
     assert ball.sum().item() * 8 == pytest.approx(math.pi / 6 * 22**3, rel=0.01) and ball[16, 10, 20] == 1
     middle = [
         (ball * torch.arange(32.0).view(shape)).sum().item() / ball.sum().item()
         for shape in ((32, 1, 1), (32, 1), (32,))
     ]
     assert middle == pytest.approx([16, 10, 20], abs=0.01)
-    spiked = augment.blob(32, 2.0, (16, 10, 20), 22, 12, seed=1)
+    spiked = augment.lesion_shape(32, 2.0, (16, 10, 20), 22, 12, seed=1)
     assert spiked.sum() > 1.02 * ball.sum() and (spiked >= ball).all()
-    assert not torch.equal(spiked, augment.blob(32, 2.0, (16, 10, 20), 22, 12, seed=2))
-    assert augment.blob(32, 2.0, (0, 0, 31), 22).sum() == pytest.approx(
+    assert not torch.equal(spiked, augment.lesion_shape(32, 2.0, (16, 10, 20), 22, 12, seed=2))
+    assert augment.lesion_shape(32, 2.0, (0, 0, 31), 22).sum() == pytest.approx(
         0.18 * ball.sum().item(), rel=0.05
     )  # an octant, and half a voxel more on each side
     x = torch.full((1, 32, 32, 32), (-800 - WINDOW[0]) / 2524)
-    hu = to_hu(augment.plant(x, ball, 40.0, WINDOW), WINDOW)[0]
+    hu = to_hu(augment.insert_lesion(x, ball, 40.0, WINDOW), WINDOW)[0]
     assert hu[16, 10, 20].item() == pytest.approx(40, abs=0.1) and hu[0, 0, 0].item() == pytest.approx(-800, abs=0.1)
     assert hu[ball > 0].sub(-800).div(ball[ball > 0]).std() < 0.5
 
@@ -1164,7 +1188,7 @@ def test_augment_sows_nodules_in_the_lungs():
     x[:, :, :, 16:] = (-800 - WINDOW[0]) / 2524
     numbers, hus, sizes = [], [], []
     for seed in range(60):
-        got, share = augment.sown(x, np.random.default_rng(seed), 1.5, 10.0, WINDOW)
+        got, share = augment.add_nodules(x, np.random.default_rng(seed), 1.5, 10.0, WINDOW)
         touched = share[0] > 0
         assert torch.equal(got[0][~touched], x[0][~touched]) and (share <= 1).all()
         numbers.append(bool(touched.any()))
@@ -1176,28 +1200,28 @@ def test_augment_sows_nodules_in_the_lungs():
     assert min(hus) >= -101 and -100 <= min(hus) < 0 and 100 < max(hus) <= 201
     assert (
         max(sizes) < 3 * math.pi / 6 * 50**3
-        and not augment.sown(x, np.random.default_rng(0), 0.0, 10.0, WINDOW)[1].any()
+        and not augment.add_nodules(x, np.random.default_rng(0), 0.0, 10.0, WINDOW)[1].any()
     )
     soft = torch.full_like(x, (40 - WINDOW[0]) / 2524)
-    assert torch.equal(augment.sown(soft, np.random.default_rng(0), 20.0, 10.0, WINDOW)[0], soft)
+    assert torch.equal(augment.add_nodules(soft, np.random.default_rng(0), 20.0, 10.0, WINDOW)[0], soft)
 
 
 def test_augment_views_of_a_detector():
     "Photons: mean and deviation of -log(counts) / mu; a tone curve keeps black and white; the geometry moves a little."
     y = torch.full((1, 2, 64, 64), 100.0)
-    got = augment.grainy(y, torch.Generator().manual_seed(0), 1e4)
+    got = augment.add_photon_noise(y, torch.Generator().manual_seed(0), 1e4)
     counts = 1e4 * math.exp(-0.02 * 100)
     assert got.mean().item() == pytest.approx(100, abs=0.1) and got.std().item() == pytest.approx(
         1 / math.sqrt(counts) / 0.02, rel=0.05
     )
-    assert augment.grainy(10 * y, torch.Generator(), 100.0).isfinite().all()
+    assert augment.add_photon_noise(10 * y, torch.Generator(), 100.0).isfinite().all()
     image = uniform(2, 2, 4, 4)
-    got = augment.toned(image, torch.Generator().manual_seed(1), 0.5)
+    got = augment.random_gamma(image, torch.Generator().manual_seed(1), 0.5)
     gammas = got.log() / image.log()
     assert gammas.std((1, 2, 3)).max() < 1e-4 and abs(gammas[0].mean() - gammas[1].mean()) > 1e-3
     assert (gammas.log().abs() <= 0.5 + 1e-5).all()
     A = drr.Projector(geometry_of("x2ct"), 8, 40.0, 8)
-    B = augment.shaken(A, np.random.default_rng(0), 0.05)
+    B = augment.jitter_geometry(A, np.random.default_rng(0), 0.05)
     ratios = [getattr(B.geometry, k) / getattr(A.geometry, k) for k in ("sad_mm", "sdd_mm", "panel_mm")]
     assert (
         len(set(ratios)) == 3
@@ -1215,7 +1239,7 @@ PLANS = ["balanced", "seed3", {b: i % 3 for i, b in enumerate(BLOCKS)}, {b: 2 - 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_parallel_plans_give_the_same_numbers(plan, micro):
     "Three devices that are all the CPU: outputs, gradients, and what travels where."
-    net = weigh(diffusion.build(load_config(sets=TINY), geometry_of("parallel"), 20.0))
+    net = weigh(diffusion.build_denoiser(load_config(sets=TINY), geometry_of("parallel"), 20.0))
     views, x = case(n=3)[1], noise(3, 1, 16, 16, 16)
     base = torch.full((3, 1, 16, 16, 16), 0.4)
 
@@ -1231,7 +1255,7 @@ def test_parallel_plans_give_the_same_numbers(plan, micro):
     spread = parallel.DistributedUNet(
         net.unet, net.encoder, ["cpu"] * 3, plan, 16, micro, lambda v, at: moves.append(v) or v
     )
-    assert list(spread.plan) == BLOCKS == list(parallel.blocks_of(net.unet, net.encoder))
+    assert list(spread.plan) == BLOCKS == list(parallel.named_blocks(net.unet, net.encoder))
     got, again = run()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     for k in grads:
@@ -1246,12 +1270,12 @@ def test_parallel_plans_give_the_same_numbers(plan, micro):
 
 def test_parallel_the_forward_pass_as_data():
     net = network()
-    flow = parallel.flow_of(net)
+    flow = parallel.dataflow(net)
     assert list(flow) == BLOCKS[1:]
     assert flow["down0"] == (["h", "emb", "lifted0", "tokens"], ["h", "skip0.0", "skip0.1"])
     assert flow["mid"] == (["h", "emb", "lifted1", "tokens"], ["h"])
     assert flow["up0"] == (["h", "emb", "lifted0", "tokens", "skip0.0", "skip0.1"], ["h"])
-    assert parallel.needs(flow, ["up1", "up0", "last"]) == [
+    assert parallel.needed_tensors(flow, ["up1", "up0", "last"]) == [
         "h",
         "emb",
         "lifted1",
@@ -1262,8 +1286,8 @@ def test_parallel_the_forward_pass_as_data():
         "skip0.0",
         "skip0.1",
     ]
-    assert parallel.needs(flow, ["time", "first"]) == ["t", "x"]
-    plain = parallel.flow_of(network(lift="none", cross=(False, False)))
+    assert parallel.needed_tensors(flow, ["time", "first"]) == ["t", "x"]
+    plain = parallel.dataflow(network(lift="none", cross=(False, False)))
     assert plain["mid"] == (["h", "emb"], ["h"])
 
 
@@ -1274,16 +1298,18 @@ def test_parallel_cutting_a_line_and_a_circle():
             max(sum(costs[a:b]) for a, b in zip((0, *cuts), (*cuts, 8)))
             for cuts in itertools.combinations(range(1, 8), n - 1)
         )
-        value, ends = parallel.cut_line(costs, n)
+        value, ends = parallel.line_partition(costs, n)
         assert value == best and ends[-1] == 8 and max(sum(costs[a:b]) for a, b in zip((0, *ends), ends)) == best
     names = dict(zip("abcdefgh", costs))
-    plan = parallel.balanced(names, 3)
+    plan = parallel.ring_partition(names, 3)
     loads = [sum(names[b] for b in names if plan[b] == d) for d in range(3)]
     assert plan["a"] == 0 and max(loads) == 11  # turned round; a line has 14
-    assert max(sum(names[b] for b in names if pipeline.in_line(names, 3)[b] == d) for d in range(3)) == 14
-    assert parallel.seed3(BLOCKS) == dict(encoder=0, time=0, first=0, down0=0, down1=1, mid=1, up1=1, up0=2, last=2)
+    assert max(sum(names[b] for b in names if pipeline.line_plan(names, 3)[b] == d) for d in range(3)) == 14
+    assert parallel.original_partition(BLOCKS) == dict(
+        encoder=0, time=0, first=0, down0=0, down1=1, mid=1, up1=1, up0=2, last=2
+    )
     four = ["encoder", *(f"down{i}" for i in range(4)), "mid", *(f"up{i}" for i in (3, 2, 1, 0)), "last"]
-    assert [parallel.seed3(four)[b] for b in four] == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert [parallel.original_partition(four)[b] for b in four] == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
     for bad, word in (
         ({"a": 0}, "does not place b"),
         ([list("abcdefgh"), ["a"]], "2 times"),
@@ -1293,8 +1319,8 @@ def test_parallel_cutting_a_line_and_a_circle():
         ("third", "no plan"),
     ):
         with pytest.raises(UserError, match=word):
-            parallel.read_plan(bad, names, 3)
-    assert list(parallel.read_plan([list("hgfe"), list("dcba")], names, 3).items()) == [
+            parallel.parse_plan(bad, names, 3)
+    assert list(parallel.parse_plan([list("hgfe"), list("dcba")], names, 3).items()) == [
         (b, 1 - (b > "d")) for b in "abcdefgh"
     ]
 
@@ -1309,7 +1335,7 @@ def test_parallel_micro_batches_along_the_diagonal():
             log.append(f"{name} works {k}")
             yield
 
-    parallel.diagonal(walk(n) for n in "ab")
+    parallel.pipeline_schedule(walk(n) for n in "ab")
     assert log == [
         "a copies 0",
         "a works 0",
@@ -1324,13 +1350,13 @@ def test_parallel_micro_batches_along_the_diagonal():
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_pipeline_parts_in_a_row_are_the_network(n):
-    net = weigh(diffusion.build(load_config(sets=TINY), geometry_of("parallel"), 20.0))
+    net = weigh(diffusion.build_denoiser(load_config(sets=TINY), geometry_of("parallel"), 20.0))
     lift = lambda maps: net.condition(net.mean, (maps, None)).lifted
     views, t, x = uniform(2, 2, 16, 16), torch.tensor([0.2, 0.8]), noise(2, 6, 16, 16, 16)
     maps, tokens = net.encoder(views)
     want = net.unet(x, t, lift(maps), tokens)
     costs = parallel.block_bytes(net.unet, net.encoder, 16)
-    parts = pipeline.parts_of(net.unet, net.encoder, pipeline.in_line(costs, n), lift)
+    parts = pipeline.partition_model(net.unet, net.encoder, pipeline.line_plan(costs, n), lift)
     assert len(parts) == n and sum(len(p.blocks) for p in parts) == 9
     named = dict(views=views, t=t, x=x)
     values = tuple(named[k] for k in parts[0].takes)
@@ -1341,11 +1367,11 @@ def test_pipeline_parts_in_a_row_are_the_network(n):
     for a, b in zip(parts, parts[1:]):
         assert a.gives == b.takes
     with pytest.raises(UserError, match="a pipeline is a line"):
-        pipeline.parts_of(net.unet, net.encoder, {b: int(b == "mid") for b in BLOCKS}, lift)
+        pipeline.partition_model(net.unet, net.encoder, {b: int(b == "mid") for b in BLOCKS}, lift)
     with pytest.raises(UserError, match="rank 1 without a block"):
-        pipeline.parts_of(net.unet, net.encoder, {b: 2 * (b == "last") for b in BLOCKS}, lift)
+        pipeline.partition_model(net.unet, net.encoder, {b: 2 * (b == "last") for b in BLOCKS}, lift)
     with pytest.raises(UserError, match="as many blocks"):
-        pipeline.in_line(costs, 10)
+        pipeline.line_plan(costs, 10)
 
 
 def test_pipeline_gradients_can_be_sent():
@@ -1360,24 +1386,24 @@ def test_pipeline_gradients_can_be_sent():
 @pytest.fixture
 def three(monkeypatch):
     "Rank 1 of three processes, without any."
-    monkeypatch.setattr(groups, "ranks", lambda: 3)
+    monkeypatch.setattr(groups, "world_size", lambda: 3)
     monkeypatch.setattr(groups, "rank", lambda: 1)
 
 
 def test_ranks_shares(three, monkeypatch):
-    assert groups.share(7) == [3, 4] and groups.share(2) == [1]
+    assert groups.rank_share(7) == [3, 4] and groups.rank_share(2) == [1]
     monkeypatch.setattr(groups, "rank", lambda: 0)
-    assert groups.share(7) == [0, 1, 2]
+    assert groups.rank_share(7) == [0, 1, 2]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert groups.here() == (4, 2)
-    monkeypatch.setattr(groups, "ranks", lambda: 1)
-    assert groups.here() == (1, 0) and groups.share(3) == [0, 1, 2]
+    assert groups.local_ranks() == (4, 2)
+    monkeypatch.setattr(groups, "world_size", lambda: 1)
+    assert groups.local_ranks() == (1, 0) and groups.rank_share(3) == [0, 1, 2]
     gpus = [torch.device("cuda", i) for i in range(4)]
-    assert groups.own_devices(gpus, 2, 1) == gpus[2:] and groups.own_devices(gpus, 4, 1) == gpus[1:2]
+    assert groups.local_devices(gpus, 2, 1) == gpus[2:] and groups.local_devices(gpus, 4, 1) == gpus[1:2]
     with pytest.raises(UserError, match="cannot be shared by 3"):
-        groups.own_devices(gpus, 3, 0)
-    assert groups.own_devices([torch.device("cpu")], 3, 2) == [torch.device("cpu")]
+        groups.local_devices(gpus, 3, 0)
+    assert groups.local_devices([torch.device("cpu")], 3, 2) == [torch.device("cpu")]
 
 
 def test_ranks_first_total_and_same(three, monkeypatch):
@@ -1386,42 +1412,46 @@ def test_ranks_first_total_and_same(three, monkeypatch):
         told[0] = (value, error)
 
     monkeypatch.setattr(groups.dist, "broadcast_object_list", partial(arrive, value=5))
-    assert groups.first(lambda: pytest.fail("runs on rank 0 alone")) == 5
+    assert groups.on_rank_zero(lambda: pytest.fail("runs on rank 0 alone")) == 5
     monkeypatch.setattr(groups.dist, "broadcast_object_list", partial(arrive, error=UserError("no")))
     with pytest.raises(UserError, match="no"):
-        groups.first(lambda: 1)
+        groups.on_rank_zero(lambda: 1)
     monkeypatch.setattr(groups.dist, "all_reduce", lambda t: t.mul_(3))
-    assert groups.total({"a": 1.0, "b": 1 / 3}) == {"a": 3.0, "b": 1.0}
+    assert groups.all_reduce_sum({"a": 1.0, "b": 1 / 3}) == {"a": 3.0, "b": 1.0}
 
     def gather(out, mine):
         out[:] = [mine, mine, mine | {"BATCH_SIZE": "4"}]
 
     monkeypatch.setattr(groups.dist, "all_gather_object", gather)
     with pytest.raises(UserError, match="process 2 has BATCH_SIZE = 4, process 0 has 2"):
-        groups.same({"BATCH_SIZE": 2, "SEED": 0})
-    groups.same({"BATCH_SIZE": 4})
-    monkeypatch.setattr(groups, "ranks", lambda: 1)
-    assert groups.total({"a": 1.0}) == {"a": 1.0} and groups.first(lambda: 3) == 3
+        groups.check_same_on_ranks({"BATCH_SIZE": 2, "SEED": 0})
+    groups.check_same_on_ranks({"BATCH_SIZE": 4})
+    monkeypatch.setattr(groups, "world_size", lambda: 1)
+    assert groups.all_reduce_sum({"a": 1.0}) == {"a": 1.0} and groups.on_rank_zero(lambda: 3) == 3
 
 
 def test_ranks_wrap_and_lost(three, monkeypatch):
     made: list = []
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda m, **how: made.append(how) or m)
     c = lambda *sets: load_config(sets=[*TINY, *sets])
-    groups.wrap(nn.Linear(1, 1), c())
-    groups.wrap(nn.Linear(1, 1), c("MODEL.CONDITIONING_ENCODER.LIFT=none"))
-    groups.wrap(nn.Linear(1, 1), c("MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, false]"))
-    groups.wrap(nn.Linear(1, 1), c("PARALLEL=fsdp"))
+    groups.wrap_loss(nn.Linear(1, 1), c())
+    groups.wrap_loss(nn.Linear(1, 1), c("MODEL.CONDITIONING_ENCODER.LIFT=none"))
+    groups.wrap_loss(nn.Linear(1, 1), c("MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, false]"))
+    groups.wrap_loss(nn.Linear(1, 1), c("PARALLEL=fsdp"))
     assert [m["find_unused_parameters"] for m in made] == [False, True, True]
     assert not any(m["broadcast_buffers"] for m in made)
-    assert groups.lost(RuntimeError("[gloo/transport/tcp/pair.cc] closed")) and groups.lost(groups.dist.DistError("x"))
-    assert not groups.lost(RuntimeError("shape mismatch")) and not groups.lost(ValueError("gloo/transport"))
+    assert groups.is_lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc] closed")) and groups.is_lost_peer(
+        groups.dist.DistError("x")
+    )
+    assert not groups.is_lost_peer(RuntimeError("shape mismatch")) and not groups.is_lost_peer(
+        ValueError("gloo/transport")
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 def small_pair() -> tuple:
     c = load_config(sets=[*TINY, "MODEL.UNET.NUM_RES_BLOCKS=1"])
-    raw, ema = (weigh(diffusion.build(c, geometry_of("near"), 20.0)) for _ in "12")
+    raw, ema = (weigh(diffusion.build_denoiser(c, geometry_of("near"), 20.0)) for _ in "12")
     for p in raw.parameters():
         p.data += 1
     ema.mean.fill_(0.3)
@@ -1436,7 +1466,7 @@ def test_checkpoint_killed_between_the_two_files(tmp_path, monkeypatch):
     meta = checkpoint.describe(ema, c, step=1)
     checkpoint.save_checkpoint(tmp_path, 1, raw, ema, dict(w=torch.ones(1)), meta)
     whole = {p.name for p in tmp_path.iterdir()}
-    real, calls = checkpoint.write_summed, []
+    real, calls = checkpoint.write_with_checksum, []
 
     def once(path, write):
         calls.append(path.name)
@@ -1444,15 +1474,15 @@ def test_checkpoint_killed_between_the_two_files(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(path, write)
 
-    monkeypatch.setattr(checkpoint, "write_summed", once)
+    monkeypatch.setattr(checkpoint, "write_with_checksum", once)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_checkpoint(tmp_path, 2, raw, ema, dict(w=torch.ones(1)), meta)
     assert calls == ["training_000002.pt", "model_000002.safetensors"]
-    assert checkpoint.newest(tmp_path).name == "model_000001.safetensors"
-    monkeypatch.setattr(checkpoint, "write_summed", real)
+    assert checkpoint.newest_model(tmp_path).name == "model_000001.safetensors"
+    monkeypatch.setattr(checkpoint, "write_with_checksum", real)
     assert checkpoint.load_training(tmp_path, raw, ema)["step"] == 1
     (tmp_path / ".tmp-dead").touch()
-    checkpoint.tidy(tmp_path, 2)
+    checkpoint.prune_checkpoints(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == whole
 
 
@@ -1468,7 +1498,10 @@ def test_checkpoint_holds_both_networks_and_goes_on_from_the_newest(tmp_path):
         for v in net.state_dict().values():
             v.zero_()
     state = checkpoint.load_training(tmp_path, raw2, ema2)
-    assert state == {"step": 100, "norms": [100.0]} and checkpoint.newest(tmp_path).name == "model_000100.safetensors"
+    assert (
+        state == {"step": 100, "norms": [100.0]}
+        and checkpoint.newest_model(tmp_path).name == "model_000100.safetensors"
+    )
     for (k, a), b in zip(ema.state_dict().items(), ema2.state_dict().values()):
         assert torch.equal(a, b), k
     for (k, a), b in zip(raw.named_parameters(), raw2.parameters()):
@@ -1494,10 +1527,12 @@ def test_checkpoint_holds_both_networks_and_goes_on_from_the_newest(tmp_path):
 def test_checkpoint_older_formats(tmp_path):
     "One scale for all bands; an encoder whose input was neither enlarged nor freed of its mean."
     meta = {"config": {"DATA": {"TARGET_DRR_SIZE": 16}}}
-    got = checkpoint.banded({"scale": torch.tensor(0.2), "coarse.scale": torch.tensor(0.3), "w": torch.ones(1)}, meta)
+    got = checkpoint.upgrade_2_to_3(
+        {"scale": torch.tensor(0.2), "coarse.scale": torch.tensor(0.3), "w": torch.ones(1)}, meta
+    )
     assert got.keys() == {"scales", "coarse.scales", "w"} and got["scales"].tolist() == pytest.approx([0.2] * 2)
     stem = uniform(4, 3, 5, 5)
-    got = checkpoint.unenlarged({"encoder.stem.weight": stem, "coarse.encoder.stem.weight": stem}, meta)
+    got = checkpoint.upgrade_3_to_4({"encoder.stem.weight": stem, "coarse.encoder.stem.weight": stem}, meta)
     assert torch.equal(got["encoder.stem.weight"][:, 0], stem[:, 0] / 8) and torch.equal(
         got["encoder.stem.weight"][:, 1:], stem[:, 1:]
     )
@@ -1518,7 +1553,7 @@ def chest() -> torch.Tensor:
 def test_lesions_sites():
     v = chest()
     lung = (v == LABELS["lung_right"]) | (v == LABELS["lung_left"])
-    of = {k: lesions.site(v, k) for k in ("lung", "retrocardiac", "mediastinum", "chest wall")}
+    of = {k: lesions.lesion_region(v, k) for k in ("lung", "retrocardiac", "mediastinum", "chest wall")}
     assert torch.equal(of["lung"], lung)
     d, h, w = of["retrocardiac"].nonzero().T
     assert (
@@ -1537,17 +1572,20 @@ def test_lesions_spots_and_correlation():
     torch.testing.assert_close(lesions.correlate(x, k), 2 * x + x.roll((-1, 1), (0, 2)), rtol=1e-4, atol=1e-5)
     mask = torch.zeros(20, 20, 20, dtype=torch.bool)
     mask[4:13, 4:13, 4:13] = True
-    found = lesions.spots(mask, 50, 10.0, 500)
-    shares = {p: (augment.blob(20, 10.0, p, 50) * mask).sum() / augment.blob(20, 10.0, p, 50).sum() for p in found}
+    found = lesions.lesion_centres(mask, 50, 10.0, 500)
+    shares = {
+        p: (augment.lesion_shape(20, 10.0, p, 50) * mask).sum() / augment.lesion_shape(20, 10.0, p, 50).sum()
+        for p in found
+    }
     assert min(shares.values()) >= 0.8 - 1e-4 and (8, 8, 8) in found and (4, 8, 8) not in found and (5, 8, 8) in found
-    assert len(lesions.spots(mask, 50, 10.0, 3)) == 3 and lesions.spots(mask, 50, 10.0, 3) != lesions.spots(
-        mask, 50, 10.0, 3, 1
-    )
-    assert lesions.spots(mask, 160, 10.0, 4)  # nowhere four fifths: as much as ever is
+    assert len(lesions.lesion_centres(mask, 50, 10.0, 3)) == 3 and lesions.lesion_centres(
+        mask, 50, 10.0, 3
+    ) != lesions.lesion_centres(mask, 50, 10.0, 3, 1)
+    assert lesions.lesion_centres(mask, 160, 10.0, 4)  # nowhere four fifths: as much as ever is
 
 
 def test_lesions_template_is_ball_minus_shell():
-    t = lesions.template(24, 10.0, (12, 12, 12), 40)
+    t = lesions.lesion_template(24, 10.0, (12, 12, 12), 40)
     r = (torch.stack(torch.meshgrid(*[torch.arange(24.0)] * 3, indexing="ij")) - 12).norm(dim=0) * 10
     assert t.sum().abs() < 1e-4 and t.clamp(min=0).sum().item() == pytest.approx(1, abs=1e-3)
     assert (t[r < 15] > 0).all() and (t[(r > 38) & (r < 42)] < 0).all() and not t[r > 60].any()
@@ -1564,12 +1602,12 @@ def test_lesions_verdict_by_hand():
     n, mm, at = 24, 10.0, (12, 10, 12)
     healthy = torch.full((1, n, n, n), 0.2)
     healthy[0, 11:14, 10, 12] = 0.5  # a vessel where the lesion will be
-    ball = lambda p, d=40: augment.blob(n, mm, p, d)
+    ball = lambda p, d=40: augment.lesion_shape(n, mm, p, d)
     truth = healthy + 0.4 * ball(at)
     mine = lambda *parts: healthy + sum(w * ball(p) for p, w in parts)
-    judged = lambda after: lesions.judge(after, healthy, truth, healthy, at, 40, mm, WINDOW)
+    judged = lambda after: lesions.lesion_metrics(after, healthy, truth, healthy, at, 40, mm, WINDOW)
     full, half, ghost = judged(truth), judged(mine((at, 0.2))), judged(mine((at, 0.2), ((12, 10, 3), 0.15)))
-    t = lesions.template(n, mm, at, 40)
+    t = lesions.lesion_template(n, mm, at, 40)
     assert full["contrast"] == pytest.approx(1, abs=1e-4) and half["contrast"] == pytest.approx(0.5, abs=1e-3)
     assert full["response"] == pytest.approx((t * truth[0]).sum().item() * 2524, rel=1e-3)
     assert (full["ghosts"], half["ghosts"], ghost["ghosts"]) == (0, 0, 1)
@@ -1577,45 +1615,47 @@ def test_lesions_verdict_by_hand():
     moved = judged(mine(((12, 12, 11), 0.4)))
     assert [moved[f"off_{k}"] for k in "dhw"] == [0, 20, 10]
     known = mine((at, 0.1))  # a reconstruction without the lesion that is not the healthy patient
-    assert lesions.judge(known + 0.2 * ball(at), known, truth, healthy, at, 40, mm, WINDOW)[
+    assert lesions.lesion_metrics(known + 0.2 * ball(at), known, truth, healthy, at, 40, mm, WINDOW)[
         "contrast"
     ] == pytest.approx(0.5, abs=1e-3)
-    twice = lesions.judge(mine((at, 0.2)), healthy, healthy + 0.8 * ball(at), healthy, at, 40, mm, WINDOW)
+    twice = lesions.lesion_metrics(mine((at, 0.2)), healthy, healthy + 0.8 * ball(at), healthy, at, 40, mm, WINDOW)
     assert twice["contrast"] == pytest.approx(0.25, abs=1e-3)  # of what was planted
 
 
 def test_lesions_measures_by_hand():
     "Lungs in litres and overlap, the spine in millimetres, the ratio of heart and thorax, HU by tissue."
     v = chest()
-    assert lesions.unseen(v, torch.zeros(20, 20, 20)).sum() == (v != 0).sum()
+    assert lesions.outside_beams(v, torch.zeros(20, 20, 20)).sum() == (v != 0).sum()
     seen = torch.zeros(20, 20, 20)
     seen[:, :, 10:] = 1
-    assert set(lesions.unseen(v, seen).nonzero()[:, 2].tolist()) == set(range(2, 9))  # not what lies beside a beam
+    assert set(lesions.outside_beams(v, seen).nonzero()[:, 2].tolist()) == set(
+        range(2, 9)
+    )  # not what lies beside a beam
     hu = torch.tensor([-1000.0, 40, -100, -800, -800, -1000, 40, 40, 600, 60, 50, 30, 30, 50])[v]
     hu[:, 14:16, 9:11] = torch.where(v[:, 14:16, 9:11] > 0, 600.0, -1000.0)  # the spine
     x = ((hu - WINDOW[0]) / 2524)[None]
-    o = lesions.organs(x, WINDOW)
+    o = lesions.organ_masks(x, WINDOW)
     dense = hu > -400
     assert o["body"][8, 8, 5] and not o["body"][8, 1, 5] and torch.equal(o["lung"], o["body"] & ~dense)
     spine = o["spine"][2:18]
     assert torch.allclose(spine[:, 0], torch.tensor(14.5)) and torch.allclose(spine[:, 1], torch.tensor(9.5))
     assert o["ratio"] == pytest.approx(4 / 14)
-    drawn = lesions.outlined(x, WINDOW)
+    drawn = lesions.organ_labels(x, WINDOW)
     assert (drawn[8, 12, 3:8] == LABELS["lung_right"]).all() and (drawn[8, 12, 12:17] == LABELS["lung_left"]).all()
     assert drawn[8, 15, 9] == LABELS["bone"] and drawn[8, 4, 4] == LABELS["body"] and drawn[0, 0, 0] == LABELS["air"]
     less = x.clone()
     less[0, 4:9, 5:14, 3:8] = (40 - WINDOW[0]) / 2524  # half of the right lung filled
     less[0][v == LABELS["lung_left"]] += 50 / 2524
-    m = lesions.measured(less, x, v, 10.0, WINDOW)
+    m = lesions.organ_metrics(less, x, v, 10.0, WINDOW)
     lost = ((v[4:9, 5:14, 3:8] == LABELS["lung_right"]).sum().item()) / 1000
     assert m["lung_litres"] == pytest.approx(-lost, abs=0.02) and m["hu_lung_left"] == pytest.approx(50, abs=0.1)
-    a, b = lesions.organs(less, WINDOW)["lung"], o["lung"]
+    a, b = lesions.organ_masks(less, WINDOW)["lung"], o["lung"]
     assert m["lung_dice"] == pytest.approx(2 * (a & b).sum().item() / (a.sum() + b.sum()).item())
     assert m["body_dice"] == 1 and m["spine_mm"] == 0
     wider = x.clone()
     wider[0, 4:14, 5:14, 12] = (40 - WINDOW[0]) / 2524
-    assert lesions.measured(wider, x, v, 10.0, WINDOW)["ratio"] == pytest.approx(1 / 14)
-    shifted = lesions.measured(x.roll(1, 3), x, v, 10.0, WINDOW)
+    assert lesions.organ_metrics(wider, x, v, 10.0, WINDOW)["ratio"] == pytest.approx(1 / 14)
+    shifted = lesions.organ_metrics(x.roll(1, 3), x, v, 10.0, WINDOW)
     assert shifted["spine_mm"] == pytest.approx(10) and math.isnan(m["hu_liver"])
 
 

@@ -125,26 +125,26 @@ def read_json(path: Path) -> dict:
 
 def calibration(path: Path) -> list[str]:
     "What doubt.json beside the model says."
-    from diffx2ct.checkpoint import digest
+    from diffx2ct.checkpoint import file_digest
 
     kept = path.parent / "doubt.json"
     if not kept.is_file():
         return []
     d = read_json(kept)
-    if d.get("model") != digest(path) or not d.get("cases"):
+    if d.get("model") != file_digest(path) or not d.get("cases"):
         return []
     most = max(map(int, d["factors"]))
     return [
         "## Uncertainty",
         "",
-        f"The spread of 2 to {most} samples is calibrated on {len(d['cases'])} cases with a known volume, per tissue and separately for voxels in no beam; `limits` of the report come from the same cases.",
+        f"The spread of 2 to {most} samples is calibrated on {len(d['cases'])} cases with a known volume, per tissue and separately for voxels in no beam; `score_limits` of the report come from the same cases.",
         "",
     ]
 
 
 def card(path: Path, results: list[Path], text: dict) -> str:
     "The whole card."
-    from diffx2ct.checkpoint import digest, read_header
+    from diffx2ct.checkpoint import file_digest, read_header
     from diffx2ct.data import CAUTION, GENERATED, UserError
 
     meta = read_header(path)
@@ -189,7 +189,7 @@ def card(path: Path, results: list[Path], text: dict) -> str:
     out += [
         "## Files",
         "",
-        *(f"- `{p.name}`, sha256 `{digest(p)}`" for p in sorted(path.parent.glob("*.safetensors"))),
+        *(f"- `{p.name}`, sha256 `{file_digest(p)}`" for p in sorted(path.parent.glob("*.safetensors"))),
         "",
     ]
     return "\n".join(out).rstrip() + "\n"

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     from tqdm.auto import tqdm
 
     import diffx2ct.scans as scans
-    from diffx2ct.data import cases_in, density, save_case, to_unit, write_manifest
+    from diffx2ct.data import density, list_cases, save_case, to_unit, write_manifest
     from diffx2ct.drr import CHEST_CUBE_MM, Projector, geometry
     from diffx2ct.phantom import phantom
 
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
             name = path.name.split(".")[0]
             hu = scans.to_cube(scans.find_scans([path])[0].read(), a.size, mm)[0]
             add(name, hu, 1 if name in a.hold_out else a.copies, f"CT {name}")
-    there = cases_in(out / "volumes")
+    there = list_cases(out / "volumes")
     write_manifest(out / "drrs", asdict(A.geometry), a.size, mm, a.size, WINDOW, {n: sources[n] for n in there})
     held = [n for n in there if n in a.hold_out or n.startswith("valid")]
     print(f"{len(there)} cases in {out}; DATA.VALIDATION_CASES={held}")

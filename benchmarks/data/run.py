@@ -45,7 +45,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
                     half,
                 )
         draws = [
-            T.Draw((int(np.random.default_rng(i).integers(cases)),), crop_origin(edge, patch, (0, i)), i)
+            T.BatchPlan((int(np.random.default_rng(i).integers(cases)),), crop_origin(edge, patch, (0, i)), i)
             for i in range(100)
         ]
 
@@ -107,7 +107,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
         net, turn = network(trains), {name: itertools.cycle(range(len(draws))) for name in ways}
         step = partial(
             training_step(net, trains),
-            [T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], trains, True, net.A.mm)[0]],
+            [T.Crops(random_cases(1, net), [T.BatchPlan((0,), (0, 0, 0), 0)], trains, True, net.A.mm)[0]],
         )
 
         def read(name):
@@ -145,7 +145,7 @@ def views(edge: int, repeats: int) -> list[dict]:
             )
             net = network(c)
             case = random_cases(1, net)
-            item = T.Crops(case, [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
+            item = T.Crops(case, [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
             work[g, "step"] = partial(training_step(net, c), [item])
             work[g, "render"] = lambda net=net, item=item: net.A(density(item[1], net.window))
             work[g, "warp"] = lambda c=c, case=case: augment(

@@ -104,15 +104,15 @@ def volume_scores(net, c, y, truth, soft: bool, method: str = "expected") -> dic
 def angle_rows(truth, A, model) -> list[dict]:
     "Ideal line integrals whose lateral view is turned, and whether weight or consistency notice."
     from diffx2ct.calibrate import mass_difference
-    from diffx2ct.consistency import doubt
+    from diffx2ct.consistency import check_views
     from diffx2ct.data import density
-    from diffx2ct.radiograph import moved
+    from diffx2ct.radiograph import move_patient
 
     rows, rho = [], density(truth, WINDOW)[None]
     for turn in (0, 1, 2, 5, 10):
-        y = A(rho, density(moved(truth[None], turn=turn), WINDOW))[0]
+        y = A(rho, density(move_patient(truth[None], turn=turn), WINDOW))[0]
         row = {"row": f"lateral turned by {turn} degrees", "weight": mass_difference(y)}
-        row["noticed"] = doubt(y[None], A, WINDOW) is not None
+        row["noticed"] = check_views(y[None], A, WINDOW) is not None
         rows.append(row | volume_scores(model.denoiser, model.config.DIFFUSION, y, truth, True))
     return rows
 

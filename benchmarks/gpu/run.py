@@ -103,7 +103,7 @@ def step_of(part: Part, c, place: Callable | None = None) -> tuple[Callable[[], 
 
     net = network(c)
     cases = Cases(random_cases(min(2, c.BATCH_SIZE), net))
-    draws = T.draw(c, len(cases), 0)
+    draws = T.batch_plan(c, len(cases), 0)
     crops = T.Crops(cases, draws, c, True, net.A.mm)
     items = [crops[i] for i in range(len(draws))]
     net.to(part.device)
@@ -227,7 +227,7 @@ def numerics(part: Part) -> None:
     import torch
 
     import diffx2ct.train as T
-    from diffx2ct.consistency import consistent
+    from diffx2ct.consistency import alternating_projections
     from diffx2ct.data import density
     from diffx2ct.optimizer import orthogonalize
     from diffx2ct.reconstruct import reconstruct
@@ -275,7 +275,9 @@ def numerics(part: Part) -> None:
     views = lambda d: case.views[None].to(d)
     check("projector", lambda net, d: net.A(density(volume(d), net.window)), 1e-5)
     check("adjoint", lambda net, d: net.A.adjoint(views(d)), 1e-5)
-    check("onto the views", lambda net, d: consistent(net.mean, views(d), net.A, net.window, rounds=10), 1e-4)
+    check(
+        "onto the views", lambda net, d: alternating_projections(net.mean, views(d), net.A, net.window, rounds=10), 1e-4
+    )
     check("lifting", lambda net, d: net.condition(volume(d), net.encode(views(d))).lifted[0], 1e-4)
     check("network", output, 1e-4)
     check("network, bf16", lambda net, d: output(net, d, torch.bfloat16), 0.05)
@@ -286,7 +288,7 @@ def numerics(part: Part) -> None:
 
     def trained(net, d):
         optimizer, scaler = T.make_optimizer(net, c), torch.amp.GradScaler(d.type, enabled=False)
-        item = (T.Draw((0,), (0, 0, 0), 0), None, volume("cpu"), views("cpu"), None)
+        item = (T.BatchPlan((0,), (0, 0, 0), 0), None, volume("cpu"), views("cpu"), None)
         logs = [T.train_step(T.Loss(net.train(), c), c, [item], 0, optimizer, scaler, []) for _ in range(3)]
         return torch.tensor([v for log in logs for v in (log["loss"], log["grad_norm"])])
 

@@ -184,7 +184,7 @@ def facts(folder: Path) -> dict[str, dict]:
     "What a search has left behind: aspect -> name -> value, to be equal to the last bit."
     import torch
 
-    from diffx2ct.checkpoint import harm
+    from diffx2ct.checkpoint import verify_checksum
 
     root, out = folder / "checkpoints/s", {}
     for p in sorted(root.rglob("*.safetensors")):
@@ -219,7 +219,12 @@ def facts(folder: Path) -> dict[str, dict]:
         str(p.relative_to(folder)): "?"
         for p in sorted(folder.rglob("*"))
         if p.is_file()
-        and (p.name.startswith(".tmp") or root in p.parents and p.suffix in (".pt", ".safetensors") and harm(p))
+        and (
+            p.name.startswith(".tmp")
+            or root in p.parents
+            and p.suffix in (".pt", ".safetensors")
+            and verify_checksum(p)
+        )
     }
     return out
 

@@ -87,7 +87,7 @@ def measure(name: str, profile: str, edge: int, sets: dict, out: Path) -> None:
     )
     before, net = peak(), network(c)
     net.train()
-    crops = T.Crops(random_cases(1, net), [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)
+    crops = T.Crops(random_cases(1, net), [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)
     optimizer, scaler = torch.optim.AdamW(net.parameters(), 1e-4), torch.amp.GradScaler("cpu", enabled=False)
     start = time.process_time()
     log = T.train_step(

@@ -5,7 +5,7 @@ checks that. Edits are short, one expression as a rule, so that they outlive cha
 module are those that older tests did not notice. A fifth text names another module, in which the text stands."""
 
 STATE = (
-    '    first(lambda: write_summed(folder / f"training_{step:06d}.pt", '
+    '    on_rank_zero(lambda: write_with_checksum(folder / f"training_{step:06d}.pt", '
     'lambda p: write_pt({"step": step, **state}, p)))\n'
 )
 MODEL = '    save_model(folder / f"model_{step:06d}.safetensors", ema, meta, denoiser)\n'
@@ -162,7 +162,12 @@ MUTANTS = {
         ),
     ],
     "augment": [
-        ("INTENSITY renders nothing", "(warps(a) or a.INTENSITY)", "warps(a)", "views that do not fit their volume"),
+        (
+            "INTENSITY renders nothing",
+            "(changes_shape(a) or a.INTENSITY)",
+            "changes_shape(a)",
+            "views that do not fit their volume",
+        ),
         (
             "NODULES render nothing",
             "flips or a.GEOMETRY or a.NODULES or",
@@ -183,7 +188,12 @@ MUTANTS = {
         ("elastic alone does not warp", "a.SHIFT or a.ELASTIC)", "a.SHIFT)", "a setting without effect"),
         ("radius for diameter", "torch.tensor(diameter / 2)", "torch.tensor(diameter / 3)", "nodules are too small"),
         ("plant adds", "x * (1 - share) +", "x +", "nodules are too dense"),
-        ("nodules in soft tissue", "(hu < LUNG[1])).nonzero()", "(hu < 100)).nonzero()", "nodules outside the lungs"),
+        (
+            "nodules in soft tissue",
+            "(hu < LUNG_HU[1])).nonzero()",
+            "(hu < 100)).nonzero()",
+            "nodules outside the lungs",
+        ),
         ("HU of nodules", "rng.uniform(-100, 200)", "rng.uniform(-100, 0)", "no nodule is dense"),
         ("noise of half the photons", "-(counts / photons).log()", "-(counts / photons).log10()", "views too small"),
         (
@@ -240,14 +250,14 @@ MUTANTS = {
         ),
         (
             "origin ignored",
-            "centres(size, mm)[o : o + patch]",
-            "centres(size, mm)[:patch]",
+            "cell_centres(size, mm)[o : o + patch]",
+            "cell_centres(size, mm)[:patch]",
             "every crop has the condition of the first",
         ),
         (
             "maps of the finest level for all",
-            "Lifting(g, z, y, x, pixels // s)",
-            "Lifting(g, z, y, x, pixels // first_stride)",
+            "BackProjection(g, z, y, x, pixels // s)",
+            "BackProjection(g, z, y, x, pixels // first_stride)",
             "wrong scale",
         ),
         (
@@ -281,8 +291,8 @@ MUTANTS = {
         ("lifted scale ignored", "gamma = gamma + g[0]", "gamma = gamma + 0 * g[0]", "half of the condition is lost"),
         (
             "time ignored",
-            "self.first(enter(x, self.at_half, self.cin)), self.time(t)",
-            "self.first(enter(x, self.at_half, self.cin)), self.time(0 * t)",
+            "self.first(prepare_input(x, self.at_half, self.cin)), self.time(t)",
+            "self.first(prepare_input(x, self.at_half, self.cin)), self.time(0 * t)",
             "one noise level for all",
         ),
         ("frequencies", "math.log(1000), 32", "math.log(10), 32", "times are hardly told apart"),
@@ -323,8 +333,8 @@ MUTANTS = {
     "diffusion": [
         (
             "mean views kept",
-            "ENLARGED * (views - self.usual)",
-            "ENLARGED * views",
+            "MEAN_VIEW_SCALE * (views - self.usual)",
+            "MEAN_VIEW_SCALE * views",
             "the encoder's input is not what is told",
         ),
         ("windows weigh most at their seam", "torch.exp(-8 * u**2)", "torch.exp(8 * (u**2 - 1))", "seams"),
@@ -366,11 +376,11 @@ MUTANTS = {
             "wrong for schedules that do not keep the variance",
         ),
         ("eps not divided by alpha", "(x_t - s * F_) / a.clamp(min=0.02)", "x_t - s * F_", "too dark"),
-        ("base not centred", "c.base * 2 - 1", "c.base * 2", "old checkpoints are silently wrong"),
+        ("base not centred", "c.prior * 2 - 1", "c.prior * 2", "old checkpoints are silently wrong"),
         (
             "state by the coarse scale",
-            "graded(volume - base, 1 / self.scales)",
-            "graded(volume - base, 1 / self.scales.flip(0))",
+            "scale_bands(volume - prior, 1 / self.scales)",
+            "scale_bands(volume - prior, 1 / self.scales.flip(0))",
             "bands of the wrong size",
         ),
         ("bands of another share", ".square().mean() * 8 / 7", ".square().mean()", "details too small"),
@@ -394,7 +404,7 @@ MUTANTS = {
         ),
         (
             "coarse without its guess",
-            "self.coarse.guess(views, consistency, amp)",
+            "self.coarse.coarse_prediction(views, consistency, amp)",
             "self.mean.expand(len(views), -1, -1, -1, -1)",
             "the coarse stage is for nothing",
         ),
@@ -428,8 +438,8 @@ MUTANTS = {
         ("windows not divided", "return out / total", "return out", "bright where windows overlap"),
         (
             "one condition for all windows",
-            "joined(known[i : i + batch])",
-            "joined([known[0]] * len(some))",
+            "concat_conditions(known[i : i + batch])",
+            "concat_conditions([known[0]] * len(some))",
             "every window has the condition of the first",
         ),
         (
@@ -493,8 +503,8 @@ MUTANTS = {
     "ranks": [
         (
             "shares overlap",
-            "np.array_split(np.arange(n), ranks())[rank()]",
-            "np.array_split(np.arange(n), ranks())[0]",
+            "np.array_split(np.arange(n), world_size())[rank()]",
+            "np.array_split(np.arange(n), world_size())[0]",
             "all ranks do the same work",
         ),
         (
@@ -543,7 +553,7 @@ MUTANTS = {
         ("more ranks than blocks", "if n > len(costs):", "if n > len(costs) + 1:", "a rank without work"),
         (
             "half resolution forgotten",
-            '            if name == "last":\n                s["h"] = leave(s["h"], self.at_half)\n',
+            '            if name == "last":\n                s["h"] = finalize_output(s["h"], self.at_half)\n',
             "",
             "other numbers than in one process",
         ),
@@ -553,20 +563,20 @@ MUTANTS = {
     "checkpoint": [
         (
             "model before training state",
-            STATE + MODEL,
+            '    on_rank_zero(\n        lambda: write_with_checksum(folder / f"training_{step:06d}.pt", lambda p: write_pt({"step": step, **state}, p))\n    )\n    save_model(folder / f"model_{step:06d}.safetensors", ema, meta, denoiser)\n',
             MODEL + STATE,
             "an orphan after a kill",
         ),
         (
             "one checksum while replacing",
-            "sums.setdefault(name, set()).add(digest(p))",
-            "sums[name] = {digest(p)}",
+            "sums.setdefault(name, set()).add(file_digest(p))",
+            "sums[name] = {file_digest(p)}",
             "the old file counts as damaged after a kill",
         ),
         (
             "oldest model",
-            "next(reversed(by_step(folder, MODELS).values()), None)",
-            "next(iter(by_step(folder, MODELS).values()), None)",
+            "next(reversed(files_by_step(folder, MODEL_PATTERN).values()), None)",
+            "next(iter(files_by_step(folder, MODEL_PATTERN).values()), None)",
             "an old model is used",
         ),
         ("by name instead of by step", "sorted((int(step), p)", "sorted((step, p)", "an old model is used"),
@@ -584,8 +594,8 @@ MUTANTS = {
         ),
         (
             "raw weights for the average",
-            'fill(ema, read_weights(model, "ema"), model)',
-            'fill(ema, read_weights(model, "raw"), model, strict=False)',
+            'load_weights(ema, read_weights(model, "ema"), model)',
+            'load_weights(ema, read_weights(model, "raw"), model, strict=False)',
             "the average begins again",
         ),
         (
@@ -596,8 +606,8 @@ MUTANTS = {
         ),
         (
             "damaged state passes",
-            "if why := harm(path) or harm(model):",
-            "if why := harm(model):",
+            "if why := verify_checksum(path) or verify_checksum(model):",
+            "if why := verify_checksum(model):",
             "training goes on from damaged numbers",
         ),
         (
@@ -606,7 +616,12 @@ MUTANTS = {
             'folder / "none.safetensors", *reversed',
             "a worse model is used",
         ),
-        ("input of old models", "/ ENLARGED, weights[k][:, 1:]]", ", weights[k][:, 1:]]", "old models are wrong"),
+        (
+            "input of old models",
+            "/ MEAN_VIEW_SCALE, weights[k][:, 1:]]",
+            ", weights[k][:, 1:]]",
+            "old models are wrong",
+        ),
         ("not for use", "to(device).eval()", "to(device)", "modules in training mode"),
         ("formats too new", "(FORMAT, *UPGRADES)", "(FORMAT, 9, *UPGRADES)", "a newer file is read wrongly"),
         ("strict sizes", "have[k].shape != v.shape", "have[k].ndim != v.ndim", "a traceback instead of a sentence"),
@@ -769,8 +784,8 @@ MUTANTS = {
         ("two slices at one place", "(along < 0.01).any()", "(along < -0.01).any()", "phases mixed"),
         ("tilt passes", "axis=1) > 0.02 * step).any()", "axis=1) > 2 * step).any()", "sheared patients"),
         ("axes of as_image", "zip(img.GetSize(), (1, 1, -1))", "zip(img.GetSize(), (1, 1, 1))", "head and feet"),
-        ("air in the cube", "hu[~masked] = AIR", "hu[masked] = AIR", "no patient"),
-        ("air outside is water", "outside: float = AIR", "outside: float = 0.0", "water round the patient"),
+        ("air in the cube", "hu[~masked] = AIR_HU", "hu[masked] = AIR_HU", "no patient"),
+        ("air outside is water", "outside: float = AIR_HU", "outside: float = 0.0", "water round the patient"),
         ("no smoothing", "math.sqrt(max(mm**2 - s**2, 0))", "math.sqrt(max(s**2 - mm**2, 0))", "aliasing"),
         (
             "mixed sizes pass",
@@ -834,7 +849,7 @@ MUTANTS = {
         (
             "expected from noise",
             "(torch.zeros_like(base), 1.0)",
-            "(noise_of(base.shape[1:], seed).to(base), 1.0)",
+            "(seeded_noise(base.shape[1:], seed).to(base), 1.0)",
             "not the expected volume",
         ),
         (
@@ -845,24 +860,24 @@ MUTANTS = {
         ),
         (
             "overlap ignored",
-            "raw = windowed(denoiser, base, encoded, patch, c.OVERLAP, c.BLEND)",
-            "raw = windowed(denoiser, base, encoded, patch)",
+            "raw = sliding_window(denoiser, prior, encoded, patch, c.OVERLAP, c.BLEND)",
+            "raw = sliding_window(denoiser, prior, encoded, patch)",
             "settings without effect",
         ),
-        ("steps ignored", "times_of(c.STEPS)", "times_of(8)", "a setting without effect"),
+        ("steps ignored", "sampling_times(c.STEPS)", "sampling_times(8)", "a setting without effect"),
         ("one sample for many", '(1 if method == "sample" else k)', "1", "no mean of k"),
         (
             "consistency at the end only",
-            "denoiser.settle(denoiser.to_volume(state, base), views, c.CONSISTENCY)",
-            "denoiser.to_volume(state, base)",
+            "denoiser.enforce_consistency(denoiser.to_volume(state, prior), views, c.CONSISTENCY)",
+            "denoiser.to_volume(state, prior)",
             "not what is told",
         ),
     ],
     "train": [
         (
             "gradient not divided",
-            "* part * ranks() / n).backward()",
-            "* part * ranks()).backward()",
+            "* part * world_size() / n).backward()",
+            "* part * world_size()).backward()",
             "another learning rate with accumulation",
         ),
         (
@@ -1001,7 +1016,7 @@ MUTANTS = {
             'resume="never"',
             "a resumed trial is refused or begins another curve",
         ),
-        ("no commit", '| {"git_commit": commit()}', "", "nobody knows which code it was"),
+        ("no commit", '| {"git_commit": git_commit()}', "", "nobody knows which code it was"),
         (
             "mode of the settings wins",
             'os.environ.get("WANDB_MODE") or c.WANDB',
@@ -1055,8 +1070,8 @@ MUTANTS = {
         ),
         (
             "air threshold ignored",
-            "score(x, case, net, protocol, c.DATA.AIR_THRESHOLD)",
-            "score(x, case, net, protocol)",
+            "score_volume(x, case, net, protocol, c.DATA.AIR_THRESHOLD)",
+            "score_volume(x, case, net, protocol)",
             "a setting without effect",
         ),
         ("steps ignored", "STEPS=steps or c.DIFFUSION.STEPS", "STEPS=c.DIFFUSION.STEPS", "an option without effect"),
@@ -1075,7 +1090,7 @@ MUTANTS = {
             "figures of films taken from the other side",
         ),
     ],
-    "doubt": [
+    "uncertainty": [
         (
             "quantile ranks",
             "math.ceil((len(v) + 1) * p)) - 1",
@@ -1084,15 +1099,15 @@ MUTANTS = {
         ),
         (
             "factors of everybody",
-            "if len(v := z[kind == k]) >= LEAST else everyone",
+            "if len(v := z[kind == k]) >= MIN_VOXELS else everyone",
             "if len(v := z[kind == k]) >= 10**9 else everyone",
             "one factor for all tissues",
         ),
         ("one-sided gaussian", "inv_cdf((1 + p) / 2)", "inv_cdf(p)", "intervals too narrow"),
         (
             "spread without its least",
-            ".clamp(min=FLOOR / (window[1] - window[0]))",
-            ".clamp(min=FLOOR)",
+            ".clamp(min=MIN_DEVIATION_HU / (window[1] - window[0]))",
+            ".clamp(min=MIN_DEVIATION_HU)",
             "distances all too small",
         ),
         (
@@ -1107,11 +1122,11 @@ MUTANTS = {
             "if k in found and found[k] < known[k]]",
             "reversed",
         ),
-        ("factors of another model", "if of != digest(model.path):", "if not of:", "calibration of another model"),
+        ("factors of another model", "if of != file_digest(model.path):", "if not of:", "calibration of another model"),
         (
             "half width unscaled",
-            "(deviation * (window[1] - window[0])).clamp(min=FLOOR)",
-            "(deviation * 1000).clamp(min=FLOOR)",
+            "(deviation * (window[1] - window[0])).clamp(min=MIN_DEVIATION_HU)",
+            "(deviation * 1000).clamp(min=MIN_DEVIATION_HU)",
             "intervals in no unit",
         ),
         (
@@ -1230,7 +1245,6 @@ MUTANTS = {
         ("residual of the views' sign", "again - views, True", "views - again, True", "sign of the difference"),
     ],
     "verbs": [
-        ("the other way round", 'facing == "right"', 'facing == "left"', "front and back"),
         (
             "films taken for line integrals",
             'CONSISTENCY="soft" if soft else "off"',
@@ -1270,7 +1284,7 @@ MUTANTS = {
             "exchanged views",
         ),
         ("sends elsewhere", "default-src 'self' ", "default-src * ", "the page may fetch from anywhere"),
-        ("any film size", "len(content) > LARGEST", "len(content) < 0 * LARGEST", "memory"),
+        ("any film size", "len(content) > MAX_FILM_MB", "len(content) < 0 * MAX_FILM_MB", "memory"),
     ],
     "optimizer": [
         (
@@ -1296,14 +1310,14 @@ MUTANTS = {
         ("size of a step", "max(matrix.shape) ** 0.5", "min(matrix.shape) ** 0.5", "another learning rate"),
         (
             "last layer orthogonal",
-            'special = ("unet.last.", "encoder.place")',
+            'special=("unet.last.", "encoder.place")',
             'special = ("encoder.place",)',
             "the last layer moves as far as the others",
         ),
         (
             "no weight decay",
-            "Muon(groups, lr=t.LEARNING_RATE, weight_decay=t.WEIGHT_DECAY)",
-            "Muon(groups, lr=t.LEARNING_RATE)",
+            "muon(trained, t.LEARNING_RATE, t.WEIGHT_DECAY,",
+            "muon(trained, t.LEARNING_RATE, 0.0,",
             "a setting without effect",
         ),
     ],
@@ -1385,7 +1399,7 @@ MUTANTS = {
         ("letters not masked", "seen * letters if masked", "seen if masked", "letters become bone"),
         (
             "one exposure for both",
-            "pair = first, randomise(rng, first)",
+            "pair = first, random_settings(rng, first)",
             "pair = first, first",
             "films are too much alike",
         ),

@@ -87,10 +87,10 @@ CHECKS = {
         "nbs/04a_evaluate.ipynb",
         "tests/test_evaluate.py",
     ],
-    "doubt": [
+    "uncertainty": [
         "tests/test_judging_rules.py factors or kind or distance or half or limits or turned or fitted",
-        "nbs/04b_doubt.ipynb",
-        "tests/test_doubt.py",
+        "nbs/04b_uncertainty.ipynb",
+        "tests/test_uncertainty.py",
     ],
     "two_images": [
         "tests/test_two_images_rules.py",

@@ -26,9 +26,9 @@ def ends(g, mm: float, edge: int) -> list[tuple]:
     "For AP and LAT: where each ray begins and ends, (pixels, 3) each, mm along D, H, W."
     import torch
 
-    from diffx2ct.drr import centres
+    from diffx2ct.drr import cell_centres
 
-    u = centres(edge, g.panel_mm / edge)
+    u = cell_centres(edge, g.panel_mm / edge)
     V, U = (x.flatten() for x in torch.meshgrid(u, u, indexing="ij"))
     half = torch.full_like(U, CUBE_MM)  # parallel rays begin and end well outside the cube
     views = []

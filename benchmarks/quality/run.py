@@ -232,9 +232,9 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
 
     import diffx2ct.train as T
     from diffx2ct.cases import open_data
-    from diffx2ct.checkpoint import load_model, newest
+    from diffx2ct.checkpoint import load_model, newest_model
     from diffx2ct.data import load_config, write_atomic
-    from diffx2ct.diffusion import bf16_pays
+    from diffx2ct.diffusion import has_native_bf16
     from diffx2ct.evaluate import evaluate, open_cases
 
     torch.set_num_threads(1)
@@ -295,7 +295,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     T.train_stage, start = clocked, time.process_time()
     T.train_run(c, data, folder, dict(study="quality", trial=row["name"]), title=row["name"])
     seconds = time.process_time() - start - apart[0]
-    model = load_model(newest(folder))
+    model = load_model(newest_model(folder))
     history = torch.load(sorted(folder.glob("training_*.pt"))[-1], weights_only=True)["history"]
     held, scores, cases, start = open_cases(model), {}, {}, time.time()
     if row["method"] == "original_style":
@@ -328,7 +328,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         curve=[[e, round(v, 3)] for e, v in history["values"]],
         scores=scores,
         cases=cases,
-        machine=machine() | dict(bf16=bf16_pays()),
+        machine=machine() | dict(bf16=has_native_bf16()),
         evaluation_seconds=round(time.time() - start),
     )
     write_atomic(out / f"{slug(row['name'])}.json", lambda p: p.write_text(json.dumps(result, indent=1)))
@@ -441,7 +441,7 @@ def plot(out: Path) -> None:
 
 def pictures(out: Path, work: Path, ct: Path) -> None:
     "Truth, consistent mean, expected volume, one sample and the difference: a phantom, a sarcoma patient, and a chest shown to the model that knows only phantoms."
-    from diffx2ct.checkpoint import load_model, newest
+    from diffx2ct.checkpoint import load_model, newest_model
     from diffx2ct.data import show_mpr, to_hu
     from diffx2ct.evaluate import AMP, open_cases
     from diffx2ct.reconstruct import reconstruct
@@ -451,7 +451,7 @@ def pictures(out: Path, work: Path, ct: Path) -> None:
         ("sarcoma", "sarcoma", None),
         ("chest", "phantoms", ct / "lidc_idri_0001.nii.gz"),
     ):
-        file = newest(work / slug(f"{data} · ours · seed 0"))
+        file = newest_model(work / slug(f"{data} · ours · seed 0"))
         if not file or (scan and not scan.exists()) or (out / f"{name}.png").exists():
             continue
         folder = work / "data" / "chest" if scan else None

@@ -36,7 +36,7 @@ CHEAP = [
 def one_case(model, case) -> dict[str, dict]:
     "Way -> scores and CPU seconds."
     from diffx2ct.diffusion import AMP
-    from diffx2ct.evaluate import score
+    from diffx2ct.evaluate import score_volume
     from diffx2ct.reconstruct import reconstruct
 
     c, got = model.config, {}
@@ -51,7 +51,7 @@ def one_case(model, case) -> dict[str, dict]:
             amp=AMP[amp],
         ).float()
         got[name] = dict(cpu_seconds=time.process_time() - start) | {
-            k: v for k, v in score(x, case, model.denoiser).items() if k in ("psnr", "ssim", "mae_hu")
+            k: v for k, v in score_volume(x, case, model.denoiser).items() if k in ("psnr", "ssim", "mae_hu")
         }
     return got
 

@@ -63,9 +63,9 @@ def denoiser(sets: dict, edge: int, amp: str) -> tuple:
         | sets,
     )
     net = network(c)
-    item = T.Crops(Whole(random_cases(1, net)), [T.Draw((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
+    item = T.Crops(Whole(random_cases(1, net)), [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
     with torch.no_grad(), torch.autocast("cpu", AMP[amp], enabled=AMP[amp] is not None):
-        base = net.base(item[3], amp=AMP[amp])
+        base = net.prior(item[3], amp=AMP[amp])
         known = net.condition(base, net.encode(item[3]))
     x, t = torch.randn(base.shape), torch.ones(1)
 
@@ -162,9 +162,9 @@ def main(argv):
     p.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
     p.add_argument("--out", type=Path, default=HERE / "results", help="speed.json goes there (default: %(default)s)")
     a = p.parse_args(argv)
-    from diffx2ct.diffusion import bf16_pays
+    from diffx2ct.diffusion import has_native_bf16
 
-    if not bf16_pays():
+    if not has_native_bf16():
         print("this machine has no bf16 units: both precisions are single", file=sys.stderr)
     rows = [r for amp in ("bf16", "off") for r in measure(a.edge, amp, a.repeats)]
     save(a.out / "speed.json", dict(edge=a.edge, repeats=a.repeats, differs=ROWS, rows=rows))

@@ -1,10 +1,10 @@
 """What a model cannot know: calibration of its spread, planted lesions, lies told to it, and what a reader would measure.
 
-python benchmarks/doubt/run.py --checkpoint_dir checkpoints/trial_0                what is not there yet, in the order of its worth; then tables and curves
-python benchmarks/doubt/run.py --checkpoint_dir checkpoints/trial_0 --figure bar   what one figure needs: calibration, bar, lesions, trust or reader
-python benchmarks/doubt/run.py --checkpoint_dir checkpoints/real --data data/test  cases of a folder of diffx2ct_prepare
-python benchmarks/doubt/run.py --checkpoint_dir checkpoints/trial_0 --minutes 30   stop after so long; the same command goes on from there
-python benchmarks/doubt/run.py --checkpoint_dir checkpoints/trial_0 --list         what there is and what is missing
+python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0                what is not there yet, in the order of its worth; then tables and curves
+python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --figure bar   what one figure needs: calibration, bar, lesions, trust or reader
+python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/real --data data/test  cases of a folder of diffx2ct_prepare
+python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --minutes 30   stop after so long; the same command goes on from there
+python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --list         what there is and what is missing
 
 The cases are the checkpoint's own held-out ones. Labels of phantoms are known; of real CT they are outlined by thresholds, which know no heart and no liver. Each row is a case and a question, and its figures are saved as soon as they are there.
 Whatever is fitted is fitted on every other case and tested on the rest, and then the other way round. One thread, one seed; samples are kept in --work."""
@@ -21,31 +21,40 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffx2ct.augment import blob, plant
-from diffx2ct.checkpoint import digest, load_model
+from diffx2ct.augment import insert_lesion, lesion_shape
+from diffx2ct.checkpoint import file_digest, load_model
 from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, show_mpr, to_hu, write_atomic
-from diffx2ct.doubt import (
-    KINDS,
-    LEVELS,
-    SIGNS,
-    TISSUES,
-    distance,
-    ensemble,
-    factors,
-    gaussian,
-    inside,
-    kinds,
-    limits,
-    plot_reliability,
-    signs,
-    tampered,
-    trust,
-)
 from diffx2ct.drr import coverage
 from diffx2ct.evaluate import AMP, open_cases, trained_on
-from diffx2ct.lesions import auc, judge, measured, outlined, site, spots, template, unseen
+from diffx2ct.lesions import (
+    auc,
+    lesion_centres,
+    lesion_metrics,
+    lesion_region,
+    lesion_template,
+    organ_labels,
+    organ_metrics,
+    outside_beams,
+)
 from diffx2ct.phantom import phantom
-from diffx2ct.reconstruct import finish, reconstruct, samples
+from diffx2ct.reconstruct import draw_samples, finalize, reconstruct
+from diffx2ct.uncertainty import (
+    CONFIDENCE_LEVELS,
+    SCORES,
+    TISSUES,
+    VOXEL_CLASSES,
+    conformal_factors,
+    ensemble_statistics,
+    gaussian_factors,
+    interval_coverage,
+    ood_report,
+    ood_scores,
+    perturbation_tests,
+    plot_reliability,
+    score_limits,
+    voxel_classes,
+    z_score,
+)
 
 HERE = Path(__file__).resolve().parent
 DIAMETERS = (32, 24, 16, 10, 6)  # mm
@@ -103,7 +112,7 @@ class Bench:
                 file=sys.stderr,
             )
         self.size, self.mm, self.window, self.A = self.net.A.size, self.net.A.mm, self.net.window, self.net.A
-        self.digest = digest(self.model.path)
+        self.digest = file_digest(self.model.path)
         self.work, self.how = (
             a.work / f"{a.name}_{self.digest[:8]}",
             dict(patch=self.model.config.TRAINING.PATCH_SIZE, amp=AMP[self.model.config.TRAINING.AMP]),
@@ -119,7 +128,7 @@ class Bench:
             lambda: (
                 phantom(int(name.removeprefix("phantom")), self.size, self.mm)[1]
                 if self.phantoms
-                else outlined(self.cases[name].volume, self.window)
+                else organ_labels(self.cases[name].volume, self.window)
             ),
         )
 
@@ -133,7 +142,7 @@ class Bench:
         path = self.work / f"{name}_{self.a.k}_{self.a.seed}.pt"
         if not path.exists():
             save_tensor(
-                samples(
+                draw_samples(
                     self.net, self.cases[name].views, [self.a.seed + i for i in range(self.a.k)], self.c, **self.how
                 ).half(),
                 path,
@@ -155,7 +164,7 @@ class Bench:
         "One sample and the mean of all."
         return {
             "sample": many[0],
-            "mean_of_k": finish(self.net, many.mean(0, keepdim=True), views[None], self.c.CONSISTENCY)[0],
+            "mean_of_k": finalize(self.net, many.mean(0, keepdim=True), views[None], self.c.CONSISTENCY)[0],
         }
 
     def healthy(self, name: str, method: str) -> Tensor:
@@ -173,14 +182,18 @@ class Bench:
         return (names[names.index(name) + 1 :] + names[: names.index(name)])[:OTHERS]
 
     def mask(self, name: str, where: str) -> Tensor:
-        return unseen(self.labels(name), self.seen[0]) if where == "unseen" else site(self.labels(name), where)
+        return (
+            outside_beams(self.labels(name), self.seen[0])
+            if where == "unseen"
+            else lesion_region(self.labels(name), where)
+        )
 
 
 def calibration(b: Bench, name: str) -> dict:
     "Samples and signs of a case; the distances themselves are computed again from the samples when the tables are made."
     case, many = b.cases[name], b.ensemble(name)
     return dict(
-        signs=signs(b.net, case.views, many[:2], b.c, **b.how),
+        signs=ood_scores(b.net, case.views, many[:2], b.c, **b.how),
         rmse_hu=((many.mean(0) - case.volume).square().mean().sqrt() * (b.window[1] - b.window[0])).item(),
         spread_hu=(many.std(0).square().mean().sqrt() * (b.window[1] - b.window[0])).item(),
     )
@@ -190,21 +203,23 @@ def lesion(b: Bench, name: str, kind: str, diameter: int, n: int, methods: tuple
     "Plant, render, reconstruct, judge; and the same spot without."
     where, hu, spikes = LESIONS[kind]
     case = b.cases[name]
-    found = spots(
+    found = lesion_centres(
         b.mask(name, where), diameter, b.mm, n + 1, seed=b.a.seed + 1000 * diameter + sorted(b.cases).index(name)
     )
     if len(found) <= n:
         return dict(room=False)
     at = found[n]
-    ill = plant(case.volume, blob(b.size, b.mm, at, diameter, spikes, seed=n), hu, b.window)
-    views, here = b.look(ill), template(b.size, b.mm, at, diameter)
+    ill = insert_lesion(case.volume, lesion_shape(b.size, b.mm, at, diameter, spikes, seed=n), hu, b.window)
+    views, here = b.look(ill), lesion_template(b.size, b.mm, at, diameter)
     after = {m: b.make(views, m) for m in methods if m not in DRAWN}
     if DRAWN[0] in methods:
-        after |= b.drawn(samples(b.net, views, [b.a.seed + i for i in range(b.a.mean_of)], b.c, **b.how).float(), views)
+        after |= b.drawn(
+            draw_samples(b.net, views, [b.a.seed + i for i in range(b.a.mean_of)], b.c, **b.how).float(), views
+        )
     at_spot = lambda x: (here * to_hu(x[0], b.window)).sum().item()
     usual = lambda of: statistics.mean(at_spot(of(o)) for o in b.others(name))
     judged = {
-        m: judge(x, b.healthy(name, m), ill, case.volume, at, diameter, b.mm, b.window)
+        m: lesion_metrics(x, b.healthy(name, m), ill, case.volume, at, diameter, b.mm, b.window)
         | dict(empty=at_spot(b.healthy(name, m)), own=usual(lambda o: b.healthy(o, m)))
         for m, x in after.items()
     }
@@ -224,8 +239,8 @@ def lies(b: Bench, name: str) -> dict:
     "Signs of views that are not what they pretend to be."
     case, other = b.cases[name], b.cases[b.others(name)[0]]
     return {
-        what: signs(b.net, y, samples(b.net, y, [b.a.seed, b.a.seed + 1], b.c, **b.how), b.c, **b.how)
-        for what, y in tampered(case.volume, other.views, b.A, b.window).items()
+        what: ood_scores(b.net, y, draw_samples(b.net, y, [b.a.seed, b.a.seed + 1], b.c, **b.how), b.c, **b.how)
+        for what, y in perturbation_tests(case.volume, other.views, b.A, b.window).items()
         if what != "true"
     }
 
@@ -233,7 +248,8 @@ def lies(b: Bench, name: str) -> dict:
 def reader(b: Bench, name: str) -> dict:
     "What a reader would measure."
     return {
-        m: measured(b.healthy(name, m), b.cases[name].volume, b.labels(name), b.mm, b.window) for m in (*CHEAP, *DRAWN)
+        m: organ_metrics(b.healthy(name, m), b.cases[name].volume, b.labels(name), b.mm, b.window)
+        for m in (*CHEAP, *DRAWN)
     }
 
 
@@ -285,44 +301,45 @@ def calibrated(b: Bench, done: dict) -> dict:
         return {}
     seen, data = b.seen, {}
     for n in names:
-        m, s, _ = ensemble(b.ensemble(n))
-        data[n] = distance(b.cases[n].volume, m, s, b.window).flatten(), kinds(m, seen, b.window).flatten()
+        m, s, _ = ensemble_statistics(b.ensemble(n))
+        data[n] = z_score(b.cases[n].volume, m, s, b.window).flatten(), voxel_classes(m, seen, b.window).flatten()
     cat = lambda ns: [torch.cat([data[n][i] for n in ns]) for i in (0, 1)]
     parts, per = {}, {}
-    for ways, levels in (("levels", LEVELS), ("fine", FINE)):
+    for ways, levels in (("levels", CONFIDENCE_LEVELS), ("fine", FINE)):
         for fold in (0, 1):
             fit, test = cat(names[fold::2]), cat(names[1 - fold :: 2])
-            for how, q in (("before", gaussian(levels)), ("after", factors(*fit, levels))):
+            for how, q in (("before", gaussian_factors(levels)), ("after", conformal_factors(*fit, levels))):
                 covered = test[1] < len(TISSUES)
                 groups = {
                     "all voxels": test[1] >= 0,
                     "body": test[1] % len(TISSUES) > 0,
                     "in the beams": covered,
                     "in no beam": ~covered,
-                } | {k: test[1] == i for i, k in enumerate(KINDS)}
+                } | {k: test[1] == i for i, k in enumerate(VOXEL_CLASSES)}
                 for g, mask in groups.items():
                     if mask.sum() < 100:
                         continue
                     parts.setdefault(ways, {}).setdefault(g, {}).setdefault(how, []).append(
-                        inside(test[0][mask], test[1][mask], q)
+                        interval_coverage(test[0][mask], test[1][mask], q)
                     )
                 if ways == "levels" and how == "after":
                     for n in names[1 - fold :: 2]:
-                        per[n] = inside(*[v[data[n][1] % len(TISSUES) > 0] for v in data[n]], q)
+                        per[n] = interval_coverage(*[v[data[n][1] % len(TISSUES) > 0] for v in data[n]], q)
     farther = lambda folds, levels: [
         max(v, key=lambda x: abs(x - p)) for p, v in zip(levels, zip(*folds))
     ]  # the mean of two folds would be right by symmetry
     worse = {
         w: {
-            g: {h: farther(folds, LEVELS if w == "levels" else FINE) for h, folds in hs.items()} for g, hs in gs.items()
+            g: {h: farther(folds, CONFIDENCE_LEVELS if w == "levels" else FINE) for h, folds in hs.items()}
+            for g, hs in gs.items()
         }
         for w, gs in parts.items()
     }
-    q = factors(*cat(names))
+    q = conformal_factors(*cat(names))
     return worse | dict(
         cases=len(names),
         k=b.a.k,
-        factors={k: q[i].tolist() for i, k in enumerate(KINDS) if (cat(names)[1] == i).any()},
+        factors={k: q[i].tolist() for i, k in enumerate(VOXEL_CLASSES) if (cat(names)[1] == i).any()},
         body_of_each_case=per,
         spread_hu=statistics.mean(done[f"calibration · {n}"]["spread_hu"] for n in names),
         rmse_hu=statistics.mean(done[f"calibration · {n}"]["rmse_hu"] for n in names),
@@ -367,7 +384,7 @@ def noticed(b: Bench, done: dict) -> dict:
     names = [n for n in b.cases if f"calibration · {n}" in done]
     if len(names) < 4:
         return {}
-    halves = [limits([done[f"calibration · {n}"]["signs"] for n in names[i::2]]) for i in (0, 1)]
+    halves = [score_limits([done[f"calibration · {n}"]["signs"] for n in names[i::2]]) for i in (0, 1)]
     usual = {n: halves[1 - i % 2] for i, n in enumerate(names)}
     found = {"true": {n: done[f"calibration · {n}"]["signs"] for n in names}}
     for n in names:
@@ -376,10 +393,10 @@ def noticed(b: Bench, done: dict) -> dict:
     return {
         what: dict(
             cases=len(of),
-            noticed=sum(bool(trust(s, usual[n])[0]) for n, s in of.items()),
-            by={k: c for k in SIGNS if (c := sum(k in trust(s, usual[n])[0] for n, s in of.items()))},
-            signs={k: statistics.mean(s[k] for s in of.values()) for k in SIGNS},
-            report=trust(next(iter(of.values())), usual[next(iter(of))])[1],
+            noticed=sum(bool(ood_report(s, usual[n])[0]) for n, s in of.items()),
+            by={k: c for k in SCORES if (c := sum(k in ood_report(s, usual[n])[0] for n, s in of.items()))},
+            signs={k: statistics.mean(s[k] for s in of.values()) for k in SCORES},
+            report=ood_report(next(iter(of.values())), usual[next(iter(of))])[1],
         )
         for what, of in found.items()
     }
@@ -424,7 +441,7 @@ def tables(t: dict) -> str:
             "|---|---|---|---|",
         ]
         said += [
-            f"| {g} | {percent(LEVELS)} | {percent(h['before'])} | {percent(h['after'])} |"
+            f"| {g} | {percent(CONFIDENCE_LEVELS)} | {percent(h['before'])} | {percent(h['after'])} |"
             for g, h in c["levels"].items()
         ] + [""]
         worst = (
@@ -461,12 +478,12 @@ def tables(t: dict) -> str:
         said += [
             "### Views that are not what they pretend to be",
             "",
-            "| views | cases | noticed | by | " + " | ".join(k.replace("_", " ") for k in SIGNS) + " |",
-            "|---|---|---|---|" + "---|" * len(SIGNS),
+            "| views | cases | noticed | by | " + " | ".join(k.replace("_", " ") for k in SCORES) + " |",
+            "|---|---|---|---|" + "---|" * len(SCORES),
         ]
         said += [
             f"| {what} | {v['cases']} | {v['noticed']} | {', '.join(f'{k} {c}' for k, c in v['by'].items()) or '-'} | "
-            + " | ".join(f"{v['signs'][k]:{f}}" for k, (_, f) in SIGNS.items())
+            + " | ".join(f"{v['signs'][k]:{f}}" for k, (_, f) in SCORES.items())
             + " |"
             for what, v in n.items()
         ] + [""]
@@ -589,7 +606,7 @@ def picture(b: Bench, done: dict, out: Path) -> None:
     if row is None or (path := out / f"{b.a.name}_lesion.png").exists():
         return
     case, at = b.cases[row[0].split(" · ")[4]], row[1]["at"]
-    ill = plant(case.volume, blob(b.size, b.mm, at, 24), LESIONS["lung, solid"][1], b.window)
+    ill = insert_lesion(case.volume, lesion_shape(b.size, b.mm, at, 24), LESIONS["lung, solid"][1], b.window)
     views, hu = b.look(ill), lambda x: to_hu(x[0], b.window)
     made = {m: b.make(views, m) for m in ("consistent_mean", "expected")}
     show_mpr(
@@ -645,7 +662,7 @@ def main(argv: list[str]) -> None:
     facts = dict(
         model=b.digest,
         step=b.model.meta.get("step"),
-        signs=list(SIGNS),
+        signs=list(SCORES),
         size=b.size,
         mm=b.mm,
         geometry=b.A.geometry.kind,

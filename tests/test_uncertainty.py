@@ -1,4 +1,4 @@
-"The benchmark of doubt, rehearsed at 16^3 with an untrained model."
+"The benchmark of uncertainty, rehearsed at 16^3 with an untrained model."
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, run_cmd
 
-RUN = ROOT / "benchmarks" / "doubt" / "run.py"
+RUN = ROOT / "benchmarks" / "uncertainty" / "run.py"
 TINY = [
     "DATA.TARGET_VOLUME_SIZE=16",
     "DATA.TARGET_DRR_SIZE=16",
@@ -26,12 +26,12 @@ TINY = [
 def checkpoint(tmp_path_factory):
     from diffx2ct.checkpoint import describe, save_model
     from diffx2ct.data import load_config, to_unit
-    from diffx2ct.diffusion import build
+    from diffx2ct.diffusion import build_denoiser
     from diffx2ct.drr import geometry
     from diffx2ct.phantom import phantom
 
     c = load_config(sets=TINY)
-    net = build(c, geometry("parallel", 320), 20.0)
+    net = build_denoiser(c, geometry("parallel", 320), 20.0)
     net.mean.copy_(to_unit(phantom(0, 16)[0], net.window)[None, None])
     folder = tmp_path_factory.mktemp("untrained")
     save_model(folder / "best.safetensors", net, describe(net, c, step=0))
@@ -128,7 +128,9 @@ def test_what_is_fitted_goes_with_every_volume(tmp_path, checkpoint):
     import SimpleITK as sitk
 
     note = lambda name: sitk.ReadImage(str(tmp_path / name)).GetMetaData("descrip")
-    fitted = run_cmd([sys.executable, "-m", "diffx2ct.doubt", "--checkpoint_dir", checkpoint, "--k", "3"], cwd=tmp_path)
+    fitted = run_cmd(
+        [sys.executable, "-m", "diffx2ct.uncertainty", "--checkpoint_dir", checkpoint, "--k", "3"], cwd=tmp_path
+    )
     assert (
         fitted.returncode == 0
         and "fitted on 4 cases, 3 samples each" in fitted.stdout
