@@ -413,7 +413,7 @@ def share_study(
         doubled=len(there) - len({t.params["TRAINING.LEARNING_RATE"] for t in there}),
         taken_up_again=sum(n > 1 for n in times.values()),
         without_checkpoint=sum(
-            not any((home / f"checkpoints/s/trial_{t.number}").glob("model_*.safetensors")) for t in there
+            not any((home / f"checkpoints/s/trial_{t.number}").glob("*.safetensors")) for t in there
         ),
         locked_said=said.count("locked"),
         tracebacks=said.count("Traceback"),
@@ -510,6 +510,7 @@ def away(home: Path) -> dict:
     gone = start(there, args, WANDB_MODE="disabled")
     wait_until(lambda: any(there.glob("checkpoints/s/trial_0/model_*.safetensors")), [gone])
     other = start(here, args, WANDB_MODE="disabled")
+    wait_until(lambda: (here / "checkpoints/s/trial_1").exists(), [gone, other])  # it has begun one of its own
     os.kill(gone, signal.SIGKILL)
     killed, codes = time.time(), [ended(gone), ended(other)]
     trials, said = trials_of(home, storage), (here / "said").read_text(errors="replace")
