@@ -343,6 +343,7 @@ def place(self: Page):
     "Show how the films lie, and make views of them."
     self.result, self.report.value, self.files.value, self.shown.children = None, "", "", ()
     net, films = self.model.denoiser, self.films
+    assert films is not None  # as `look` has seen to
     image, _ = place_pair([f.grey for f in films.films], [f.seen for f in films.films], films.places, net.A.pixels)
     self.picture.value = alignment_picture(image, mean_views(net))
     self.picture.layout.display = self.corrections.layout.display = None
@@ -353,7 +354,8 @@ def place(self: Page):
 @patch
 def run(self: Page):
     "Reconstruct, show, judge, and offer the files."
-    k = self.count.value
+    k, views = self.count.value, self.views
+    assert views is not None  # the button is disabled until there are some
     self.go.disabled, self.bar.max, self.bar.value, self.bar.layout.display = True, k + 2, 0, None
     self.words.value = "expected volume ..."
 
@@ -361,9 +363,9 @@ def run(self: Page):
         self.bar.value = done + 1
         self.words.value = f"sample {done + 1} of {k} ..." if done < k else "report ..."
 
-    self.result = uncertainty(self.model, self.views, k, progress=progress)
+    self.result = uncertainty(self.model, views, k, progress=progress)
     self.bar.value, self.words.value = k + 2, ""
-    self.report.value = f"<h2>Report</h2>{report_html(self.result.report, replace(self.views, notes=[]))}"
+    self.report.value = f"<h2>Report</h2>{report_html(self.result.report, replace(views, notes=[]))}"
     ct, note = self.result.expected, f"{GENERATED}; {CAUTION}; expected"
     self.files.value = download_link(
         "NIfTI (.nii.gz)", "ct.nii.gz", "application/gzip", nifti_bytes(ct.hu, ct.mm, note)

@@ -1313,7 +1313,7 @@ def test_parallel_cutting_a_line_and_a_circle():
     for bad, word in (
         ({"a": 0}, "does not place b"),
         ([list("abcdefgh"), ["a"]], "2 times"),
-        ({"z": 0}, "no block"),
+        ({"z": 0}, "not a block"),
         (dict.fromkeys("abcdefgh", 3), "on device 3"),
         (dict.fromkeys("abcdefgh", -1), "on device -1"),
         ("third", "no plan"),
