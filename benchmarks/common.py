@@ -1,4 +1,5 @@
-"What the benchmarks share: settings, a case, interleaved timing, tables and results. Light to import, so that a process may start others without weighing on their memory."
+"""What the benchmarks share: settings, a case, interleaved timing, tables and results. Light to import, so that a
+process may start others without weighing on their memory."""
 
 import json
 import os
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def one_thread(main: Callable[[list[str]], None]) -> None:
-    "Run a script's body on one thread, since CPU time counts the waiting of others too; what its user can repair is one sentence and exit code 2."
+    """Run a script's body on one thread, since CPU time counts the waiting of others too; what its user can repair is
+    one sentence and exit code 2."""
     import torch
 
     from diffx2ct.data import command
@@ -93,7 +95,8 @@ def cpu_seconds(
     repeats: int,  # rounds; each runs everything once, in an order of its own
     before: Callable = lambda: None,  # done before each, not timed
 ) -> dict[str, float]:  # name -> median CPU seconds of this process
-    "Time things side by side: rounds in which each has its turn, after one that is not counted; what else the machine does then falls on all of them alike."
+    """Time things side by side: rounds in which each has its turn, after one that is not counted; what else the
+    machine does then falls on all of them alike."""
     from diffx2ct.data import UserError
 
     if repeats < 1:

@@ -259,7 +259,10 @@ def step(self: Page, act: Callable[[], Any]):
         self.words.value = f'<div class="dxa-bad">{html.escape(str(e))}</div>'
     except Exception as e:
         traceback.print_exc()
-        self.words.value = f'<div class="dxa-bad">this could not be done ({html.escape(type(e).__name__)}); the terminal of diffx2ct_app says more</div>'
+        self.words.value = (
+            f'<div class="dxa-bad">this could not be done ({html.escape(type(e).__name__)}); the terminal of '
+            "diffx2ct_app says more</div>"
+        )
     finally:
         self.bar.layout.display = "none"
         self.go.disabled = self.views is None
@@ -393,7 +396,10 @@ def notebook(
     "A notebook of one cell, and beside it what voila has to allow and to forbid."
     cell = dict(cell_type="code", id="page", metadata={}, source=code, outputs=[], execution_count=None)
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
-    only = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws://127.0.0.1:* ws://localhost:*"
+    only = (
+        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws://127.0.0.1:* "
+        "ws://localhost:*"
+    )
     web = dict(websocket_max_message_size=2 * MAX_FILM_MB * 1_000_000, headers={"Content-Security-Policy": only})
     forget = dict(cull_idle_timeout=600, cull_interval=60)  # s: where a browser went without a word
     (folder / "voila.json").write_text(json.dumps(dict(Voila=dict(tornado_settings=web), MappingKernelManager=forget)))

@@ -104,13 +104,15 @@ def open_data(
         ):
             if want != got:
                 raise UserError(
-                    f"{d.DRR_DIR}/manifest.json says {got:g}, but DATA.{key} is {want:g}; set DATA.{key}={got:g} or prepare the data again"
+                    f"{d.DRR_DIR}/manifest.json says {got:g}, but DATA.{key} is {want:g}; set "
+                    f"DATA.{key}={got:g} or prepare the data again"
                 )
         g, mm = geometry(manifest["geometry"], manifest["size"] * manifest["mm"]), manifest["mm"]
     everything = CTPairs(d, cases)
     if split and (gone := sorted({*split["valid"]} - {*everything.cases})):
         raise UserError(
-            f"case {gone[0]}, which the model was validated on, is not in {d.PT_DATA_DIR}; put it back, or name other cases"
+            f"case {gone[0]}, which the model was validated on, is not in {d.PT_DATA_DIR}; put it back, or "
+            "name other cases"
         )
     train, valid = map(everything.only, (split["train"], split["valid"]) if split else split_cases(everything.cases, c))
     return TrainingData(train, valid, g, mm, manifest is not None and manifest["view_domain"] == "line_integral")

@@ -268,7 +268,8 @@ def read_header(
         raise UserError(f"{path} is damaged or not a safetensors file; use another checkpoint") from None
     if meta.get("format") not in (FORMAT, *UPGRADES):
         raise UserError(
-            f"{path} has checkpoint format {meta.get('format')}, this program reads {min(UPGRADES)} to {FORMAT}; use diffx2ct {meta.get('version')}, which made it"
+            f"{path} has checkpoint format {meta.get('format')}, this program reads {min(UPGRADES)} to "
+            f"{FORMAT}; use diffx2ct {meta.get('version')}, which made it"
         )
     try:
         Header.model_validate(meta)
@@ -312,13 +313,15 @@ def find_folder(
     if Path(folder).exists():
         if shipped:
             print(
-                f"diffx2ct: {folder} is a folder here and a model of the package; using the folder {Path(folder).resolve()}",
+                f"diffx2ct: {folder} is a folder here and a model of the package; using the folder "
+                f"{Path(folder).resolve()}",
                 file=sys.stderr,
             )
         return Path(folder)
     if not shipped and str(folder) == SHIPPED_MODEL:
         raise UserError(
-            f"the model {folder} is not part of this installation, and no folder {folder} lies here; name a folder that run_training.sh has written"
+            f"the model {folder} is not part of this installation, and no folder {folder} lies here; name a "
+            "folder that run_training.sh has written"
         )
     return shipped or Path(folder)
 
@@ -350,7 +353,8 @@ def model_file(
     if harmed:
         raise UserError(f"{harmed[0]}, and there is no other whole model; use another checkpoint")
     raise UserError(
-        f"checkpoint folder {folder} holds no model (best.safetensors or model_<step>.safetensors); train first with run_training.sh"
+        f"checkpoint folder {folder} holds no model (best.safetensors or model_<step>.safetensors); train "
+        "first with run_training.sh"
     )
 
 # %% ../nbs/03b_checkpoint.ipynb #03a335f3
@@ -383,7 +387,10 @@ def check_shapes(
     lost = next((k for k in have if strict and k not in weights), None)
     if key := wrong or lost:
         raise UserError(
-            f"{path} is from a model of another size ({key} is {tuple(weights[key].shape) if wrong else 'missing'} there, {tuple(have[key].shape) if key in have else 'absent'} here); restore the settings it was trained with, or use another study name or TRAINING.START_FROM"
+            f"{path} is from a model of another size ({key} is "
+            f"{tuple(weights[key].shape) if wrong else 'missing'} there, "
+            f"{tuple(have[key].shape) if key in have else 'absent'} here); restore the settings it was "
+            "trained with, or use another study name or TRAINING.START_FROM"
         )
 
 

@@ -44,10 +44,14 @@ def prepare_options() -> argparse.ArgumentParser:
   diffx2ct_prepare patient1.nii.gz patient2_dicom/ --out data --pictures
   diffx2ct_train --set DATA.PT_DATA_DIR=data/volumes --set DATA.DRR_DIR=data/drrs
 
-SCAN is a file (.nii .nii.gz .nrrd .mha .mhd, .h5 of the X2CT-GAN data, a packed .npz) or a folder, searched to its depth, of DICOM slices, volume files or
-X2CT-GAN cases. Orientation comes from the file's header. Cases are named after their files, and after their folders where two files share a name;
+SCAN is a file (.nii .nii.gz .nrrd .mha .mhd, .h5 of the X2CT-GAN data, a packed .npz) or a folder, searched to its
+depth, of DICOM slices, volume files or
+X2CT-GAN cases. Orientation comes from the file's header. Cases are named after their files, and after their folders
+where two files share a name;
 nothing of a DICOM header's identity is kept, nor the name of its folder.""",
-        epilog="Run it again with the same --out to add scans: settings are taken over, finished cases are kept, a stopped run goes on. Look at DIR/pictures once: R is the patient's right, A the front, H the head.",
+        epilog="Run it again with the same --out to add scans: settings are taken over, finished cases are kept, "
+        "a stopped run goes on. Look at DIR/pictures once: R is the patient's right, A the front, H the "
+        "head.",
     )
     p.add_argument("scans", nargs="+", metavar="SCAN", help="scan files and folders")
     p.add_argument("--out", required=True, metavar="DIR", help="gets volumes/, drrs/ and drrs/manifest.json")
@@ -63,7 +67,8 @@ nothing of a DICOM header's identity is kept, nor the name of its folder.""",
     p.add_argument(
         "--geometry",
         choices=tuple(GEOMETRIES),
-        help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data; chest: PA and left lateral "
+        help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data; chest: PA and left "
+        "lateral "
         "chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm says otherwise",
     )
     p.add_argument("--pixels", type=int, metavar="P", help="detector pixels along an edge (N)")
@@ -109,7 +114,8 @@ def evaluate_options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="diffx2ct_evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, residual of the views, seconds.",
+        description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, residual of the views, "
+        "seconds.",
         epilog="""examples:
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0                        its own validation cases, all methods
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --data data/test       every case of a folder of diffx2ct_prepare
@@ -121,9 +127,11 @@ methods:  mean             the mean training volume: knows no view
           expected         the network's average over all volumes that fit, best in PSNR
           sample           one volume that fits, with texture and invention
           mean_of_k        the average of K samples
-protocols: unit (the HU window of the settings, range 1), x2ct (HU -1024 to 1476, peak 4095), psct (the same, peak 2500).
+protocols: unit (the HU window of the settings, range 1), x2ct (HU -1024 to 1476, peak 4095), psct (the same, peak
+2500).
            For one and the same volume x2ct is 4.29 dB above psct: never compare across protocols.
-A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Embedded phantoms that are missing are made, in data/.""",
+A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Embedded phantoms that are
+missing are made, in data/.""",
     )
     p.add_argument(
         "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
@@ -165,12 +173,14 @@ def uncertainty_options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="diffx2ct_uncertainty",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fit what is usual for a checkpoint, on cases with a known volume, and keep it beside the model in doubt.json: factors that calibrate its spread, and limits of the trust report.",
+        description="Fit what is usual for a checkpoint, on cases with a known volume, and keep it beside the model in "
+        "doubt.json: factors that calibrate its spread, and limits of the trust report.",
         epilog="""examples:
   diffx2ct_uncertainty --checkpoint_dir checkpoints/best                    on its own held-out cases
   diffx2ct_uncertainty --checkpoint_dir checkpoints/best --data data/test   on all cases of a folder of diffx2ct_prepare
 
-run_visualize.sh and diffx2ct_reconstruct look for it beside the model. They say "not calibrated" where it is missing, of another model, or of other settings than they are asked for.
+run_visualize.sh and diffx2ct_reconstruct look for it beside the model. They say "not calibrated" where it is missing,
+of another model, or of other settings than they are asked for.
 Cases the model was trained on are left out, by name; the others should be like the patients it is meant for.""",
     )
     p.add_argument(
@@ -245,7 +255,8 @@ A study keeps its settings and its cases; other ones need another --study_name."
         type=int,
         default=1,
         metavar="N",
-        help="processes on this machine that train together, each with its share of the GPUs and of every batch (default: %(default)s); for several machines: torchrun --nnodes ... -m diffx2ct.study",
+        help="processes on this machine that train together, each with its share of the GPUs and of every batch "
+        "(default: %(default)s); for several machines: torchrun --nnodes ... -m diffx2ct.study",
     )
     how = p.add_mutually_exclusive_group()
     how.add_argument("--no_search", action="store_true", help="train once with the values of the settings")
@@ -267,7 +278,8 @@ def visualize_options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "diffx2ct_visualize",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Reconstruct held-out cases with a checkpoint; write MPR pictures, volumes, a report page and metrics, and log them to W&B.",
+        description="Reconstruct held-out cases with a checkpoint; write MPR pictures, volumes, a report page and "
+        "metrics, and log them to W&B.",
         epilog="""examples:
   ./run_visualize.sh
   ./run_visualize.sh --checkpoint_dir checkpoints/trial_0
@@ -281,7 +293,8 @@ def visualize_options() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--out",
-        help="folder for the results; default: visualizations in the checkpoint folder, with the model of the package in the working folder",
+        help="folder for the results; default: visualizations in the checkpoint folder, with the model of the "
+        "package in the working folder",
     )
     p.add_argument("--case", action="append", help="name of a held-out case, may be repeated; default: the first ones")
     p.add_argument("--cases", type=int, default=1, help="how many held-out cases, where none is named")
@@ -293,7 +306,8 @@ def visualize_options() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         default=4,
-        help="samples for the spread (and for mean_of_k), the first 4 of them kept for the viewer's slider; 0 leaves them out; default: 4",
+        help="samples for the spread (and for mean_of_k), the first 4 of them kept for the viewer's slider; 0 "
+        "leaves them out; default: 4",
     )
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the settings")
     p.add_argument("--seed", type=int, default=0, help="the only source of chance")
@@ -315,12 +329,16 @@ def reconstruct_options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "diffx2ct_reconstruct",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="""Make a CT of two X-ray images: a frontal view (AP) and a lateral view (LAT) of one patient, each as PNG, DICOM (CR, DX), NIfTI (2D or one slice) or .pt.
+        description="""Make a CT of two X-ray images: a frontal view (AP) and a lateral view (LAT) of one patient, each
+        as PNG, DICOM (CR, DX), NIfTI (2D or one slice) or .pt.
 
-Images must be upright, with the patient's right at the left of AP. The order of the files, which of them are inverted, and where the patient faces in LAT are found, and said with a margin.
-Orientation tags (EXIF, Patient Orientation) are obeyed; padding, bars, letters and transparent pixels count as no image.
+Images must be upright, with the patient's right at the left of AP. The order of the files, which of them are inverted,
+and where the patient faces in LAT are found, and said with a margin.
+Orientation tags (EXIF, Patient Orientation) are obeyed; padding, bars, letters and transparent pixels count as no
+image.
 Where a file says its pixel size, that is its scale; else scale and height are found.
-Grey values may follow any tone curve: they become line integrals by the calibration network of the model, or, where it has none, by the values of its mean patient.
+Grey values may follow any tone curve: they become line integrals by the calibration network of the model, or, where it
+has none, by the values of its mean patient.
 Only .pt files, as diffx2ct_prepare stores them, are taken for line integrals.
 What was done to each image is printed. Not for clinical use.""",
         epilog="""examples:
@@ -330,9 +348,14 @@ What was done to each image is printed. Not for clinical use.""",
   diffx2ct_reconstruct AP.dcm LAT.dcm --checkpoint_dir checkpoints/best --out case.nii.gz --samples 8 --seed 3
   diffx2ct_reconstruct data/drrs/p1/AP.pt data/drrs/p1/LAT.pt --checkpoint_dir checkpoints/best --out p1.nii.gz --method consistent_mean
 
-Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel (where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json, whether there is reason to doubt it as a whole.
-The third of these writes a series for a workstation, case_series_coverage.nii.gz, case_series_path_density.nii.gz and case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large, the views did not say what is there.
-The last is half of the 95 % interval in HU. For stored .pt views it is calibrated once diffx2ct_uncertainty has been run on the checkpoint; for pictures (consistency soft) it is not. The trust report has limits in both cases.""",
+Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel
+(where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json,
+whether there is reason to doubt it as a whole.
+The third of these writes a series for a workstation, case_series_coverage.nii.gz, case_series_path_density.nii.gz and
+case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large,
+the views did not say what is there.
+The last is half of the 95 % interval in HU. For stored .pt views it is calibrated once diffx2ct_uncertainty has been
+run on the checkpoint; for pictures (consistency soft) it is not. The trust report has limits in both cases.""",
     )
     p.add_argument("ap", metavar="AP", help="frontal view")
     p.add_argument("lat", metavar="LAT", help="lateral view")

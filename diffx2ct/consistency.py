@@ -131,7 +131,8 @@ def check_views(
         return f"{sums}, a difference of {apart:.1%} (limit {limit:.0%}): perhaps they are of two patients"
     left = irreducible_residual(y, A, window).item()
     return (
-        f"{sums}, but no volume explains {left:.1%} of them (limit {RESIDUAL_LIMIT:.0%}): perhaps they are of two patients"
+        f"{sums}, but no volume explains {left:.1%} of them (limit {RESIDUAL_LIMIT:.0%}): perhaps they are "
+        "of two patients"
         if left > RESIDUAL_LIMIT
         else None
     )

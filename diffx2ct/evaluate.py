@@ -98,7 +98,9 @@ def check_same_data(
             else f"{where} does not exist, so the views count as display images"
         )
         raise UserError(
-            f"{said}, but {trained} was trained on {'line integrals' if net.line_integrals else 'display images'}; make the data with diffx2ct_prepare, or use another checkpoint"
+            f"{said}, but {trained} was trained on "
+            f"{'line integrals' if net.line_integrals else 'display images'}; make the data with "
+            "diffx2ct_prepare, or use another checkpoint"
         )
     if not manifest:
         return
@@ -145,7 +147,8 @@ def open_cases(
     if folder is None:
         if d.PT_DATA_DIR and not Path(d.PT_DATA_DIR).is_dir():
             raise UserError(
-                f"the checkpoint's own cases are not here (DATA.PT_DATA_DIR {d.PT_DATA_DIR} is not a folder); put them back, or name a folder of others with --data"
+                f"the checkpoint's own cases are not here (DATA.PT_DATA_DIR {d.PT_DATA_DIR} is not a "
+                "folder); put them back, or name a folder of others with --data"
             )
         own = open_data(model.config, model.meta.get("cases")).valid
         volumes, drrs, known = own.pt, own.drr, own.cases
@@ -154,7 +157,8 @@ def open_cases(
         for part in (volumes, drrs):
             if not part.is_dir():
                 raise UserError(
-                    f"{part} is not a folder; --data names the folder that diffx2ct_prepare --out has written, with volumes and drrs in it"
+                    f"{part} is not a folder; --data names the folder that diffx2ct_prepare --out has "
+                    "written, with volumes and drrs in it"
                 )
         known = list_cases(volumes)
         if not known:
@@ -177,7 +181,8 @@ def trained_on(
     names: list[str],  # cases to be scored
     model: Model,
 ) -> list[str]:
-    "Those of the cases whose patients the model was trained on; an old model file does not name them, and they are found as far as its data is still here."
+    """Those of the cases whose patients the model was trained on; an old model file does not name them, and they are
+    found as far as its data is still here."""
     c, split = model.config, model.meta.get("cases")
     try:
         learnt = (
@@ -299,9 +304,11 @@ def results_table(
     )
     head = [
         f"protocol {p.name}: HU {lo:g} to {hi:g}, peak {p.peak * (hi - lo):g}; seed {s['seed']}",
-        f"data: {s.get('data', 'cases')}, {len(cases)} case{'s' * (len(cases) != 1)}, {s['size']}^3 voxels of {s['mm']:.4g} mm, {s['geometry']['kind']} beams"
+        f"data: {s.get('data', 'cases')}, {len(cases)} case{'s' * (len(cases) != 1)}, {s['size']}^3 voxels "
+        f"of {s['mm']:.4g} mm, {s['geometry']['kind']} beams"
         + ("" if s["line_integrals"] else ", display-domain views"),
-        f"checkpoint: {s['checkpoint']} ({s['model']}, step {s['step']}); {s['steps']} {s['sampler']} steps, k = {s['k']}, consistency {s['consistency']}",
+        f"checkpoint: {s['checkpoint']} ({s['model']}, step {s['step']}); {s['steps']} {s['sampler']} "
+        f"steps, k = {s['k']}, consistency {s['consistency']}",
     ]
     label, form = METRICS["psnr"]
     single = [[label, *methods]] + [
@@ -332,7 +339,8 @@ def plot_scores(
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.3)
     ax.set_xlabel(
-        f"{METRICS[figure][0].strip()}, protocol {s['protocol']}, {len(result['cases'])} cases, mean with 95 % interval",
+        f"{METRICS[figure][0].strip()}, protocol {s['protocol']}, {len(result['cases'])} cases, mean with "
+        "95 % interval",
         fontsize=8,
     )
     fig.tight_layout()
@@ -384,12 +392,15 @@ def main(argv: list[str]) -> None:
     learnt = trained_on(cases.cases, model) if a.data else []
     if learnt:
         print(
-            f"diffx2ct: {len(learnt)} of {len(cases)} cases are of patients this checkpoint was trained on ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)}); their figures flatter",
+            f"diffx2ct: {len(learnt)} of {len(cases)} cases are of patients this checkpoint was trained on "
+            f"({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)}); their figures flatter",
             file=sys.stderr,
         )
     if a.consistency in ("on", "soft") and not model.denoiser.line_integrals:
         raise UserError(
-            f"--consistency {a.consistency} needs line integrals, but checkpoint {model.path.resolve().parent.name} reads display images, whose tone curve is unknown; leave it out or prepare line-integral views"
+            f"--consistency {a.consistency} needs line integrals, but checkpoint "
+            f"{model.path.resolve().parent.name} reads display images, whose tone curve is unknown; leave "
+            "it out or prepare line-integral views"
         )
     result = evaluate(
         model,

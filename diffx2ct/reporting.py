@@ -103,7 +103,8 @@ def start_wandb(
         )
     except Exception as e:
         raise UserError(
-            f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to online, offline or disabled"
+            f"W&B does not start in mode {mode} ({' '.join(str(e).split())[:200]}); set WANDB_MODE to "
+            "online, offline or disabled"
         ) from None
     run.define_metric("val/psnr", summary="max")
     if mode == "offline":

@@ -201,7 +201,8 @@ def as_user_error(
             why = "" if re.search(r"\bitk", str(e), re.I) else f" ({why})"  # ITK's reasons often blame something else
             end = " to its end" if isinstance(e, EOFError | zlib.error | gzip.BadGzipFile) else ""
             raise UserError(
-                f"{path} cannot be read{end}{why}; it is truncated, damaged or of another kind, so copy or export it again"
+                f"{path} cannot be read{end}{why}; it is truncated, damaged or of another kind, so copy or "
+                "export it again"
             ) from None
 
     return wrapped
@@ -266,7 +267,8 @@ def nifti_header(
         )
     if not size <= head["vox_offset"] < 1 << 24:
         raise UserError(
-            f"{path} says that its voxels begin at byte {head['vox_offset']:g}; it is damaged, so copy or download it again"
+            f"{path} says that its voxels begin at byte {head['vox_offset']:g}; it is damaged, so copy or "
+            "download it again"
         )
     return head
 
@@ -437,7 +439,8 @@ def check_data_file(
         data = path.parent / os.fsdecode(m[1])
         if b"/" in m[1] or b"\0" in m[1] or not data.is_file():
             raise UserError(
-                f"{path} names {os.fsdecode(m[1])!r} as the file of its voxels, which is no file beside it; put it there, or save the scan as one file"
+                f"{path} names {os.fsdecode(m[1])!r} as the file of its voxels, which is no file beside it; "
+                "put it there, or save the scan as one file"
             )
         held += data.stat().st_size
     if (
@@ -1029,7 +1032,8 @@ def check_h5(path: Path) -> int:  # voxels along an edge
         with h5py.File(path, "r") as f:
             if "ct" not in f:
                 raise UserError(
-                    f"{path} has no dataset 'ct' (it has {', '.join(sorted(f)[:6]) or 'nothing'}); it is not a file of the X2CT-GAN data"
+                    f"{path} has no dataset 'ct' (it has {', '.join(sorted(f)[:6]) or 'nothing'}); it is "
+                    "not a file of the X2CT-GAN data"
                 )
             if (
                 not isinstance(f.get("ct", getlink=True), h5py.HardLink)
@@ -1115,7 +1119,8 @@ def fingerprint(
     part: str = "",  # which of several cases in one file
     places: tuple[float, ...] = (0, 0.5, 1),  # where to read in the first; older folders have (0, 1)
 ) -> str:
-    "A short hash that tells whether a case comes from the same files; it is quick, since it reads only the ends and the middle of the first."
+    """A short hash that tells whether a case comes from the same files; it is quick, since it reads only the ends and
+    the middle of the first."""
     h = hashlib.sha256(part.encode())
     for f in files:
         h.update(os.fsencode(f"{f.name} {f.stat().st_size};"))
@@ -1588,7 +1593,8 @@ def folder_settings(
     for key, value in new.items():
         if old and key in old and not values_equal(old[key], value):
             raise UserError(
-                f"{a.out} was prepared with {key} {format_setting(old[key])}, not {format_setting(value)}; use another --out, or leave that option out"
+                f"{a.out} was prepared with {key} {format_setting(old[key])}, not {format_setting(value)}; "
+                "use another --out, or leave that option out"
             )
     return new
 
@@ -1666,7 +1672,8 @@ def scans_to_add(
     "The scans that are not cases of the folder yet."
     if old is None and list_cases(out / "volumes"):
         raise UserError(
-            f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; use another --out"
+            f"{out}/volumes holds cases but {out}/drrs has no manifest.json, so their geometry is unknown; "
+            "use another --out"
         )
     if old:
         number_series(scans, old["cases"])
@@ -1682,7 +1689,8 @@ def scans_to_add(
             rest.append(s)
         elif known.get("fingerprint") not in (s.mark, fingerprint(s.files, s.part, (0, 1))):
             raise UserError(
-                f"{out} has a case {s.case!r} already, made from other files than {s.source} or with another --affine; rename the scan, or say --overwrite to replace the case"
+                f"{out} has a case {s.case!r} already, made from other files than {s.source} or with "
+                "another --affine; rename the scan, or say --overwrite to replace the case"
             )
     return rest
 
@@ -1729,7 +1737,8 @@ def prepare(
         list_cases()
         if info.get("body_inside", 1) < 0.9:
             tqdm.write(
-                f"note: {1 - info['body_inside']:.0%} of the body of {scan.case} lies outside the cube of {s['size'] * s['mm']:g} mm; a larger --mm holds more",
+                f"note: {1 - info['body_inside']:.0%} of the body of {scan.case} lies outside the cube of "
+                f"{s['size'] * s['mm']:g} mm; a larger --mm holds more",
                 file=sys.stdout,
             )
         if a.pictures:
@@ -1750,7 +1759,8 @@ def main(argv: list[str]):
         s = folder_settings(a, scans, read_manifest(out / "drrs"))
         new, kept = prepare(scans, out, s, a)
     print(
-        f"{new} case{'s' * (new != 1)} written, {kept} kept: {s['size']}^3 voxels of {s['mm']:g} mm, {s['pixels']}x{s['pixels']} pixels, {a.geometry or s['geometry']['kind']} geometry, in {out}"
+        f"{new} case{'s' * (new != 1)} written, {kept} kept: {s['size']}^3 voxels of {s['mm']:g} mm, "
+        f"{s['pixels']}x{s['pixels']} pixels, {a.geometry or s['geometry']['kind']} geometry, in {out}"
     )
     keys = (
         dict(PT_DATA_DIR=out / "volumes", DRR_DIR=out / "drrs")

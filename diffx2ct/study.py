@@ -102,14 +102,16 @@ def check_study(
     name: str,  # also the file's name
     c: Config,  # reads OPTUNA.STORAGE
 ) -> bool:  # whether there is a file to go on with
-    "Refuse a name that is no file name, and a file that is no study; what a killed process has half written there, SQLite takes back."
+    """Refuse a name that is no file name, and a file that is no study; what a killed process has half written there,
+    SQLite takes back."""
     if re.fullmatch(r"best|single|trial_\d+", name):
         raise UserError(
             f"checkpoints/{name} leads to the newest run of that name in any study; choose another --study_name"
         )
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(
-            f"study name {name!r} must be letters, digits, '.', '_' and '-', beginning with a letter or digit, since it names a file"
+            f"study name {name!r} must be letters, digits, '.', '_' and '-', beginning with a letter or "
+            "digit, since it names a file"
         )
     file = Path(f"{name}.db")
     if not c.OPTUNA.STORAGE and file.exists():
@@ -153,7 +155,8 @@ def check_there(name: str, c: Config) -> None:
     "Refuse to go on when the study's file has been removed: what is written then is lost without a word."
     if (file := study_file(name, c)) and not file.exists():
         raise UserError(
-            f"{file}, the file of study {name}, has gone; put it back, and the same command goes on from the last checkpoint"
+            f"{file}, the file of study {name}, has gone; put it back, and the same command goes on from "
+            "the last checkpoint"
         )
 
 # %% ../nbs/04d_study.ipynb #172a5abf
@@ -195,7 +198,8 @@ def open_study(
         raise absent from None
     except ImportError as e:
         raise UserError(
-            f"OPTUNA.STORAGE needs the Python package {e.name}, which is not installed (for PostgreSQL: pip install psycopg2-binary)"
+            f"OPTUNA.STORAGE needs the Python package {e.name}, which is not installed (for PostgreSQL: pip "
+            "install psycopg2-binary)"
         ) from None
     except Exception as e:
         where = "at OPTUNA.STORAGE" if c.OPTUNA.STORAGE else f"{name}.db"
@@ -283,7 +287,8 @@ def check_comparable(
         alike = math.isclose(was[k], now[k], rel_tol=1e-3) if k.startswith("mean of") else was[k] == now[k]
         if not alike:
             raise UserError(
-                f"the trials of study {study.study_name} were made with {k}={format_value(was[k])}, not {format_value(now[k])}, "
+                f"the trials of study {study.study_name} were made with {k}={format_value(was[k])}, not "
+                f"{format_value(now[k])}, "
                 "and cannot be compared with others; set it back, or choose another --study_name"
             )
     searched = lambda k: any(k == key or k.startswith(f"{key}.") for key in c.OPTUNA.PARAMS)
@@ -550,7 +555,8 @@ def next_trial(
     c: Config,
     root: Path,
 ) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
-    "An interrupted trial, else one from the queue, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of the study in all."
+    """An interrupted trial, else one from the queue, else a new one, else nothing: OPTUNA.N_TRIALS counts trials of
+    the study in all."""
     state, since, said, queued = optuna.trial.TrialState, time.time(), False, set()
     with study_lock(root):
         home, most = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False)))
@@ -597,7 +603,8 @@ STORAGE_TIMEOUT_S = 300  # s that a study may be out of reach
 
 
 def is_transient(e: Exception) -> str:  # its first line; empty where waiting is no use
-    "Whether a storage's failure is one that passes: a server that restarts, a file that others are writing; not a full disk."
+    """Whether a storage's failure is one that passes: a server that restarts, a file that others are writing; not a
+    full disk."""
     cause = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) else e
     if isinstance(cause, PendingRollbackError):
         return "a lost connection"  # what a session says that was cut off within a transaction
@@ -652,7 +659,8 @@ def retry_on_oom(
     c: Config,
     train: Callable[[Config], float],  # raises torch's out-of-memory errors
 ) -> float:
-    "Train; where a step does not fit, once more in pieces of half the size (one process only: several would have to agree)."
+    """Train; where a step does not fit, once more in pieces of half the size (one process only: several would have to
+    agree)."""
     for last in (False, True):
         try:
             return train(c)
@@ -672,10 +680,12 @@ def retry_on_oom(
             2 * c.TRAINING.GRADIENT_ACCUMULATION_STEPS,
         )
         tqdm.write(
-            f"out of memory at {peak}; once more with BATCH_SIZE {c.BATCH_SIZE} and GRADIENT_ACCUMULATION_STEPS {c.TRAINING.GRADIENT_ACCUMULATION_STEPS}"
+            f"out of memory at {peak}; once more with BATCH_SIZE {c.BATCH_SIZE} and "
+            f"GRADIENT_ACCUMULATION_STEPS {c.TRAINING.GRADIENT_ACCUMULATION_STEPS}"
         )
     raise StepOutOfMemory(
-        f"out of memory at {peak} with BATCH_SIZE {c.BATCH_SIZE}; lower TRAINING.PATCH_SIZE or MODEL.SCALE, set MODEL.UNET.CHECKPOINTING=true, or give it more DEVICES"
+        f"out of memory at {peak} with BATCH_SIZE {c.BATCH_SIZE}; lower TRAINING.PATCH_SIZE or MODEL.SCALE, "
+        "set MODEL.UNET.CHECKPOINTING=true, or give it more DEVICES"
     )
 
 # %% ../nbs/04d_study.ipynb #00754dc2
@@ -785,7 +795,8 @@ def search(
 
 # %% ../nbs/04d_study.ipynb #c7f6b1c8
 def save_plots(study: optuna.Study, root: Path) -> list[Path]:
-    "Validation values of all trials, pruned ones too, the history of the best, and importances: what there are trials enough for."
+    """Validation values of all trials, pruned ones too, the history of the best, and importances: what there are
+    trials enough for."""
     from optuna.visualization import matplotlib as draw_with
 
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
@@ -862,7 +873,8 @@ def main(argv: list[str]) -> None:
         if not is_lost_peer(e):
             raise
         raise UserError(
-            "another process has stopped, so this one stops too; the last checkpoint is whole, and the same command goes on from it"
+            "another process has stopped, so this one stops too; the last checkpoint is whole, and the "
+            "same command goes on from it"
         ) from None
     finally:
         leave_group()
@@ -920,7 +932,8 @@ def run_process(a: argparse.Namespace, c: Config) -> None:
     if rank():
         return train_as_follower(data, c)
     print(
-        f"data: {len(data.train)} training and {len(data.valid)} validation cases at {c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams"
+        f"data: {len(data.train)} training and {len(data.valid)} validation cases at "
+        f"{c.DATA.TARGET_VOLUME_SIZE}^3, {data.mm:.3g} mm, {data.geometry.kind} beams"
         + ("" if data.line_integrals else ", display-domain views")
     )
     try:
@@ -932,7 +945,8 @@ def run_process(a: argparse.Namespace, c: Config) -> None:
     except STORAGE_ERRORS as e:
         check_there(a.study_name, c)
         raise UserError(
-            f"study {a.study_name} cannot be read or written ({str(e.__cause__ or e).splitlines()[0]}); mend that, and the same command goes on"
+            f"study {a.study_name} cannot be read or written ({str(e.__cause__ or e).splitlines()[0]}); "
+            "mend that, and the same command goes on"
         ) from None
     on_rank_zero(lambda: None)  # the others may go home
     leave_group()
@@ -957,7 +971,8 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Training
             there = Config.model_validate(read_header(model_file(folder))["config"])
             if any(value_of_key(there, key) != value_of_key(c, key) for key in best.params):
                 raise UserError(
-                    f"{folder} was trained with other values than trial {best.number}, which is the best now; move {folder} away to train again"
+                    f"{folder} was trained with other values than trial {best.number}, which is the best "
+                    f"now; move {folder} away to train again"
                 )
     lock = try_trial_lock(folder)
     if lock is None:

@@ -238,7 +238,8 @@ class Crops(Dataset):
         return len(self.draws)
 
     def __getitem__(self, i: int) -> Item:
-        "The draw, whole volumes where views must be rendered, crops, stored views, and where nodules were planted in the crops."
+        """The draw, whole volumes where views must be rendered, crops, stored views, and where nodules were planted
+        in the crops."""
         d = self.draws[i]
         if not self.renders:
             parts, truth = (
@@ -343,7 +344,8 @@ def render_views(
 
 # %% ../nbs/04_train_optuna.ipynb #632792ac
 class Loss(nn.Module):
-    "The loss terms of this rank's share of a micro-batch, means over its cases; a module, since that is what a parallel engine wraps."
+    """The loss terms of this rank's share of a micro-batch, means over its cases; a module, since that is what a
+    parallel engine wraps."""
 
     def __init__(self, denoiser: Denoiser, c: Config):
         super().__init__()
@@ -439,7 +441,8 @@ def validate(
     c: Config,
     method: str = "expected",
 ) -> float:  # dB, protocol `unit`, mean over cases
-    "PSNR of a method on the validation cases, shared by the ranks; all of them make as many volumes, the last ones perhaps for nothing."
+    """PSNR of a method on the validation cases, shared by the ranks; all of them make as many volumes, the last ones
+    perhaps for nothing."""
     ema.eval()
     n = len(data.valid)
     turns = range(rank(), math.ceil(n / world_size()) * world_size(), world_size())
@@ -512,7 +515,8 @@ def prepare_run(
 
 
 def ema_average(decay: float) -> Callable:
-    "Exponential moving average whose memory grows with the run up to `decay`: after n steps it is at most (1 + n) / (10 + n)."
+    """Exponential moving average whose memory grows with the run up to `decay`: after n steps it is at most (1 + n) /
+    (10 + n)."""
     return lambda ema, now, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(ema, now, n)
 
 # %% ../nbs/04_train_optuna.ipynb #e53371f4
@@ -523,7 +527,8 @@ def train_devices(c: Config) -> list[torch.device]:
         raise UserError("TRAINING.AMP fp16 needs a GPU; use bf16 or off")
     if c.PARALLEL == "fsdp" and world_size() > 1 and (len(devices) > 1 or c.TRAINING.AMP == "fp16"):
         raise UserError(
-            "PARALLEL fsdp takes one device a process and no AMP fp16; start more processes, use bf16, or set PARALLEL to ddp"
+            "PARALLEL fsdp takes one device a process and no AMP fp16; start more processes, use bf16, or "
+            "set PARALLEL to ddp"
         )
     return devices
 
@@ -563,12 +568,15 @@ def check_resumable(folder: Path, step: int, c: Config, data: TrainingData) -> N
     was, now = fixed_settings(Config.model_validate(meta["config"])), fixed_settings(c)
     if (there := meta.get("cases") or case_split(data)) != case_split(data):
         raise UserError(
-            f"{folder} was trained on {len(there['train'])} cases and judged by {len(there['valid'])}, which are not those of now; restore {c.DATA.PT_DATA_DIR}, use another --study_name, or move {folder} away to begin again"
+            f"{folder} was trained on {len(there['train'])} cases and judged by {len(there['valid'])}, "
+            f"which are not those of now; restore {c.DATA.PT_DATA_DIR}, use another --study_name, or move "
+            f"{folder} away to begin again"
         )
     for k in was | now:
         if was.get(k) != now.get(k):
             raise UserError(
-                f"{folder} was trained with {k}={was.get(k)}, not {now.get(k)}; restore it, use another --study_name, or move {folder} away to begin again"
+                f"{folder} was trained with {k}={was.get(k)}, not {now.get(k)}; restore it, use another "
+                f"--study_name, or move {folder} away to begin again"
             )
 
 # %% ../nbs/04_train_optuna.ipynb #f9492228
@@ -732,7 +740,8 @@ def train_stage(
     h, start, steps, meta = r.history, r.step, per * c.EPOCHS, meta | {"cases": case_split(data)}
     if start > steps:
         raise UserError(
-            f"{folder} has been trained for {start} steps already, more than the {steps} of EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name"
+            f"{folder} has been trained for {start} steps already, more than the {steps} of "
+            f"EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name"
         )
     if start == steps and rank() == 0:
         prune_checkpoints(folder, t.CHECKPOINTS_KEPT)  # killed after the last checkpoint, before it was done

@@ -146,7 +146,8 @@ def one_channel(
     differ = (colours != colours[..., :1]).any(-1)
     if (differ if image is None else differ & image).any():
         raise UserError(
-            f"{name} is a colour picture, its red, green and blue differ; give the grey X-ray image itself, not a photograph or a screenshot with coloured marks"
+            f"{name} is a colour picture, its red, green and blue differ; give the grey X-ray image itself, "
+            "not a photograph or a screenshot with coloured marks"
         )
     return torch.from_numpy(colours[..., 0].astype(np.float32))
 
@@ -210,7 +211,8 @@ def read_picture(path: Path) -> View:
         raise
     except Exception:
         raise UserError(
-            f"{path} cannot be read to its end; it is truncated, damaged or no picture of a known kind, so export it again"
+            f"{path} cannot be read to its end; it is truncated, damaged or no picture of a known kind, so "
+            "export it again"
         ) from None
     if pages > 1:
         raise UserError(f"{path} holds {pages} pictures; export the one that is meant as a file of its own")
@@ -229,7 +231,8 @@ def read_picture(path: Path) -> View:
 def not_a_radiograph(name, what: str) -> UserError:
     "The sentence for everything that is a scan."
     return UserError(
-        f"{name} is {what}, no X-ray image; this command reads two X-ray images, and diffx2ct_prepare makes such views of a CT"
+        f"{name} is {what}, no X-ray image; this command reads two X-ray images, and diffx2ct_prepare makes "
+        "such views of a CT"
     )
 
 
@@ -261,7 +264,9 @@ def read_nifti_view(
     )
     if stated and head["dim"][0] > 2 and which and flat != (1 if which == "AP" else 2):
         view.doubts.append(
-            f"{path} says that it lies in {('an axial', 'a coronal', 'a sagittal')[flat]} plane, but the {which} view is {'a coronal' if which == 'AP' else 'a sagittal'} one; check that its header is right and that the image is upright"
+            f"{path} says that it lies in {('an axial', 'a coronal', 'a sagittal')[flat]} plane, but the "
+            f"{which} view is {'a coronal' if which == 'AP' else 'a sagittal'} one; check that its header "
+            "is right and that the image is upright"
         )
     return view
 
@@ -404,7 +409,8 @@ def orient_to(
     along = [next((k for k, w in enumerate(want) if v and v in (w, OPPOSITE[w])), None) for v in to]
     if any(v in OPPOSITE and k is None for v, k in zip(to, along)):
         view.doubts.append(
-            f"{view.name} says that its columns and rows lead to {letters[0]} and {letters[-1]}, but those of this view lead to {want[0]} and {want[1]}; check that the two images are not exchanged"
+            f"{view.name} says that its columns and rows lead to {letters[0]} and {letters[-1]}, but those "
+            f"of this view lead to {want[0]} and {want[1]}; check that the two images are not exchanged"
         )
     transposed = along[0] == 1 != along[1] or along[1] == 0 != along[0]
     if transposed:
@@ -479,7 +485,9 @@ def read_view(
     path = check_name(Path(path))
     if not path.is_file():
         raise UserError(
-            f"{path} {'is a folder; name the one image file' if path.is_dir() else 'does not exist; name the file'} of the {which} view"
+            f"{path} "
+            f"{'is a folder; name the one image file' if path.is_dir() else 'does not exist; name the file'} "
+            f"of the {which} view"
         )
     try:
         view = read_file(path, which)
@@ -497,7 +505,9 @@ def read_view(
         raise UserError(f"{path} holds no image: {'; '.join(view.done)}")
     if (low := view.grey[view.covered].min()) == view.grey[view.covered].max():
         raise UserError(
-            f"{path} has the value {low:g} in every pixel{' (inside the window its header asks for)' if is_dicom(path) else ''}; there is nothing to see in it"
+            f"{path} has the value {low:g} in every "
+            f"pixel{' (inside the window its header asks for)' if is_dicom(path) else ''}; there is nothing "
+            "to see in it"
         )
     return view
 
@@ -541,7 +551,8 @@ def size_on_panel(
     if (covered := min(1, high) * min(1, wide)) < 0.1:
         mm = A.geometry.panel_mm
         raise UserError(
-            f"{view.name} covers {covered:.1%} of the model's detector, {high * mm:.3g} x {wide * mm:.3g} of {mm:g} mm; check its pixel spacing, or say it with --pixel_mm"
+            f"{view.name} covers {covered:.1%} of the model's detector, {high * mm:.3g} x {wide * mm:.3g} "
+            f"of {mm:g} mm; check its pixel spacing, or say it with --pixel_mm"
         )
     return high, wide
 
@@ -554,7 +565,8 @@ def to_film(
     if view.stored:
         if view.grey.shape != (A.pixels, A.pixels):
             raise UserError(
-                f"{view.name} has shape {tuple(view.grey.shape)}, the model reads {A.pixels} x {A.pixels} pixels; prepare the views at that size"
+                f"{view.name} has shape {tuple(view.grey.shape)}, the model reads {A.pixels} x {A.pixels} "
+                "pixels; prepare the views at that size"
             )
         return Film(view.grey, torch.ones_like(view.grey, dtype=torch.bool), 1.0)
     size, (h, w) = size_on_panel(view, A), view.grey.shape
@@ -663,36 +675,47 @@ def recognition_warnings(
     "What speaks against two images, in words."
     names, m = (views[0].name, views[1].name), found.margins
     said = [
-        f"{name} does not look like the {which} view of the patients the model was trained on (likeness {like:.2f}, limit {least:g}); look whether it is upright, whole and of the same part of the body"
+        f"{name} does not look like the {which} view of the patients the model was trained on (likeness "
+        f"{like:.2f}, limit {least:g}); look whether it is upright, whole and of the same part of the body"
         for name, which, like, least in zip(names, VIEW_LETTERS, found.likeness, MIN_LIKENESS)
         if like < least
     ]
     if found.twice > SAME_VIEW_LIMIT:
         said.append(
-            f"{names[0]} and {names[1]} look like the same view (by {found.twice:.2f} more than like two, limit {SAME_VIEW_LIMIT:g}); look whether one is frontal and one lateral"
+            f"{names[0]} and {names[1]} look like the same view (by {found.twice:.2f} more than like two, "
+            f"limit {SAME_VIEW_LIMIT:g}); look whether one is frontal and one lateral"
         )
     if not pictures and found.exchanged:
         said.append(
-            f"{names[1]} and {names[0]} look exchanged (margin {m['exchanged']:.2f}); look whether the first is the frontal view (of a chest: two lungs side by side) and the second the lateral one (the spine at its right edge)"
+            f"{names[1]} and {names[0]} look exchanged (margin {m['exchanged']:.2f}); look whether the "
+            "first is the frontal view (of a chest: two lungs side by side) and the second the lateral one "
+            "(the spine at its right edge)"
         )
     if not pictures and found.mirrored and m["mirrored"] > MIN_MARGINS["mirrored"]:
         said.append(
-            f"{names[1]} looks mirrored (margin {m['mirrored']:.2f}); look whether the patient faces left in it, with the spine at its right edge"
+            f"{names[1]} looks mirrored (margin {m['mirrored']:.2f}); look whether the patient faces left "
+            "in it, with the spine at its right edge"
         )
     if not pictures:
         return said
     if m["exchanged"] < MIN_MARGINS["exchanged"] and not (wish.keep_order or any(v.stored for v in views)):
         said.append(
-            f"{names[0]} is taken for the frontal view and {names[1]} for the lateral one by a small margin ({m['exchanged']:.2f}, limit {MIN_MARGINS['exchanged']:g}); look, and keep the order of the files with --keep_order"
+            f"{names[0]} is taken for the frontal view and {names[1]} for the lateral one by a small margin "
+            f"({m['exchanged']:.2f}, limit {MIN_MARGINS['exchanged']:g}); look, and keep the order of the "
+            "files with --keep_order"
         )
     for name, view, key in zip(names, views, ("frontal", "lateral")):
         if m[key] < MIN_MARGINS["inverted"] and not (wish.bone or view.stored):
             said.append(
-                f"{name} is taken to have {'dark' if found.inverted[key == 'lateral'] else 'bright'} bone by a small margin ({m[key]:.2f}, limit {MIN_MARGINS['inverted']:g}); look, and say it with --bone"
+                f"{name} is taken to have {'dark' if found.inverted[key == 'lateral'] else 'bright'} bone "
+                f"by a small margin ({m[key]:.2f}, limit {MIN_MARGINS['inverted']:g}); look, and say it "
+                "with --bone"
             )
     if m["mirrored"] < MIN_MARGINS["mirrored"] and not (wish.facing or views[1].sided or views[1].stored):
         said.append(
-            f"in {names[1]} the patient is taken to face {'right' if found.mirrored else 'left'} by a small margin ({m['mirrored']:.3f}, limit {MIN_MARGINS['mirrored']:g}); look, and say it with --facing left or right"
+            f"in {names[1]} the patient is taken to face {'right' if found.mirrored else 'left'} by a small "
+            f"margin ({m['mirrored']:.3f}, limit {MIN_MARGINS['mirrored']:g}); look, and say it with "
+            "--facing left or right"
         )
     return said
 
@@ -731,7 +754,11 @@ def perspective_warning(
         return ""
     factor = (g.sad_mm + HEART_MM) / (g.sad_mm - HEART_MM)
     more = f"{factor - 1:.0%} too wide" if g.frontal == "pa" else f"{1 - 1 / factor:.0%} too narrow"
-    return f"{view.name} was taken {side.upper()}, the model knows {g.frontal.upper()} films; it was not mirrored, since both are hung with the patient's right at the left, but what lies {HEART_MM:g} mm before the middle, as the heart does, comes out {more}"
+    return (
+        f"{view.name} was taken {side.upper()}, the model knows {g.frontal.upper()} films; it was not mirrored, "
+        f"since both are hung with the patient's right at the left, but what lies {HEART_MM:g} mm before the "
+        f"middle, as the heart does, comes out {more}"
+    )
 
 # %% ../nbs/05a_two_images.ipynb #c6238b0f
 def choose_calibration(
@@ -816,13 +843,16 @@ def body_warnings(
     out, names = [], (views[0].name, views[1].name)
     if weight.get("after", 0) > MASS_DIFFERENCE_LIMITS[learned]:
         out.append(
-            f"{names[0]} and {names[1]} spread the body differently from head to feet (gap {weight['after']:.2f}, limit {MASS_DIFFERENCE_LIMITS[learned]:g}); look whether they are of one patient, at one scale, and begin and end at the same height"
+            f"{names[0]} and {names[1]} spread the body differently from head to feet (gap "
+            f"{weight['after']:.2f}, limit {MASS_DIFFERENCE_LIMITS[learned]:g}); look whether they are of "
+            "one patient, at one scale, and begin and end at the same height"
         )
     if not views[1].stored and weight:
         for back, words in ((True, "at the spine"), (False, "at the breastbone")):
             if (share := truncated_share(y[1], seen[1], back)) > TRUNCATION_LIMIT:
                 out.append(
-                    f"{names[1]} ends inside the body {words} in {share:.0%} of its rows (limit {TRUNCATION_LIMIT:.0%}); what lies beyond is the model's guess"
+                    f"{names[1]} ends inside the body {words} in {share:.0%} of its rows (limit "
+                    f"{TRUNCATION_LIMIT:.0%}); what lies beyond is the model's guess"
                 )
     return out
 
@@ -836,7 +866,8 @@ def size_warning(
     "Whether a film has fewer pixels than the model's detector needs."
     rows = film.grey.shape[0] / place.height
     return (
-        f"{view.name} is small: {' x '.join(map(str, view.grey.shape))} pixels, {rows:.0f} along the edge of the detector, where the model reads {A.pixels}; use the original film"
+        f"{view.name} is small: {' x '.join(map(str, view.grey.shape))} pixels, {rows:.0f} along the edge "
+        f"of the detector, where the model reads {A.pixels}; use the original film"
         if not view.stored and rows < A.pixels
         else ""
     )
@@ -855,10 +886,12 @@ def film_report(
     m = found.margins
     line = (
         f"Films: {'exchanged' if found.exchanged else 'in the order given'} (margin {m['exchanged']:.2f}), "
-        f"bone {' and '.join('dark' if i else 'bright' for i in found.inverted)}, lateral facing {facing} ({m['mirrored']:.2f}); "
+        f"bone {' and '.join('dark' if i else 'bright' for i in found.inverted)}, lateral facing {facing} "
+        f"({m['mirrored']:.2f}); "
         f"{name}; frontal: {scale[0]}; lateral: {scale[1]}"
         + (
-            f"; weight per height differs by {weight['before']:.3f} before and {weight['after']:.3f} after the height was fitted"
+            f"; weight per height differs by {weight['before']:.3f} before and {weight['after']:.3f} after "
+            "the height was fitted"
             if weight
             else ""
         )
@@ -929,7 +962,8 @@ def find_films(
     mixed = any(v.stored for v in views)
     if not mixed and (like := same_picture(films)) > SAME_PICTURE_LIMIT:
         raise UserError(
-            f"{order[0]} and {order[1]} are the same picture (correlation {like:.2f}); give a frontal and a lateral film"
+            f"{order[0]} and {order[1]} are the same picture (correlation {like:.2f}); give a frontal and a "
+            "lateral film"
         )
     way = choose_calibration(net, ref, None if mixed else calibrator, head)
     places, mass = place_films(views, films, ref, found.mirrored, way, net.line_integrals and not mixed)
@@ -993,12 +1027,15 @@ def choose_consistency(
     display = next((v.name for v in views if not v.stored), "the model's own training images")
     if wish == "on" or wish == "soft" and not net.line_integrals:
         raise UserError(
-            f"--consistency {wish} needs line integrals, but {display} {'is a display image' if net.line_integrals else 'and all that this model reads are display images'}, whose tone curve can only be guessed; use {'soft or off' if net.line_integrals else 'off'}"
+            f"--consistency {wish} needs line integrals, but {display} "
+            f"{'is a display image' if net.line_integrals else 'and all that this model reads are display images'}, "
+            f"whose tone curve can only be guessed; use {'soft or off' if net.line_integrals else 'off'}"
         )
     kind = "off" if not net.line_integrals else wish or ("off" if c.CONSISTENCY == "off" else "soft")
     return (
         c.model_copy(update=dict(CONSISTENCY=kind)),
-        f"display images, so consistency is {kind}: the volume is {'not made to agree with them' if kind == 'off' else 'moved towards them, not made to agree'}",
+        f"display images, so consistency is {kind}: the volume is "
+        f"{'not made to agree with them' if kind == 'off' else 'moved towards them, not made to agree'}",
     )
 
 # %% ../nbs/05a_two_images.ipynb #1741db9a
@@ -1027,7 +1064,8 @@ def check_same_geometry(
     )
     if there != here:
         raise UserError(
-            f"{at / 'manifest.json'} says {there}, but {model.path} was trained with {here}; prepare the views with the model's geometry"
+            f"{at / 'manifest.json'} says {there}, but {model.path} was trained with {here}; prepare the "
+            "views with the model's geometry"
         )
 
 # %% ../nbs/05a_two_images.ipynb #390eb30c
@@ -1111,7 +1149,8 @@ def save_dicom(
         part.rename(folder)
     except (OSError, RuntimeError) as e:
         raise UserError(
-            f"{folder} could not be saved ({getattr(e, 'strerror', None) or 'the disk may be full'}); nothing was written"
+            f"{folder} could not be saved ({getattr(e, 'strerror', None) or 'the disk may be full'}); "
+            "nothing was written"
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -1166,7 +1205,8 @@ def main(argv: list[str]):
         view.measured(mm)
     if a.pixel_mm and all(v.stored for v in views):
         raise UserError(
-            f"--pixel_mm is for pictures, but {a.ap} and {a.lat} are stored views, which lie on the model's detector already; leave it out"
+            f"--pixel_mm is for pictures, but {a.ap} and {a.lat} are stored views, which lie on the model's "
+            "detector already; leave it out"
         )
     model = load_model(a.checkpoint_dir, str(device))
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update={} if a.steps is None else {"STEPS": a.steps})
@@ -1241,5 +1281,6 @@ def write_case(
         written.append(save_nifti(maps[name], net.A.mm, f"{stem}_{name}{kind}", dtype=dtype_of(name), note=NOTES[name]))
     written.append(write_atomic(f"{stem}_trust.json", lambda p: p.write_text(json.dumps(report, indent=1))))
     print(
-        f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in {', '.join(map(str, written))}; {CAUTION}"
+        f"{a.method}, seed {a.seed}: {net.A.size}^3 voxels of {net.A.mm:.3g} mm, in "
+        f"{', '.join(map(str, written))}; {CAUTION}"
     )

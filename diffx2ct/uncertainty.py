@@ -273,7 +273,10 @@ def ood_report(
     if not known:
         head = "NOT JUDGED: what is usual for this model is not known; run diffx2ct_uncertainty once on its checkpoint."
     elif beyond:
-        head = f"DOUBTFUL: {len(beyond)} of {len(found)} signs {'is' if len(beyond) == 1 else 'are'} beyond what held-out patients show."
+        head = (
+            f"DOUBTFUL: {len(beyond)} of {len(found)} signs {'is' if len(beyond) == 1 else 'are'} beyond what "
+            "held-out patients show."
+        )
     else:
         head = "Nothing unusual: all signs are as in held-out patients. The picture may still be wrong."
     lines = [f"- {SCORES[k][0]} ({found[k]:{SCORES[k][1]}}, usual up to {known[k]:{SCORES[k][1]}})" for k in beyond]
@@ -360,7 +363,8 @@ def calibrate_uncertainty(
             )
     if len(rows) < 2:
         raise UserError(
-            f"factors and limits need two held-out cases or more, not {len(rows)}; name a folder of prepared cases with --data"
+            f"factors and limits need two held-out cases or more, not {len(rows)}; name a folder of "
+            "prepared cases with --data"
         )
     q = {
         n: conformal_factors(torch.cat([z for z, _ in parts]), torch.cat([kind for _, kind in parts])).tolist()
@@ -489,10 +493,12 @@ def main(argv: list[str]) -> None:
         cases = cases.only([n for n in cases.cases if n not in learnt])
         if not cases.cases:
             raise UserError(
-                f"{a.data} holds only cases of patients this checkpoint was trained on; name a folder of others with --data, or leave it out"
+                f"{a.data} holds only cases of patients this checkpoint was trained on; name a folder of "
+                "others with --data, or leave it out"
             )
         print(
-            f"diffx2ct: {len(learnt)} cases of patients this checkpoint was trained on are left out ({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)})",
+            f"diffx2ct: {len(learnt)} cases of patients this checkpoint was trained on are left out "
+            f"({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)})",
             file=sys.stderr,
         )
     d = calibrate_uncertainty(model, cases, a.k, a.seed) | dict(data=a.data or "its own held-out cases")

@@ -53,7 +53,10 @@ class CT:
     def __repr__(self):
         of = "generated" if self.generated else "measured" if self.measured else "not measured"
         low, high = self.hu.min(), self.hu.max()
-        return f"CT {self.name!r}: {' x '.join(map(str, self.shape))} voxels of {self.mm:.4g} mm, {low:.0f} to {high:.0f} HU, {of}"
+        return (
+            f"CT {self.name!r}: {' x '.join(map(str, self.shape))} voxels of {self.mm:.4g} mm, {low:.0f} to "
+            f"{high:.0f} HU, {of}"
+        )
 
 
 @dataclass
@@ -111,7 +114,8 @@ def load(
     A, g, cases = model.denoiser.A, model.denoiser.A.geometry, model.meta.get("cases") or {}
     count = sum(p.numel() for p in model.denoiser.parameters())
     words = [
-        f"{name_or_folder}: {A.size}^3 voxels of {A.mm:.3g} mm, {g.kind} beams, views of {A.pixels} x {A.pixels} pixels",
+        f"{name_or_folder}: {A.size}^3 voxels of {A.mm:.3g} mm, {g.kind} beams, views of {A.pixels} x "
+        f"{A.pixels} pixels",
         f"{count / 1e6:.3g} million weights",
         *([f"trained on {len(cases['train'])} cases"] if cases.get("train") else []),
         *(["reads films"] if model.calibrator else []),
@@ -344,7 +348,8 @@ def layers_for(
     edges = {cts[n].mm for n, v in volume.items() if isinstance(v, (CT, str, Path))} or {1.0}
     if len(edges) > 1:
         raise UserError(
-            f"volumes to be compared need one grid, these have voxels of {', '.join(f'{e:g}' for e in sorted(edges))} mm"
+            "volumes to be compared need one grid, these have voxels of "
+            f"{', '.join(f'{e:g}' for e in sorted(edges))} mm"
         )
     return {n: Layer(v.hu, visualize.volume_kind(n).kind, v.generated) for n, v in cts.items()}, edges.pop(), labels
 
@@ -389,7 +394,8 @@ def save(
         raise UserError(f"{path} is neither a NIfTI file nor a folder; end it in .nii.gz, or name a folder for DICOM")
     if ct.measured:
         raise UserError(
-            f"{path}: a DICOM series of this program says that it is synthetic, which a measured CT is not; save it as .nii.gz"
+            f"{path}: a DICOM series of this program says that it is synthetic, which a measured CT is not; "
+            "save it as .nii.gz"
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already; name a new folder")

@@ -470,7 +470,8 @@ def read_volumes(
     if isinstance(source, Case):
         if source.volume is None:
             raise UserError(
-                f"case {source.name} has no volume to look at, only views; reconstruct it first: view(checkpoint, case=...)"
+                f"case {source.name} has no volume to look at, only views; reconstruct it first: "
+                "view(checkpoint, case=...)"
             )
         source = {"truth": to_hu(source.volume.float(), hu_range)}
     if isinstance(source, (str, Path)):
@@ -750,7 +751,8 @@ STYLE = """<style>
 .dx .dx-panel { overflow:visible; } .dx .jupyter-button.dx-save, .dx .jupyter-button.dx-full { background:#161b22; color:#c9d1d9; border-radius:6px; box-shadow:none; }
 .dx:fullscreen { max-width:none; border-radius:0; overflow:auto; } .dx:fullscreen .dx-panels { max-width:calc(3 * (100vh - 330px)); margin:auto; } .dx:fullscreen .dx-panels.dx-two { max-width:calc(2 * (100vh - 300px)); }
 </style>"""
-HINT = """<div class="dim" style="font-size:11px;line-height:1.5">In a picture: click or drag for the cross-hair; wheel, arrow keys, Page Up and Page Down, Home and End to walk; right button or shift and drag for the window;
+HINT = """<div class="dim" style="font-size:11px;line-height:1.5">In a picture: click or drag for the cross-hair; wheel,
+arrow keys, Page Up and Page Down, Home and End to walk; right button or shift and drag for the window;
 ctrl and wheel, + and &minus; to zoom, ctrl and drag to pan, 0 for the whole.</div>"""
 
 
@@ -818,7 +820,10 @@ def write(
     (self.panels.add_class if self.other.value else self.panels.remove_class)("dx-two")
     for axis, (plane, title) in enumerate(self.titles.items()):
         words = slice_words(self.at[axis], self.shape[axis], axis, self.mm)
-        title.value = f'<b style="color:{PLANE_COLOURS[plane]};letter-spacing:.08em;font-size:11px">{plane.upper()}</b> &nbsp; {words}'
+        title.value = (
+            f'<b style="color:{PLANE_COLOURS[plane]};letter-spacing:.08em;font-size:11px">{plane.upper()}</b> '
+            f"&nbsp; {words}"
+        )
     was, self.held = self.held, True  # not typed by a person
     self.width.value, self.level.value = round(limits[1] - limits[0]), round(sum(limits) / 2)
     self.held = was
@@ -900,8 +905,14 @@ def scale_bar(layer: NamedLayer) -> str:  # HTML
         colours = (f'<span style="color:rgb{tuple(map(int, c))}">&#9632;</span> {text}' for c, text in items)
         return f"{warn}{name}{coverage_words(layer.values)} &nbsp; {' &nbsp; '.join(colours)}"
     stops = ",".join(f"rgb{tuple(map(int, rgb[k]))}" for k in range(0, GREY_LEVELS, 17))
-    bar = f'<span style="display:inline-block;width:170px;height:10px;border-radius:3px;border:1px solid #30363d;background:linear-gradient(90deg,{stops})"></span>'
-    return f'{name}<span class="dim">{low:.0f}</span> {bar} <span class="dim">{high:.0f} {"rays" if layer.kind == "density" else "HU"}</span> &nbsp; {warn}'
+    bar = (
+        '<span style="display:inline-block;width:170px;height:10px;border-radius:3px;border:1px solid '
+        f'#30363d;background:linear-gradient(90deg,{stops})"></span>'
+    )
+    return (
+        f'{name}<span class="dim">{low:.0f}</span> {bar} <span class="dim">{high:.0f} '
+        f"{'rays' if layer.kind == 'density' else 'HU'}</span> &nbsp; {warn}"
+    )
 
 # %% ../nbs/05_visualize.ipynb #7c92a6d5
 POINTER_AT_REST: dict[str, list] = {
@@ -1313,7 +1324,10 @@ def make_page(
     return fig, cells, foot
 
 # %% ../nbs/05_visualize.ipynb #32f08b59
-FOOTER = f"{CAUTION.capitalize()}. {GENERATED.capitalize()}; fine detail is a guess. Voxels in no beam (beyond the dotted line) are prior only."
+FOOTER = (
+    f"{CAUTION.capitalize()}. {GENERATED.capitalize()}; fine detail is a guess. Voxels in no beam (beyond the "
+    "dotted line) are prior only."
+)
 
 
 def report_figure(
@@ -1482,7 +1496,8 @@ def validation_cases(
     for name in names or []:
         if name not in valid.cases:
             raise UserError(
-                f"--case {name} is not among the {len(valid)} held-out cases ({', '.join(valid.cases[:4])} ...); choose one of these"
+                f"--case {name} is not among the {len(valid)} held-out cases ({', '.join(valid.cases[:4])} "
+                "...); choose one of these"
             )
     return [valid[valid.cases.index(name)] for name in names or valid.cases[:count]]
 
@@ -1560,7 +1575,8 @@ def run_case(
         unit="mm" if net.line_integrals else "",
         title=f"{case.name}, {label}",
         method=label,
-        made=f"{model.path.parent.name}/{model.path.name}, step {model.meta.get('step', 'unknown')}; seed {a.seed}, {a.samples} samples of {c.STEPS} steps; {date.today()}",
+        made=f"{model.path.parent.name}/{model.path.name}, step {model.meta.get('step', 'unknown')}; seed "
+        f"{a.seed}, {a.samples} samples of {c.STEPS} steps; {date.today()}",
     )
     print(
         f"{case.name}, {a.method}: {out}/mpr.png, report.png, generated.nii.gz",
@@ -1588,7 +1604,8 @@ def main(argv: list[str]):
     for view in views:
         if view.shape != (net.A.pixels,) * 2:
             raise UserError(
-                f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x {net.A.pixels} pixels; prepare the views at that size"
+                f"--ap and --lat have shape {tuple(view.shape)}, the model reads {net.A.pixels} x "
+                f"{net.A.pixels} pixels; prepare the views at that size"
             )
     cases = [Case(a.name, None, torch.stack(views))] if views else validation_cases(model, a.case, a.cases)  # type: ignore[arg-type]  # of the two views nobody knows the truth
     beside = Path() if is_shipped(model.path) else model.path.parent

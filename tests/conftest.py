@@ -1,4 +1,5 @@
-"Shared by all tests: run the installed commands in a clean environment, find the CT folder, skip what this machine cannot do."
+"""Shared by all tests: run the installed commands in a clean environment, find the CT folder, skip what this machine
+cannot do."""
 
 import os
 import subprocess

@@ -1,6 +1,8 @@
-"""GPUs that are not there: tensors lie on the CPU, each with the device it pretends to be on, and no operation may mix devices.
+"""GPUs that are not there: tensors lie on the CPU, each with the device it pretends to be on, and no operation may mix
+devices.
 
-torch's FakeTensorMode has tensors of cuda:0 without CUDA too, but its autograd graph needs CUDA's own device guard: it fails at the first convolution that
+torch's FakeTensorMode has tensors of cuda:0 without CUDA too, but its autograd graph needs CUDA's own device guard: it
+fails at the first convolution that
 wants a gradient. Here numbers are computed, so that results can be compared with those of one device.
 """
 
@@ -83,7 +85,8 @@ class Transfer(torch.autograd.Function):
 class Devices(TorchFunctionMode):
     """Context manager: machine with `gpus` CUDA devices.
 
-    `.device`, `.to`, `.cpu` and every `device=` see pretended devices; an operation on tensors of several devices raises `MixedDevices`.
+    `.device`, `.to`, `.cpu` and every `device=` see pretended devices; an operation on tensors of several devices
+    raises `MixedDevices`.
     """
 
     def __init__(self, gpus: int):

@@ -1,4 +1,5 @@
-"The page in a real browser: two films in, the volume in the viewer, the report, the files; nothing but this machine is asked."
+"""The page in a real browser: two films in, the volume in the viewer, the report, the files; nothing but this machine
+is asked."""
 
 import io
 import os

@@ -1,4 +1,5 @@
-"""The viewer in a real JupyterLab, in a real browser: what a user sees after a slider, a button, a click, the wheel, a key or a drag."""
+"""The viewer in a real JupyterLab, in a real browser: what a user sees after a slider, a button, a click, the wheel, a
+key or a drag."""
 
 import os
 import shutil
@@ -15,7 +16,10 @@ from conftest import ROOT
 
 SHOTS = Path(os.environ.get("DIFFX2CT_ARTIFACTS", ROOT / "artifacts"))  # screenshots, which CI keeps
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 CELL = """
 import numpy as np
 from diffx2ct.phantom import phantom
@@ -71,7 +75,10 @@ def lab(tmp_path_factory):
         | {k: str(tmp / v) for k, v in folders.items()}
         | {"JUPYTER_PATH": str(Path(sys.prefix) / "share/jupyter"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     )
-    options = f"--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --ServerApp.root_dir={work} --IdentityProvider.token="
+    options = (
+        f"--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --port={port} "
+        f"--ServerApp.port_retries=0 --ServerApp.root_dir={work} --IdentityProvider.token="
+    )
     with open(tmp / "log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options.split()], env=env, stdout=log, stderr=subprocess.STDOUT
@@ -250,7 +257,8 @@ def test_controls(page):
 
 @pytest.mark.browser
 def test_mouse_and_keys(page):
-    "A click moves the cross-hair, a move reads out, the wheel and keys walk, a drag with the right button or shift is the window."
+    """A click moves the cross-hair, a move reads out, the wheel and keys walk, a drag with the right button or shift
+    is the window."""
     before = settled(page)
 
     page.mouse.move(*spot(page, "coronal", 0.25, 0.75))
@@ -291,7 +299,8 @@ def test_mouse_and_keys(page):
 
     def levels_are(same):
         page.wait_for_function(
-            "same => same == ([...document.querySelectorAll('.dx .widget-readout')].some(e => e.innerText.includes('500 – 1300')))",
+            "same => same == ([...document.querySelectorAll('.dx .widget-readout')].some(e => "
+            "e.innerText.includes('500 – 1300')))",
             arg=same,
         )
 

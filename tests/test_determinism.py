@@ -1,4 +1,5 @@
-"The same seed gives the same phantoms, split, order, weights and sample to the last bit, in another process, with other workers; and the losses of a golden run stay what they were."
+"""The same seed gives the same phantoms, split, order, weights and sample to the last bit, in another process, with
+other workers; and the losses of a golden run stay what they were."""
 
 import json
 import platform
@@ -23,23 +24,31 @@ from diffx2ct.cases import open_data
 from diffx2ct.train import batch_plan, train_run
 torch.set_num_threads(1)
 sha = lambda *blobs: hashlib.sha256(b"".join(blobs)).hexdigest()
-tiny = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=4", "TRAINING.PATCH_SIZE=16", "MODEL.UNET.NUM_CHANNELS=[8, 16]", "MODEL.UNET.ATTENTION_LEVELS=[false, true]", "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true]",
-        "MODEL.CONDITIONING_ENCODER.NUM_CHANNELS=8", "EPOCHS=3", "VALIDATION_SPLIT=0.26", "TRAINING.LOSS_PHASE_EPOCHS=[1, 1]", "TRAINING.AUGMENT.PASSES=0", "TRAINING.AMP=off", "DIFFUSION.STEPS=2", "DEVICES=cpu",
-        "TRAINING.OPTIMIZER=adamw", "TRAINING.LEARNING_RATE=0.001"]  # orthogonal steps raise rounding above what may be compared across CPUs
+tiny = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=4", "TRAINING.PATCH_SIZE=16",
+"MODEL.UNET.NUM_CHANNELS=[8, 16]", "MODEL.UNET.ATTENTION_LEVELS=[false, true]",
+"MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true]",
+        "MODEL.CONDITIONING_ENCODER.NUM_CHANNELS=8", "EPOCHS=3", "VALIDATION_SPLIT=0.26",
+        "TRAINING.LOSS_PHASE_EPOCHS=[1, 1]", "TRAINING.AUGMENT.PASSES=0", "TRAINING.AMP=off", "DIFFUSION.STEPS=2",
+        "DEVICES=cpu",
+        "TRAINING.OPTIMIZER=adamw", "TRAINING.LEARNING_RATE=0.001"]  # orthogonal steps raise rounding above what may be
+        compared across CPUs
 c = load_config(sets=tiny + sys.argv[1:])
 data = open_data(c)
 train_run(c, data, Path("run"), {})
 history = torch.load(max(Path("run").glob("training_*.pt")), weights_only=True)["history"]
 model = load_model(max(Path("run").glob("model_*"))).denoiser
 sample = reconstruct(model, data.valid[0].views, "sample", c.DIFFUSION, patch=16)
-print(json.dumps(dict(phantoms=sha(*(p.read_bytes() for p in sorted(Path("data").rglob("*.pt")))), split=[data.train.cases, data.valid.cases], order=repr([batch_plan(c, 3, s) for s in range(6)]),
-                      losses=history["losses"], values=history["values"], weights=sha(*(v.numpy().tobytes() for v in model.state_dict().values())), sample=sha(sample.numpy().tobytes()))))
+print(json.dumps(dict(phantoms=sha(*(p.read_bytes() for p in sorted(Path("data").rglob("*.pt")))),
+split=[data.train.cases, data.valid.cases], order=repr([batch_plan(c, 3, s) for s in range(6)]),
+                      losses=history["losses"], values=history["values"], weights=sha(*(v.numpy().tobytes() for v in
+                      model.state_dict().values())), sample=sha(sample.numpy().tobytes()))))
 """
 
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory) -> list[dict]:
-    "Two processes in two folders, one of which reads its crops in two more; hashes of Python's own are seeded differently."
+    """Two processes in two folders, one of which reads its crops in two more; hashes of Python's own are seeded
+    differently."""
 
     def run(n):
         got = run_cmd(
@@ -67,7 +76,8 @@ def cpu() -> str:
 
 
 def test_the_golden_run(twice):
-    "Within a torch release the losses stay, to rounding on any CPU and to the bit on the kind of CPU they were noted on, since its units decide in which order sums are taken."
+    """Within a torch release the losses stay, to rounding on any CPU and to the bit on the kind of CPU they were
+    noted on, since its units decide in which order sums are taken."""
     release, known = torch.__version__.split("+")[0], json.loads(GOLDEN.read_text())
     if release not in known:
         pytest.skip(f"{GOLDEN.name} has no losses of torch {release}")

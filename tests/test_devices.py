@@ -1,4 +1,5 @@
-"Three GPUs that are not there (`pretended`): training and sampling of the profile lidc256, and every copy between devices left out once."
+"""Three GPUs that are not there (`pretended`): training and sampling of the profile lidc256, and every copy between
+devices left out once."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,5 @@
-"What can be said about the container without building it: its files parse, name what exists, hold no secret, and match the scripts."
+"""What can be said about the container without building it: its files parse, name what exists, hold no secret, and
+match the scripts."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"`diffx2ct_evaluate` from the outside: a tiny checkpoint that `diffx2ct_train` has written, its own cases and folders of all kinds."
+"""`diffx2ct_evaluate` from the outside: a tiny checkpoint that `diffx2ct_train` has written, its own cases and
+folders of all kinds."""
 
 import json
 import re

@@ -1,6 +1,9 @@
-"""Files made to do harm, in place of every file a command reads: exit code 2 and one sentence, or a correct read. Never a traceback, ten seconds, two gigabytes, a file outside the output folder, or code that runs.
+"""Files made to do harm, in place of every file a command reads: exit code 2 and one sentence, or a correct read. Never
+a traceback, ten seconds, two gigabytes, a file outside the output folder, or code that runs.
 
-The commands run in one long-lived process with a limit on its memory and somebody who watches the clock. All inputs are written into a table with their outcomes: `table.md` in pytest's folder, or in `$DIFFX2CT_HOSTILE`; `$DIFFX2CT_HOSTILE_EXAMPLES` says how many random inputs Hypothesis makes of each kind."""
+The commands run in one long-lived process with a limit on its memory and somebody who watches the clock. All inputs are
+written into a table with their outcomes: `table.md` in pytest's folder, or in `$DIFFX2CT_HOSTILE`;
+`$DIFFX2CT_HOSTILE_EXAMPLES` says how many random inputs Hypothesis makes of each kind."""
 
 import gzip
 import hashlib
@@ -1148,7 +1151,8 @@ NAMES = [
 @slow
 @pytest.mark.parametrize("name", NAMES)
 def test_names(reader, good, name):
-    "A scan, a folder of slices and an image whose name is a trap are read, unless it is no text, and what is written lies in the output folder under a plain name."
+    """A scan, a folder of slices and an image whose name is a trap are read, unless it is no text, and what is
+    written lies in the output folder under a plain name."""
     at = reader.at / "names"
     shutil.rmtree(at, ignore_errors=True)
     (at / "x" / f"{name}.d").mkdir(parents=True)
@@ -1254,7 +1258,8 @@ def test_study_names(reader, name):
 
 @slow
 def test_links_and_devices(reader, good):
-    "Links out of the folder are read or refused like files; a pipe or a device is never waited for; a link in the output folder is replaced, not followed."
+    """Links out of the folder are read or refused like files; a pipe or a device is never waited for; a link in the
+    output folder is replaced, not followed."""
     at, wrongs = reader.at / "links", []
     (at / "in").mkdir(parents=True)
     precious = at / "precious.pt"
@@ -1461,7 +1466,8 @@ def test_no_loader_that_runs_code():
         (name, m[0])
         for name, t in text.items()
         for m in re.finditer(
-            r"\b(torch\.load|np\.load|yaml\.\w*load\w*)\(.*|\b(import|from) (pickle|dill|joblib|cloudpickle|shelve|marshal)\b",
+            r"\b(torch\.load|np\.load|yaml\.\w*load\w*)\(.*|\b(import|from) "
+            r"(pickle|dill|joblib|cloudpickle|shelve|marshal)\b",
             t,
         )
     ]
@@ -1480,7 +1486,8 @@ def test_no_loader_that_runs_code():
 
 @slow
 def test_any_flipped_byte_of_a_checkpoint_is_noticed(good, tmp_path, capsys):
-    "200 bytes drawn at random in all files of a folder, the checksums among them: named, and where there is a pair before it, that one is used."
+    """200 bytes drawn at random in all files of a folder, the checksums among them: named, and where there is a pair
+    before it, that one is used."""
     net, c = network()
 
     def flipped(folder, name):

@@ -1,4 +1,5 @@
-"Rules of reconstruction, of evaluation and of uncertainty, each by a small case worked out by hand; the models are untrained."
+"""Rules of reconstruction, of evaluation and of uncertainty, each by a small case worked out by hand; the models are
+untrained."""
 
 import json
 import math

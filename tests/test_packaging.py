@@ -110,7 +110,8 @@ def test_every_setting_is_read_by_some_chapter():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    "The bin folder of a new environment with the wheel, made from the source archive, and with this one's packages, but not with this checkout."
+    """The bin folder of a new environment with the wheel, made from the source archive, and with this one's packages,
+    but not with this checkout."""
     base = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE", "config.yml"):
         shutil.copy(ROOT / name, base / name)

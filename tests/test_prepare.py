@@ -1,4 +1,5 @@
-"""`diffx2ct_prepare` from the outside: real processes, tiny synthetic scans of every kind, and real CT where it is there."""
+"""`diffx2ct_prepare` from the outside: real processes, tiny synthetic scans of every kind, and real CT where it is
+there."""
 
 import json
 import os
@@ -323,7 +324,8 @@ def test_settings_are_taken_over(tmp_path, capfd):
 
 
 def test_a_case_is_never_half_new(tmp_path, monkeypatch):
-    "A new version that cannot be written leaves the old one; stopped between the new views and the new volume, a case has no volume."
+    """A new version that cannot be written leaves the old one; stopped between the new views and the new volume, a
+    case has no volume."""
     from diffx2ct import data
 
     old, new = (torch.zeros(8, 8, 8), torch.zeros(2, 8, 8)), (torch.ones(8, 8, 8), torch.ones(2, 8, 8))

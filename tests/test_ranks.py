@@ -43,7 +43,8 @@ def ended(cwd: Path, name: str) -> tuple[list, dict]:
 
 
 def alike(a: tuple, b: tuple):
-    "Two runs are one: losses to rounding, which grows a little from step to step; weights as a whole, since AdamW makes a step of rounding where a gradient is nothing else."
+    """Two runs are one: losses to rounding, which grows a little from step to step; weights as a whole, since AdamW
+    makes a step of rounding where a gradient is nothing else."""
     assert a[0] == pytest.approx(b[0], rel=1e-4) and len(a[0]) == 6
     assert a[1].keys() == b[1].keys()
     assert (
@@ -54,7 +55,8 @@ def alike(a: tuple, b: tuple):
 
 @pytest.mark.slow
 def test_as_many_ranks_as_you_like(place):
-    "One rank, two with whole networks, three with slices (uneven shares: 2, 1, 1), a coarse stage first; and a run that changes between them."
+    """One rank, two with whole networks, three with slices (uneven shares: 2, 1, 1), a coarse stage first; and a run
+    that changes between them."""
     coarse = ["--set", "TRAINING.COARSE_EPOCHS=[2]", "--set", "MODEL.UNET.PLANAR_LEVELS=1"]
     said = go(place, "one", 1, *coarse)
     assert "best validation PSNR" in go(place, "two", 2, *coarse) and said.count("data:") == 1
@@ -66,7 +68,8 @@ def test_as_many_ranks_as_you_like(place):
 
 @pytest.mark.slow
 def test_a_run_changes_its_number_of_ranks(place):
-    "Two ranks begin, are stopped by a signal, one goes on and is stopped, three with slices end it: losses of a run that was left in peace."
+    """Two ranks begin, are stopped by a signal, one goes on and is stopped, three with slices end it: losses of a run
+    that was left in peace."""
     go(place, "peace", 1)
     command = lambda n, *more: [
         BIN / "diffx2ct_train",
@@ -213,7 +216,8 @@ def database() -> str:
 
 
 def share_a_study(tmp_path: Path, storage: str):
-    "Two machines, which is to say two folders, work on one study: every trial is done once, and each folder holds its own."
+    """Two machines, which is to say two folders, work on one study: every trial is done once, and each folder holds
+    its own."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tiny.yml").write_text(TINY)

@@ -1,4 +1,5 @@
-"What a run tells W&B, read back from the offline file, and what it must not tell anybody: keys, passwords, the header of a DICOM file."
+"""What a run tells W&B, read back from the offline file, and what it must not tell anybody: keys, passwords, the
+header of a DICOM file."""
 
 import json
 import os
@@ -108,7 +109,8 @@ def here(tmp_path_factory) -> Path:
 
 
 def test_every_step_is_told_once_across_a_stop_and_a_kill(here):
-    "Two coarse steps, then one an epoch; what W&B has not yet written when it is killed with the run may be lost, nothing else."
+    """Two coarse steps, then one an epoch; what W&B has not yet written when it is killed with the run may be lost,
+    nothing else."""
     files = [f for f in runs(here) if "single-single" in f.name]
     assert len(files) == 3 and len({f.name for f in files}) == 1  # the same run goes on
     *rows, end = [r for f in files for r in rows_of(f)]

@@ -342,7 +342,8 @@ def test_a_damaged_slice_is_named(tmp_path, only, n):
 
 
 def test_a_library_never_raises_through(tmp_path):
-    "Garbage in numbers of the header, an unknown compression, a compressed slice cut short: a sentence that names the file."
+    """Garbage in numbers of the header, an unknown compression, a compressed slice cut short: a sentence that names
+    the file."""
     a = series(tmp_path / "a")
     replace(a, lambda b: b.replace(b"-1024.0 ", b"-1,024.0"))
     b = replace(compressed(tmp_path / "b", "JPEG2000"), lambda b: b[:-60])

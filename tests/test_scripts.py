@@ -22,7 +22,8 @@ COMMANDS = [
 
 @pytest.fixture
 def fake(tmp_path) -> Path:
-    "A project folder with a space in its name, all scripts in it, and a `python` that only notes what it is asked to do."
+    """A project folder with a space in its name, all scripts in it, and a `python` that only notes what it is asked
+    to do."""
     root = tmp_path / "a project"
     shutil.copytree(ROOT / "docker", root / "docker")
     for name in (

@@ -94,7 +94,8 @@ def test_absent_it_is_one_sentence(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_commands_use_it(weights, tmp_path):
-    "Without --checkpoint_dir: pictures of a phantom, a CT of two stored views, and a training that begins with its weights."
+    """Without --checkpoint_dir: pictures of a phantom, a CT of two stored views, and a training that begins with its
+    weights."""
     env = dict(DIFFX2CT_WEIGHTS=str(weights))
     p = run_cmd(["diffx2ct_visualize", "--samples", "2", "--steps", "1"], cwd=tmp_path, **env)
     assert p.returncode == 0, p.stderr

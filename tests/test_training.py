@@ -84,7 +84,8 @@ MINUTES = 600  # s: no test waits longer for a process, and none needs it
 
 
 def at_file(folder: Path, pattern: str, act: str) -> dict[str, str]:
-    "Variables with which a command acts as soon as it has put a file of that pattern into its place, however busy we are."
+    """Variables with which a command acts as soon as it has put a file of that pattern into its place, however busy
+    we are."""
     hook = folder / f"hook{len(list(folder.glob('hook*')))}"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK.format(pattern=f"*{pattern}", act=act))
@@ -105,7 +106,8 @@ def states(cwd: Path, name: str) -> list[str]:
 
 
 def tensors(folder: Path) -> dict:
-    "Tensor -> hash, of the best model in a finished trial's folder, and its history: losses, norms, thresholds, values."
+    """Tensor -> hash, of the best model in a finished trial's folder, and its history: losses, norms, thresholds,
+    values."""
     with safe_open(folder / "best.safetensors", "np") as f:
         out = {k: hashlib.sha256(f.get_tensor(k).tobytes()).hexdigest() for k in f.keys()}
     history = json.loads((folder / "history.json").read_text())
@@ -302,7 +304,10 @@ def test_nothing_is_on_stderr_but_progress_bars(here):
     "lines, found", [("", False), ("machine elsewhere.org login a password b\n", False), (None, True)]
 )
 def test_a_login_of_wandb_is_found_without_a_word(tmp_path, lines, found):
-    code = "from diffx2ct.reporting import has_wandb_login; import wandb; print(wandb.setup().settings.base_url, has_wandb_login())"
+    code = (
+        "from diffx2ct.reporting import has_wandb_login; import wandb; print(wandb.setup().settings.base_url, "
+        "has_wandb_login())"
+    )
     env = {"HOME": str(tmp_path), "WANDB_API_KEY": None, "WANDB_MODE": None, "NETRC": None}
     if lines is None:
         lines = "machine api.example.org\n  login user\n  password 0123456789012345678901234567890123456789\n"

@@ -1,4 +1,5 @@
-"`diffx2ct_reconstruct` from the outside: images of all kinds as other programs write them, a NIfTI volume and a DICOM series as other programs read them."
+"""`diffx2ct_reconstruct` from the outside: images of all kinds as other programs write them, a NIfTI volume and a
+DICOM series as other programs read them."""
 
 import gzip
 import json

@@ -1,4 +1,5 @@
-"What a reader looks at: letters, cross-hair, samples, signs and colours, found again in the pixels. No browser, no model."
+"""What a reader looks at: letters, cross-hair, samples, signs and colours, found again in the pixels. No browser, no
+model."""
 
 import base64
 import io

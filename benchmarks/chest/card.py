@@ -1,4 +1,5 @@
-"""MODEL_CARD.md of a trained model, from its header, from doubt.json beside it, and from result files. A figure that is nowhere measured leaves its row out."""
+"""MODEL_CARD.md of a trained model, from its header, from doubt.json beside it, and from result files. A figure that is
+nowhere measured leaves its row out."""
 
 import argparse
 import json
@@ -45,7 +46,8 @@ def model_facts(meta: dict, path: Path) -> dict:
     n = c["DATA"]["TARGET_VOLUME_SIZE"]
     return {
         "volume": f"{n} x {n} x {n} voxels of {meta['mm']:.4g} mm",
-        "views": f"two, {c['DATA']['TARGET_DRR_SIZE']} x {c['DATA']['TARGET_DRR_SIZE']} pixels on a detector of {g['panel_mm']:g} mm",
+        "views": f"two, {c['DATA']['TARGET_DRR_SIZE']} x {c['DATA']['TARGET_DRR_SIZE']} pixels on a detector of "
+        f"{g['panel_mm']:g} mm",
         "geometry": f"{g['kind']} beams{cone}{''.join(f', {s}' for s in sides)}",
         "values": f"HU {c['DATA']['HU_MIN']:g} to {c['DATA']['HU_MAX']:g}",
         "training cases": len(cases["train"]) if cases.get("train") else None,
@@ -85,7 +87,8 @@ def scores(result: dict) -> list[str]:
     return [
         f"### {s['data']}, {len(result['cases'])} cases",
         "",
-        f"Protocol {s['protocol']}, consistency {s['consistency']}, seed {s['seed']}, {s['steps']} steps; mean with its 95 % interval over cases.",
+        f"Protocol {s['protocol']}, consistency {s['consistency']}, seed {s['seed']}, {s['steps']} steps; "
+        "mean with its 95 % interval over cases.",
         "",
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
@@ -137,7 +140,9 @@ def calibration(path: Path) -> list[str]:
     return [
         "## Uncertainty",
         "",
-        f"The spread of 2 to {most} samples is calibrated on {len(d['cases'])} cases with a known volume, per tissue and separately for voxels in no beam; `score_limits` of the report come from the same cases.",
+        f"The spread of 2 to {most} samples is calibrated on {len(d['cases'])} cases with a known volume, "
+        "per tissue and separately for voxels in no beam; `score_limits` of the report come from the same "
+        "cases.",
         "",
     ]
 
@@ -210,11 +215,13 @@ def main(argv: list[str]) -> None:
         p.add_argument(
             "results",
             nargs="*",
-            help="files of diffx2ct_evaluate --json, or of title, columns and rows (default: all in benchmarks/chest/results)",
+            help="files of diffx2ct_evaluate --json, or of title, columns and rows (default: all in "
+            "benchmarks/chest/results)",
         )
         p.add_argument(
             "--text",
-            help="JSON of what no file states: use, data, preparation, licence, cost, limits (default: benchmarks/chest/card.json, where there is one)",
+            help="JSON of what no file states: use, data, preparation, licence, cost, limits (default: "
+            "benchmarks/chest/card.json, where there is one)",
         )
         p.add_argument("--out", help="default: MODEL_CARD.md beside the model and in the project folder")
         a = p.parse_args(argv)

@@ -3,7 +3,8 @@
 python benchmarks/chest/data.py --ct ../shared/ct --out data/chest --hold_out lidc_idri_0021 lung_dx_a0001_dicom
 
 `--out` gets volumes/ and drrs/ as `diffx2ct_prepare` writes them, in the geometry `chest` (cube 384 mm).
-Real chests are copied (as hard links) so that each pass over the cases sees them as often as 1 in 4 cases; augmentation changes every copy.
+Real chests are copied (as hard links) so that each pass over the cases sees them as often as 1 in 4 cases; augmentation
+changes every copy.
 The held-out chests are there once, to be named in DATA.VALIDATION_CASES."""
 
 import argparse

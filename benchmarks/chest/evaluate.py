@@ -3,7 +3,8 @@
 python benchmarks/chest/evaluate.py --checkpoint_dir chest --data data/chest --out benchmarks/chest/results
 python benchmarks/chest/evaluate.py --checkpoint_dir chest --phantoms 40      phantoms of new seeds alone, no data needed
 
-Real chests are those of `--data` that the header names as held out. Films are simulated from the volume that is judged, with random settings
+Real chests are those of `--data` that the header names as held out. Films are simulated from the volume that is judged,
+with random settings
 (chapter 00g), and calibrated by the checkpoint's calibration network; benchmarks/film has films of another simulator.
 PSNR and SSIM by protocol `unit`; errors of lung volume, cardiothoracic ratio and bend of the spine are absolute.
 `within` is the share of cases whose measure lies inside the interval that `doubt.json` states (aim: 0.9)."""

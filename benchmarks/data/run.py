@@ -4,11 +4,16 @@ python benchmarks/data/run.py                    both tables; minutes
 python benchmarks/data/run.py --only crops       crops or views
 python benchmarks/data/run.py --edge 32 --repeats 1 --out /tmp/data   a rehearsal
 
-crops   cubes of half the edge out of volumes of --edge voxels, at random: `torch.load` of a single-precision .pt for every crop, as the original did, against
-        `CTPairs` and `Crops` (chapters 00 and 04). All read the same crops, from the page cache, between steps of a network that trains in the same process, since
-        in an idle one the figures hang on whether the allocator happens to give its pages back; every way's crops are compared with the first way's
-views   where a case is changed its views are rendered anew: the share of a training step that takes, for both geometries, at --edge / 2 with the profile demo
-        and at --edge with the profile lidc128 as shipped, batch 1; and the share of warping the volume, which half of the cases are spared
+crops   cubes of half the edge out of volumes of --edge voxels, at random: `torch.load` of a single-precision .pt for
+        every crop, as the original did, against
+        `CTPairs` and `Crops` (chapters 00 and 04). All read the same crops, from the page cache, between steps of a
+        network that trains in the same process, since
+        in an idle one the figures hang on whether the allocator happens to give its pages back; every way's crops are
+        compared with the first way's
+views   where a case is changed its views are rendered anew: the share of a training step that takes, for both
+        geometries, at --edge / 2 with the profile demo
+        and at --edge with the profile lidc128 as shipped, batch 1; and the share of warping the volume, which half of
+        the cases are spared
 
 Times are CPU seconds of one thread, interleaved, medians of --repeats rounds."""
 

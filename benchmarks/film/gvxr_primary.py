@@ -2,9 +2,12 @@
 
 python benchmarks/film/gvxr_primary.py chest.npy primary.npy
 
-Runs in an environment of its own with gvxr, xraylib, spekpy, scikit-image and numpy; it needs EGL but no screen. The input is the density relative to water of a
-384 mm cube, (D, H, W), as run.py --write_density writes it. Each surface adds a step of density inside it. gvxr traces the rays of the preset `chest` through one
-surface at a time, since many nested surfaces at once come out wrong in gvxr 2.1.0; their path lengths are combined over the spectrum. Written is the share of the
+Runs in an environment of its own with gvxr, xraylib, spekpy, scikit-image and numpy; it needs EGL but no screen. The
+input is the density relative to water of a
+384 mm cube, (D, H, W), as run.py --write_density writes it. Each surface adds a step of density inside it. gvxr traces
+the rays of the preset `chest` through one
+surface at a time, since many nested surfaces at once come out wrong in gvxr 2.1.0; their path lengths are combined over
+the spectrum. Written is the share of the
 open beam's energy, (2, 192, 192), frontal and lateral."""
 
 import sys

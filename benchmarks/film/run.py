@@ -1,13 +1,17 @@
-"""How far from line integrals are films, and what does that cost? Chests from CT, films of them, calibration, reconstruction.
+"""How far from line integrals are films, and what does that cost? Chests from CT, films of them, calibration,
+reconstruction.
 
 python benchmarks/film/run.py --ct ../shared/ct --calibrator calibrator.safetensors --trained_on lidc_idri_0001
 python benchmarks/film/run.py --ct ../shared/ct --calibrator calibrator.safetensors --checkpoint_dir checkpoints/chest
 python benchmarks/film/run.py --xray ../shared/xray --calibrator calibrator.safetensors   real pairs alone
 
-The films are rendered from 2 mm volumes, with settings outside the ranges that `FilmSettings` is randomised in, and then scaled down to the model's detector.
+The films are rendered from 2 mm volumes, with settings outside the ranges that `FilmSettings` is randomised in, and
+then scaled down to the model's detector.
 With --gvxr there are also films whose primary beam another program has made (gvxr_primary.py says how).
-Each row gives the mean relative error of the line integrals; with a checkpoint also PSNR and SSIM of the volume (protocol `unit`, the method `expected`). Cases
-that the calibrator was trained on (--trained_on) are averaged in rows of their own. Without a checkpoint, quantile matching uses the mean views of phantoms.
+Each row gives the mean relative error of the line integrals; with a checkpoint also PSNR and SSIM of the volume
+(protocol `unit`, the method `expected`). Cases
+that the calibrator was trained on (--trained_on) are averaged in rows of their own. Without a checkpoint, quantile
+matching uses the mean views of phantoms.
 For real pairs there is no truth: the figure is the difference of the two views' weight per height."""
 
 import argparse

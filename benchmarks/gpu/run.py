@@ -4,14 +4,17 @@ benchmarks/gpu/run.sh                        every part, on cuda:0, under 8 minu
 benchmarks/gpu/run.sh --only numerics steps  some parts
 benchmarks/gpu/run.sh --device cpu --tiny    a rehearsal: the same code on tiny networks, about a minute
 
-numerics   the same numbers as on a CPU: projector, adjoint, projection onto the views, lifting, network, gradients, Newton-Schulz, a sample
+numerics   the same numbers as on a CPU: projector, adjoint, projection onto the views, lifting, network, gradients,
+           Newton-Schulz, a sample
 steps      training steps of every profile at its own crop and batch, on one card: seconds, peak memory, loss
 volumes    training steps on whole volumes of 128^3 and 256^3, batch 1
 sampling   a volume in 8 evaluations, whole and in windows; ambition at 256^3: 4 s and 8 GB
-split      a step of lidc256 cut into three runs, every cut a copy, all on this card, against the network in one piece; bar: 5 % slower
+split      a step of lidc256 cut into three runs, every cut a copy, all on this card, against the network in one piece;
+           bar: 5 % slower
 compile    the steps again with torch.compile: seconds to start, and per step
 
-A part is a process of its own with a time limit of its own. What fails or takes too long is recorded with what was measured before, and the next part begins.
+A part is a process of its own with a time limit of its own. What fails or takes too long is recorded with what was
+measured before, and the next part begins.
 All goes into gpu.json; the exit code is 1 where a part failed or a check of numerics did not hold."""
 
 import argparse

@@ -1,17 +1,23 @@
-"""Does a search survive being killed? Runs that are killed and started again until they end, held against one that was left in peace; and many workers on one study.
+"""Does a search survive being killed? Runs that are killed and started again until they end, held against one that was
+left in peace; and many workers on one study.
 
 python benchmarks/kills/run.py                      everything: about half an hour on one core
 python benchmarks/kills/run.py --only kills         kills, workers, server, taken or away
 python benchmarks/kills/run.py --kills 6 --trials 12 --out /tmp/kills   a rehearsal
 
-kills     a search of two trials at 16^3 with accumulation, EMA, dynamic clipping, AMP, loss phases, a coarse stage and W&B offline, killed by SIGKILL at drawn moments: some after a
-          drawn time, the others at a drawn call of a drawn kind, just before it or just after. At the end every file and every row is compared with the search that nobody killed
+kills     a search of two trials at 16^3 with accumulation, EMA, dynamic clipping, AMP, loss phases, a coarse stage and
+          W&B offline, killed by SIGKILL at drawn moments: some after a
+          drawn time, the others at a drawn call of a drawn kind, just before it or just after. At the end every file
+          and every row is compared with the search that nobody killed
 workers   four processes on one SQLite file, at 8^3
-server    four processes on one PostgreSQL server, which is stopped without ceremony and started again when half of the trials are there
+server    four processes on one PostgreSQL server, which is stopped without ceremony and started again when half of the
+          trials are there
 taken     four processes, one of which is killed in mid-trial: how long until another goes on with its trial
-away      two processes in folders of their own, one of which is killed in mid-trial: how long until the other gives its trial up and trains its values, with a grace of 5 s
+away      two processes in folders of their own, one of which is killed in mid-trial: how long until the other gives its
+          trial up and trains its values, with a grace of 5 s
 
-Processes are forked from one that has imported everything, so that a start costs no more than the work. Kills that are in the result already are kept: the same command
+Processes are forked from one that has imported everything, so that a start costs no more than the work. Kills that are
+in the result already are kept: the same command
 goes on. Exit code 1 where anything was lost."""
 
 import argparse

@@ -5,9 +5,11 @@ python benchmarks/memory/run.py --only volume       cases whose name holds a wor
 python benchmarks/memory/run.py --list              what there is and what is missing; runs nothing
 
 options   the U-Net of width 32 at 64^3: checkpointed blocks, half-resolution input and bf16, each off and on
-volume    the network of the profile lidc256 as shipped, its crop the whole volume, from 32^3 to 256^3; and a U-Net in the original's style
+volume    the network of the profile lidc256 as shipped, its crop the whole volume, from 32^3 to 256^3; and a U-Net in
+          the original's style
 
-Each case is one training step (read, augment, render, forward, loss, backward, AdamW) in a process of its own. `peak` is the largest resident memory of that
+Each case is one training step (read, augment, render, forward, loss, backward, AdamW) in a process of its own. `peak`
+is the largest resident memory of that
 process less what it held before the network was built, so it contains weights, gradients and optimizer: 16 bytes a
 parameter, which the column beside it leaves out. `saved` is what autograd keeps for the backward
 pass, by `SavedBytes` of chapter 02. A case is one file in results/; the 256^3 step takes minutes and 10 GB."""
@@ -48,7 +50,8 @@ def cases() -> dict[str, tuple[str, int, dict]]:
     out = {}
     for checkpointing, half, bf16 in product((False, True), (False, True), (False, True)):
         out[
-            f"options checkpointing {'on' if checkpointing else 'off'}, half resolution {'on' if half else 'off'}, bf16 {'on' if bf16 else 'off'}"
+            f"options checkpointing {'on' if checkpointing else 'off'}, half resolution "
+            f"{'on' if half else 'off'}, bf16 {'on' if bf16 else 'off'}"
         ] = (
             "demo",
             64,

@@ -563,7 +563,9 @@ MUTANTS = {
     "checkpoint": [
         (
             "model before training state",
-            '    on_rank_zero(\n        lambda: write_with_checksum(folder / f"training_{step:06d}.pt", lambda p: write_pt({"step": step, **state}, p))\n    )\n    save_model(folder / f"model_{step:06d}.safetensors", ema, meta, denoiser)\n',
+            '    on_rank_zero(\n        lambda: write_with_checksum(folder / f"training_{step:06d}.pt", '
+            'lambda p: write_pt({"step": step, **state}, p))\n    )\n    save_model(folder / '
+            'f"model_{step:06d}.safetensors", ema, meta, denoiser)\n',
             MODEL + STATE,
             "an orphan after a kill",
         ),

@@ -69,7 +69,8 @@ CHECKS = {
         "nbs/02b_reconstruct.ipynb",
     ],
     "train": [
-        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or means or best_one",
+        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or "
+        "means or best_one",
         "tests/test_training_rules.py",
         "tests/test_determinism.py",
         "nbs/04_train_optuna.ipynb",

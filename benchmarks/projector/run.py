@@ -5,10 +5,13 @@ python benchmarks/projector/run.py --edge 16 --repeats 1 --out /tmp/projector   
 
 ours     `Projector` of chapter 00a: zoomed planes, summed
 rays     trilinear samples at 192 points of every ray with `grid_sample`, the definition of the integral written down
-Siddon   the exact path through every voxel, by DiffDRR's own renderer (pip install --no-deps diffdrr is enough: only its renderers are imported); where it is
-         missing its rows are left out, saying so. It takes voxels for boxes of one density, where the other two interpolate: hence about one per cent
+Siddon   the exact path through every voxel, by DiffDRR's own renderer (pip install --no-deps diffdrr is enough: only
+         its renderers are imported); where it is
+         missing its rows are left out, saying so. It takes voxels for boxes of one density, where the other two
+         interpolate: hence about one per cent
 
-Both geometries (parallel, and the cone of x2ct), forward, and forward with the gradient of the volume; all in turn, CPU seconds of one thread, medians of --repeats
+Both geometries (parallel, and the cone of x2ct), forward, and forward with the gradient of the volume; all in turn, CPU
+seconds of one thread, medians of --repeats
 rounds. The bars: twenty times as quick as Siddon, within 1.5 % of it."""
 
 import argparse

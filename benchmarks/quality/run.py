@@ -5,8 +5,10 @@ python benchmarks/quality/run.py --only sarcoma     rows whose name holds a word
 python benchmarks/quality/run.py --list             what there is and what is missing; trains nothing
 python benchmarks/quality/run.py --minutes 0.2 --out /tmp/q   a rehearsal
 
-Each row trains in a process of its own on one thread, from one seed, for a budget of CPU time that becomes a number of steps by timing a few of them
-first, by turns with steps of ours, and is scored with its last weights, never with the best of several, on patients it has not seen. A killed run goes on
+Each row trains in a process of its own on one thread, from one seed, for a budget of CPU time that becomes a number of
+steps by timing a few of them
+first, by turns with steps of ours, and is scored with its last weights, never with the best of several, on patients it
+has not seen. A killed run goes on
 where it was.
 Rows are data: what differs from config.yml's defaults is written here and in the results."""
 
@@ -188,7 +190,8 @@ def pacer(T, c, data, still: bool):
 
 
 def costs(T, plans: list) -> list[list[float]]:
-    "CPU seconds that each stage of each plan would take with its settings' own epochs. Steps are timed by turns, so that what else the machine does falls on all alike; a little is added for the averaging of weights."
+    """CPU seconds that each stage of each plan would take with its settings' own epochs. Steps are timed by turns, so
+    that what else the machine does falls on all alike; a little is added for the averaging of weights."""
     pacers = [[pacer(T, c, d, T.as_scanned(plan[-1][1])) for _, c, d in plan] for plan in plans]
     times = [[[f(s) for f in row] for row in pacers] for s in range(ROUNDS)]
     return [
@@ -201,7 +204,8 @@ def costs(T, plans: list) -> list[list[float]]:
 
 
 def shorten(T, c, ours, data, seconds: float, pace: Path) -> dict:
-    "Epochs of every stage for a budget of CPU seconds: early stages are as long as those of ours, whose stages all get the same share of their settings' own, and the last one fills what is left."
+    """Epochs of every stage for a budget of CPU seconds: early stages are as long as those of ours, whose stages all
+    get the same share of their settings' own, and the last one fills what is left."""
     from diffx2ct.data import write_atomic
 
     plan = T.stages(c, data)
@@ -347,18 +351,27 @@ def summary(out: Path) -> str:
         said += [
             f"### {name}",
             "",
-            "| method | cases | CPU min | steps | volume | PSNR, dB | over the floor of the same cases | SSIM | MAE, HU |",
+            "| method | cases | CPU min | steps | volume | PSNR, dB | over the floor of the same cases | "
+            "SSIM | MAE, HU |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for m in ("mean", "consistent_mean"):
             said.append(
-                f"| {m.replace('_', ' ')} | {len(block[0]['cases'])} | 0 | 0 | | {show(block[0]['scores'][m]['psnr'], '.2f')} | {block[0]['scores'][m]['psnr'][0] - floor:+.2f} | {block[0]['scores'][m]['ssim'][0]:.3f} | {block[0]['scores'][m]['mae_hu'][0]:.0f} |"
+                f"| {m.replace('_', ' ')} | {len(block[0]['cases'])} | 0 | 0 | | "
+                f"{show(block[0]['scores'][m]['psnr'], '.2f')} | "
+                f"{block[0]['scores'][m]['psnr'][0] - floor:+.2f} | {block[0]['scores'][m]['ssim'][0]:.3f} "
+                f"| {block[0]['scores'][m]['mae_hu'][0]:.0f} |"
             )
         for r in block:
             for m in ("expected", "expected (off)", "sample", "sample (off)", "mean_of_k"):
                 if s := r["scores"].get(m):
                     said.append(
-                        f"| {r['method'].replace('_', ' ')} | {len(r['cases'])} | {r['cpu_seconds'] / 60:.1f} | {r['steps']} | {m.replace('_', ' ').replace('(off)', 'before consistency')} | {show(s['psnr'], '.2f')} | {s['psnr'][0] - r['scores']['consistent_mean']['psnr'][0]:+.2f} | {s['ssim'][0]:.3f} | {s['mae_hu'][0]:.0f} |"
+                        f"| {r['method'].replace('_', ' ')} | {len(r['cases'])} | "
+                        f"{r['cpu_seconds'] / 60:.1f} | {r['steps']} | "
+                        f"{m.replace('_', ' ').replace('(off)', 'before consistency')} | "
+                        f"{show(s['psnr'], '.2f')} | "
+                        f"{s['psnr'][0] - r['scores']['consistent_mean']['psnr'][0]:+.2f} | "
+                        f"{s['ssim'][0]:.3f} | {s['mae_hu'][0]:.0f} |"
                     )
         said.append("")
     for name in DATA:
@@ -370,7 +383,8 @@ def summary(out: Path) -> str:
         said += [
             f"### ablation on {name}, {part[0]['minutes']:g} CPU minutes a row",
             "",
-            "| row | seeds | steps | expected + consistency, dB | ours above it, mean over the seeds both have | seed by seed |",
+            "| row | seeds | steps | expected + consistency, dB | ours above it, mean over the seeds both "
+            "have | seed by seed |",
             "|---|---|---|---|---|---|",
         ]
         for m in ABLATIONS:
@@ -440,7 +454,8 @@ def plot(out: Path) -> None:
 
 
 def pictures(out: Path, work: Path, ct: Path) -> None:
-    "Truth, consistent mean, expected volume, one sample and the difference: a phantom, a sarcoma patient, and a chest shown to the model that knows only phantoms."
+    """Truth, consistent mean, expected volume, one sample and the difference: a phantom, a sarcoma patient, and a
+    chest shown to the model that knows only phantoms."""
     from diffx2ct.checkpoint import load_model, newest_model
     from diffx2ct.data import show_mpr, to_hu
     from diffx2ct.evaluate import AMP, open_cases

@@ -1,11 +1,15 @@
-"""Is sampling cheap? Eight evaluations of the network against fifty, and half precision against full, on a trained model's own validation cases.
+"""Is sampling cheap? Eight evaluations of the network against fifty, and half precision against full, on a trained
+model's own validation cases.
 
 python benchmarks/sampling/run.py --checkpoint_dir checkpoints/trial_0
 python benchmarks/sampling/run.py --checkpoint_dir checkpoints/trial_0 --cases 2 --out /tmp/sampling   a rehearsal
 
-Every case is sampled from the same noise each way, with the checkpoint's sampler and settings, and scored by the protocol `unit`. What is given away is the mean
-over cases of the difference to the costlier way, case by case, with its 95 % bootstrap interval; negative: the cheap way scores better. Whether more steps make
-better texture neither figure can say. The bars: eight steps lose at most 0.1 dB and 0.005 SSIM, half precision at most 0.05 dB. A killed run goes on after its
+Every case is sampled from the same noise each way, with the checkpoint's sampler and settings, and scored by the
+protocol `unit`. What is given away is the mean
+over cases of the difference to the costlier way, case by case, with its 95 % bootstrap interval; negative: the cheap
+way scores better. Whether more steps make
+better texture neither figure can say. The bars: eight steps lose at most 0.1 dB and 0.005 SSIM, half precision at most
+0.05 dB. A killed run goes on after its
 last whole case."""
 
 import argparse

@@ -1,18 +1,26 @@
-"""Less work for the same volume: CPU time of one network evaluation and of one training step, against the original's kind of network.
+"""Less work for the same volume: CPU time of one network evaluation and of one training step, against the original's
+kind of network.
 
 python benchmarks/speed/run.py                    the table; about ten minutes
 python benchmarks/speed/run.py --edge 16 --repeats 1 --out /tmp/speed   a rehearsal
 
-ours            the denoiser at width 32 with the channels 32, 64, 128, 256: the default U-Net (profile demo), the same with the two blocks a level of lidc128,
-                and the demo as shipped (channels 32, 64, 96, 128). A step is everything a training step does, batch 1: the coarse network's answer and the
-                consistent mean, encoder, lifting, forward, projection onto the views, loss, backward, AdamW. Parameters count the coarse network too
-original style  the same blocks, wired as the original was: full resolution, two blocks a level, cross-attention on three levels and nothing else to know the
+ours            the denoiser at width 32 with the channels 32, 64, 128, 256: the default U-Net (profile demo), the same
+                with the two blocks a level of lidc128,
+                and the demo as shipped (channels 32, 64, 96, 128). A step is everything a training step does, batch 1:
+                the coarse network's answer and the
+                consistent mean, encoder, lifting, forward, projection onto the views, loss, backward, AdamW. Parameters
+                count the coarse network too
+original style  the same blocks, wired as the original was: full resolution, two blocks a level, cross-attention on
+three levels and nothing else to know the
                 views by, no planar level, no base, no projection
-MONAI           DiffusionModelUNet, two blocks a level, self- and cross-attention at the lowest level, squared error. It needs einops; where that is missing
+MONAI           DiffusionModelUNet, two blocks a level, self- and cross-attention at the lowest level, squared error. It
+                needs einops; where that is missing
                 the row is left out, saying so
 
-Evaluation: the network once, its conditions known, as at each step of a sampler. All rows in turn, in bf16 autocast and in single precision, CPU seconds of one
-thread, medians of --repeats rounds. The bars: an evaluation of ours at most 1/6 and a step at most 1/4 of the original's kind."""
+Evaluation: the network once, its conditions known, as at each step of a sampler. All rows in turn, in bf16 autocast and
+in single precision, CPU seconds of one
+thread, medians of --repeats rounds. The bars: an evaluation of ours at most 1/6 and a step at most 1/4 of the
+original's kind."""
 
 import argparse
 import sys

@@ -1,4 +1,5 @@
-"""What a model cannot know: calibration of its spread, planted lesions, lies told to it, and what a reader would measure.
+"""What a model cannot know: calibration of its spread, planted lesions, lies told to it, and what a reader would
+measure.
 
 python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0                what is not there yet, in the order of its worth; then tables and curves
 python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --figure bar   what one figure needs: calibration, bar, lesions, trust or reader
@@ -6,8 +7,11 @@ python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/real --data da
 python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --minutes 30   stop after so long; the same command goes on from there
 python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --list         what there is and what is missing
 
-The cases are the checkpoint's own held-out ones. Labels of phantoms are known; of real CT they are outlined by thresholds, which know no heart and no liver. Each row is a case and a question, and its figures are saved as soon as they are there.
-Whatever is fitted is fitted on every other case and tested on the rest, and then the other way round. One thread, one seed; samples are kept in --work."""
+The cases are the checkpoint's own held-out ones. Labels of phantoms are known; of real CT they are outlined by
+thresholds, which know no heart and no liver. Each row is a case and a question, and its figures are saved as soon as
+they are there.
+Whatever is fitted is fitted on every other case and tested on the rest, and then the other way round. One thread, one
+seed; samples are kept in --work."""
 
 import argparse
 import json
@@ -108,7 +112,8 @@ class Bench:
             )
         if a.data and (learnt := trained_on(list(self.cases), self.model)):
             print(
-                f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} patients ({', '.join(learnt[:4])}); the figures do not count",
+                f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} "
+                f"patients ({', '.join(learnt[:4])}); the figures do not count",
                 file=sys.stderr,
             )
         self.size, self.mm, self.window, self.A = self.net.A.size, self.net.A.mm, self.net.window, self.net.A
@@ -190,7 +195,8 @@ class Bench:
 
 
 def calibration(b: Bench, name: str) -> dict:
-    "Samples and signs of a case; the distances themselves are computed again from the samples when the tables are made."
+    """Samples and signs of a case; the distances themselves are computed again from the samples when the tables are
+    made."""
     case, many = b.cases[name], b.ensemble(name)
     return dict(
         signs=ood_scores(b.net, case.views, many[:2], b.c, **b.how),
@@ -433,7 +439,8 @@ def tables(t: dict) -> str:
     said, percent = [], lambda v: " / ".join(f"{x:.1%}" for x in v)
     if c := t["calibration"]:
         said += [
-            f"### Calibration: {c['cases']} cases, {c['k']} samples each, fitted on one half and tested on the other; of both ways, the share that is farther off",
+            f"### Calibration: {c['cases']} cases, {c['k']} samples each, fitted on one half and tested on "
+            "the other; of both ways, the share that is farther off",
             "",
             f"Root mean square spread {c['spread_hu']:.0f} HU, error of the mean {c['rmse_hu']:.0f} HU.",
             "",
@@ -460,15 +467,20 @@ def tables(t: dict) -> str:
         said += [
             f"### Lesions: {kind}",
             "",
-            "| diameter, mm | method | plants | views change, mm of water | AUC [95 %] | the same, mean patient subtracted | the same, method's usual subtracted | recovered contrast | off along D, H, W, mm | ghosts |",
+            "| diameter, mm | method | plants | views change, mm of water | AUC [95 %] | the same, mean "
+            "patient subtracted | the same, method's usual subtracted | recovered contrast | off along D, "
+            "H, W, mm | ghosts |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for d, ms in ds.items():
             for m, f in ms.items():
                 said.append(
-                    f"| {d} | {label(m)} | {f['plants']} | {f['view_mm']:.1f} | {' | '.join(area(f[o]) + ' (chance)' * (f[o][1] <= 0.5 <= f[o][2]) for o in OBSERVERS)} | "
+                    f"| {d} | {label(m)} | {f['plants']} | {f['view_mm']:.1f} | "
+                    f"{' | '.join(area(f[o]) + ' (chance)' * (f[o][1] <= 0.5 <= f[o][2]) for o in OBSERVERS)} "
+                    "| "
                     + (
-                        f"{f['contrast']:.2f} | {f['off_d']:.0f}, {f['off_h']:.0f}, {f['off_w']:.0f} | {f['ghosts']:.1f} |"
+                        f"{f['contrast']:.2f} | {f['off_d']:.0f}, {f['off_h']:.0f}, {f['off_w']:.0f} | "
+                        f"{f['ghosts']:.1f} |"
                         if "contrast" in f
                         else "1 | | |"
                     )
@@ -490,7 +502,8 @@ def tables(t: dict) -> str:
     if r := t["reader"]:
         columns = [k for k in next(iter(r.values())) if k != "cases"]
         said += [
-            f"### What a reader would measure: {next(iter(r.values()))['cases']} cases; overlap, and mean absolute error of the rest",
+            f"### What a reader would measure: {next(iter(r.values()))['cases']} cases; overlap, and mean "
+            "absolute error of the rest",
             "",
             "| method | " + " | ".join(columns) + " |",
             "|---|" + "---|" * len(columns),
@@ -532,9 +545,8 @@ def cleared(out: Path) -> str:
                 else area(ms[m][o])
             )
             said.append(
-                f"| {path.name.removesuffix('_tables.json')} | {t['settings']['geometry']} | {OBSERVERS[o]} | {d} | {ms['expected']['plants']} | {least} | "
-                + " | ".join(map(cell, methods))
-                + " |"
+                f"| {path.name.removesuffix('_tables.json')} | {t['settings']['geometry']} | {OBSERVERS[o]} "
+                f"| {d} | {ms['expected']['plants']} | {least} | " + " | ".join(map(cell, methods)) + " |"
             )
     return "\n".join([*said, "", "Bold: the bar is cleared."])
 
@@ -599,7 +611,8 @@ def curves(t: dict, out: Path, name: str) -> None:
 
 
 def picture(b: Bench, done: dict, out: Path) -> None:
-    "One planted lesion of 24 mm, through the cross-hair: what was there, what each method shows, and what the lesion changed."
+    """One planted lesion of 24 mm, through the cross-hair: what was there, what each method shows, and what the
+    lesion changed."""
     row = next(
         ((k, r) for k, r in done.items() if k.startswith("lesion · lung, solid · 24 mm · 0") and r["room"]), None
     )
@@ -679,7 +692,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{path} is damaged; remove it, or choose another --name") from None
     if kept["settings"] != facts:
         raise UserError(
-            f"{path} was made with other settings ({', '.join(k for k in facts if kept['settings'].get(k) != facts[k])} differ); choose another --name or --out"
+            f"{path} was made with other settings "
+            f"({', '.join(k for k in facts if kept['settings'].get(k) != facts[k])} differ); choose another "
+            "--name or --out"
         )
     done, wanted = (
         kept["rows"],
