@@ -131,6 +131,25 @@ MUTANTS = {
             "cone beams are not met",
         ),
     ],
+    "measures": [
+        ("air around the body counts", "connected(air & ~outside)", "connected(air)", "litres of the room"),
+        (
+            "voxels not cubed",
+            "lung_mask(hu, mm).sum() * mm**3 / 1e6",
+            "lung_mask(hu, mm).sum() * mm**2 / 1e6",
+            "litres",
+        ),
+        (
+            "heart of the upper rows",
+            "[len(rows) // 2 :] - 1",
+            "[: len(rows) // 2] - 1",
+            "the great vessels are measured",
+        ),
+        ("chest of one voxel", "(columns[-1] - columns[0] + 1)", "(columns[-1] + 1)", "a ratio of the picture"),
+        ("bone of the front", "(rows[0] + rows[-1]) // 2 :]", ": (rows[0] + rows[-1]) // 2]", "the breastbone"),
+        ("no correction for few cases", "(len(e) + 1) * level", "len(e) * level", "too narrow an interval"),
+        ("NaN counts as no error", "nan=np.inf", "nan=0.0", "a measure that fails narrows the interval"),
+    ],
     "metrics": [
         ("90 % called 95 %", "[(1 - level) / 2, (1 + level) / 2]", "[1 - level, level]", "published intervals"),
         ("Gaussian SSIM", 'kernel_type="uniform"', 'kernel_type="gaussian"', "published figures"),

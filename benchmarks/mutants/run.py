@@ -46,6 +46,7 @@ QUICK = "not slow and not browser and not cuda"
 CHECKS = {
     "drr": ["tests/test_wiring.py drr", "nbs/00a_drr.ipynb", "tests/test_wiring.py encoder"],
     "consistency": ["tests/test_wiring.py consisten", "nbs/00d_consistency.ipynb"],
+    "measures": ["nbs/00h_measures.ipynb"],
     "metrics": ["tests/test_wiring.py metrics", "nbs/00e_metrics.ipynb"],
     "augment": ["tests/test_wiring.py augment", "nbs/00f_augment.ipynb"],
     "encoder": ["tests/test_wiring.py encoder", "nbs/01_encoder.ipynb"],
