@@ -62,7 +62,7 @@ def case(model):
 
 def test_the_expected_volume_is_what_is_made_of_no_noise_at_full_noise(model, case, monkeypatch):
     seen = []
-    monkeypatch.setattr(reconstruction, "settled", lambda *a: lambda x, t: (seen.append((x, t)), x)[1])
+    monkeypatch.setattr(reconstruction, "consistent_denoiser", lambda *a: lambda x, t: (seen.append((x, t)), x)[1])
     reconstruction.reconstruct(model, case.views, "expected", seed=5)
     ((x, t),) = seen
     assert not x.any() and t == 1
