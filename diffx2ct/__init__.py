@@ -3,7 +3,7 @@
 import sys
 from types import ModuleType
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 VERBS = (
     "CT card load phantom read_ct read_films reconstruct render save score show uncertainty view".split()
