@@ -27,8 +27,10 @@ def main(argv: list[str]) -> None:
     p.add_argument("--size", type=int, default=64, help="voxels and pixels along an edge; default: 64")
     p.add_argument("--phantoms", type=int, default=272, help="number of phantoms for training; default: 272")
     p.add_argument("--valid_phantoms", type=int, default=8, help="further phantoms for validation; default: 8")
+    p.add_argument("--first", type=int, default=0, help="seed of the first phantom; default: 0")
     p.add_argument("--copies", type=int, default=16, help="how often each real chest is there; default: 16")
     p.add_argument("--hold_out", nargs="*", default=[], metavar="CASE", help="real chests for validation, there once")
+    p.add_argument("--held_out_only", action="store_true", help="leave out the real chests of the training")
     a = p.parse_args(argv)
     import torch
     from tqdm.auto import tqdm
@@ -55,8 +57,8 @@ def main(argv: list[str]) -> None:
                 os.link(out / file, target)
             sources[other] = dict(source=source)
 
-    for k in tqdm(range(a.phantoms + a.valid_phantoms), desc="phantoms"):
-        name = f"phantom{k:04d}" if k < a.phantoms else f"valid{k:04d}"
+    for k in tqdm(range(a.first, a.first + a.phantoms + a.valid_phantoms), desc="phantoms"):
+        name = f"phantom{k:04d}" if k < a.first + a.phantoms else f"valid{k:04d}"
         if not (out / "volumes" / f"{name}.pt").exists():
             add(name, phantom(k, a.size, mm)[0], 1, "procedural phantom")
         sources[name] = dict(source="procedural phantom")
@@ -65,6 +67,8 @@ def main(argv: list[str]) -> None:
             if path.name.startswith((".", "sts_", "README")):
                 continue
             name = path.name.split(".")[0]
+            if a.held_out_only and name not in a.hold_out:
+                continue
             hu = scans.to_cube(scans.find_scans([path])[0].read(), a.size, mm)[0]
             add(name, hu, 1 if name in a.hold_out else a.copies, f"CT {name}")
     there = list_cases(out / "volumes")
