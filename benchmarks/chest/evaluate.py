@@ -69,6 +69,35 @@ def summary(rows: list[dict]) -> list[dict]:
     return out
 
 
+def for_card(population: str, rows: list[dict], a: argparse.Namespace) -> dict:
+    "A table as card.py reads it."
+    columns = {
+        "PSNR, dB": ("psnr", 2),
+        "SSIM": ("ssim", 3),
+        "lung volume, mean error, litres": ("lung volume error", 2),
+        "cardiothoracic ratio, mean error": ("cardiothoracic ratio error", 3),
+        "bend of the spine, mean error, mm": ("bend of the spine error", 1),
+        "lung volume inside its 90 % interval": ("lung volume within", 2),
+        "ratio inside": ("cardiothoracic ratio within", 2),
+        "bend inside": ("bend of the spine within", 2),
+    }
+    names = {"consistent_mean": "consistent mean", "mean_of_k": "mean of 4"}
+    table_rows = {
+        f"{r['views']}: {names.get(r['method'], r['method'])}": {
+            title: f"{r[key]:.{digits}f}" for title, (key, digits) in columns.items() if r.get(key) is not None
+        }
+        for r in rows
+    }
+    return dict(
+        title=f"{population[0].upper()}{population[1:]}, {rows[0]['cases']} cases",
+        columns=list(columns),
+        rows=table_rows,
+        note="Protocol unit, 64^3; exact views, and simulated films read by the calibration network of the model.",
+        command=f"benchmarks/chest/evaluate.py --checkpoint_dir chest --phantoms {a.phantoms}"
+        + (" --data data/chest" if a.data else ""),
+    )
+
+
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint_dir", required=True, metavar="DIR", help="a model")
@@ -101,7 +130,10 @@ def main(argv: list[str]) -> None:
     for seed, (name, population, x) in enumerate(cases):
         rows += case_rows(model, name, population, x, seed, a.methods, bounds)
     found = summary(rows)
-    save(Path(a.out, "chest.json"), dict(step=model.meta.get("step"), summary=found, cases=rows))
+    save(Path(a.out, "cases", "chest.json"), dict(step=model.meta.get("step"), summary=found, cases=rows))
+    for population in dict.fromkeys(r["population"] for r in found):
+        some = [r for r in found if r["population"] == population]
+        save(Path(a.out, f"{population.split()[0]}.json"), for_card(population, some, a))
     print(table(found))
 
 
