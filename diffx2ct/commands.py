@@ -66,10 +66,9 @@ nothing of a DICOM header's identity is kept, nor the name of its folder.""",
     )
     p.add_argument(
         "--geometry",
-        choices=tuple(GEOMETRIES),
+        choices=("parallel", "x2ct", "x2ct_scaled", "chest"),
         help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data; chest: PA and left "
-        "lateral "
-        "chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm says otherwise",
+        "lateral chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm says otherwise",
     )
     p.add_argument("--pixels", type=int, metavar="P", help="detector pixels along an edge (N)")
     p.add_argument("--window", type=float, nargs=2, metavar=("MIN", "MAX"), help="HU stored as 0 and 1 (-1024 1500)")

@@ -216,7 +216,9 @@ class Denoiser(nn.Module):
         self.window, self.line_integrals = window, line_integrals
         self.base_kind = "mean" if base == "consistent_mean" and not line_integrals else base
         self.mirrors = valid_mirrors(A.geometry, flips)
-        self.lifts: dict[tuple, tuple] = {}  # (origin, patch, device) -> BackProjection per level, made when first needed
+        self.lifts: dict[
+            tuple, tuple
+        ] = {}  # (origin, patch, device) -> BackProjection per level, made when first needed
         self.register_buffer("scales", torch.ones(NUM_BANDS))
         self.register_buffer("mean", torch.zeros(1, 1, A.size, A.size, A.size))
         self.register_buffer("usual", torch.zeros(2, A.pixels, A.pixels))

@@ -64,7 +64,7 @@ from diffx2ct.data import (
     to_unit,
     write_manifest,
 )
-from .drr import CHEST_CUBE_MM, GEOMETRIES, Projector, geometry
+from .drr import CHEST_CUBE_MM, Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what a file lacks is said by us, in a sentence
