@@ -7,8 +7,8 @@ __all__ = ['CHECKSUM_FILE', 'FORMAT', 'MODEL_PATTERN', 'TRAINING_PATTERN', 'CALI
            'file_digest', 'write_checksums', 'write_with_checksum', 'verify_checksum', 'describe', 'save_model',
            'save_checkpoint', 'clean_folder', 'files_by_step', 'prune_checkpoints', 'Model', 'upgrade_2_to_3',
            'upgrade_3_to_4', 'Cases', 'Header', 'read_header', 'newest_model', 'shipped_model', 'is_shipped',
-           'find_folder', 'model_file', 'read_weights', 'check_shapes', 'load_weights', 'calibrator_of', 'load_model',
-           'load_training', 'to_half_precision', 'strip_paths', 'save_shipped']
+           'find_folder', 'model_file', 'model_card', 'read_weights', 'check_shapes', 'load_weights', 'calibrator_of',
+           'load_model', 'load_training', 'to_half_precision', 'strip_paths', 'save_shipped']
 
 # %% ../nbs/03b_checkpoint.ipynb #4ec87a1e
 import hashlib
@@ -356,6 +356,19 @@ def model_file(
         f"checkpoint folder {folder} holds no model (best.safetensors or model_<step>.safetensors); train "
         "first with run_training.sh"
     )
+
+# %% ../nbs/03b_checkpoint.ipynb #6eef3c7c
+def model_card(
+    folder: str | Path,  # checkpoint folder, one model file, or the name of a shipped model
+) -> str:  # Markdown
+    "Read MODEL_CARD.md of a model; without one, list the facts in its header."
+    path = model_file(folder)
+    beside = path.parent / "MODEL_CARD.md"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    meta = read_header(path)
+    facts = [f"{k}: {meta[k]}" for k in ("version", "mm", "geometry", "step", "metrics") if meta.get(k) is not None]
+    return "\n".join([f"{path} has no MODEL_CARD.md; its header has", *facts])
 
 # %% ../nbs/03b_checkpoint.ipynb #03a335f3
 def read_weights(

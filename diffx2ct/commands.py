@@ -116,21 +116,21 @@ def evaluate_options() -> argparse.ArgumentParser:
         description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, residual of the views, "
         "seconds.",
         epilog="""examples:
-  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0                        its own validation cases, all methods
-  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --data data/test       every case of a folder of diffx2ct_prepare
+  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0                     its own validation cases, all methods
+  diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --data data/test    all cases of a folder of diffx2ct_prepare
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --methods expected mean_of_k --k 16 --steps 20 --device cuda:0
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --protocol x2ct --json scores.json --plot scores.png
 
-methods:  mean             the mean training volume: knows no view
-          consistent_mean  the mean made consistent with the views: knows no network, the floor
-          expected         the network's average over all volumes that fit, best in PSNR
-          sample           one volume that fits, with texture and invention
+methods:  mean             the mean training volume, without the views
+          consistent_mean  the mean made consistent with the views, without a network: the baseline
+          expected         the network's estimate of the mean volume for these views, best in PSNR
+          sample           one volume that matches the views, with generated detail
           mean_of_k        the average of K samples
 protocols: unit (the HU window of the settings, range 1), x2ct (HU -1024 to 1476, peak 4095), psct (the same, peak
 2500).
-           For one and the same volume x2ct is 4.29 dB above psct: never compare across protocols.
-A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Embedded phantoms that are
-missing are made, in data/.""",
+           For the same volume x2ct is 4.29 dB above psct: never compare across protocols.
+A folder must have been prepared with the checkpoint's geometry, size, mm and HU window. Missing phantoms are made in
+data/.""",
     )
     p.add_argument(
         "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
@@ -138,7 +138,7 @@ missing are made, in data/.""",
     p.add_argument(
         "--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own validation cases)"
     )
-    p.add_argument("--methods", nargs="+", metavar="M", help="which of the methods below (default: all the model has)")
+    p.add_argument("--methods", nargs="+", metavar="M", help="some of the methods below (default: all of the model)")
     p.add_argument(
         "--protocol",
         choices=list(PROTOCOLS),
@@ -153,7 +153,7 @@ missing are made, in data/.""",
     p.add_argument(
         "--consistency",
         choices=("on", "soft", "off"),
-        help="how volumes are held to their views (default: DIFFUSION.CONSISTENCY of the checkpoint)",
+        help="data consistency (default: DIFFUSION.CONSISTENCY of the checkpoint)",
     )
     p.add_argument("--cases", nargs="+", metavar="NAME", help="only these cases")
     p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto (default: %(default)s)")
@@ -172,15 +172,15 @@ def uncertainty_options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="diffx2ct_uncertainty",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fit what is usual for a checkpoint, on cases with a known volume, and keep it beside the model in "
-        "doubt.json: factors that calibrate its spread, and limits of the trust report.",
+        description="Calibrate the uncertainty of a checkpoint on cases with a known volume: factors for its intervals "
+        "and thresholds for its report, written to doubt.json in the folder of the model.",
         epilog="""examples:
   diffx2ct_uncertainty --checkpoint_dir checkpoints/best                    on its own held-out cases
   diffx2ct_uncertainty --checkpoint_dir checkpoints/best --data data/test   on all cases of a folder of diffx2ct_prepare
 
-run_visualize.sh and diffx2ct_reconstruct look for it beside the model. They say "not calibrated" where it is missing,
-of another model, or of other settings than they are asked for.
-Cases the model was trained on are left out, by name; the others should be like the patients it is meant for.""",
+run_visualize.sh and diffx2ct_reconstruct read the file. They print "not calibrated" if it is missing, belongs to
+another model, or was fitted for other settings.
+Cases the model was trained on are left out, by name; the others should be like the patients it will be used on.""",
     )
     p.add_argument(
         "--checkpoint_dir", required=True, metavar="C", help="folder that diffx2ct_train wrote, or one model file"
@@ -192,6 +192,12 @@ Cases the model was trained on are left out, by name; the others should be like 
         "--k", type=int, default=8, help="samples of each case; factors are kept for 2 to K (default: %(default)s)"
     )
     p.add_argument("--seed", type=int, default=0, help="of the samples and of the voxels (default: %(default)s)")
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write doubt.json there, with a copy of the model (default: the folder of the model; needed for a model "
+        "of the package)",
+    )
     p.add_argument("--device", default="cpu", help="cpu, cuda:0 or auto (default: %(default)s)")
     return p
 
@@ -202,7 +208,7 @@ def run_uncertainty() -> None:
 
 
 def run_doubt() -> None:
-    "The command by its name before version 0.4, `diffx2ct_doubt`."
+    "The command under its name before version 0.4, `diffx2ct_doubt`."
     print("diffx2ct: diffx2ct_doubt is now called diffx2ct_uncertainty", file=sys.stderr)
     run_uncertainty()
 
@@ -244,7 +250,8 @@ A study keeps its settings and its cases; other ones need another --study_name."
     p.add_argument(
         "--explain",
         metavar="KEY",
-        help="say what a setting or a section does, its range, default and present value, and end",
+        help="print meaning, range, default and present value of a setting or a section, and exit; model: print the "
+        "card of the model of the package",
     )
     p.add_argument(
         "--n_trials", type=int, help="trials of the study in all, those that are there included (OPTUNA.N_TRIALS)"
@@ -300,16 +307,18 @@ def visualize_options() -> argparse.ArgumentParser:
     p.add_argument("--ap", help="frontal view of a new patient, .pt (P, P) in mm of water")
     p.add_argument("--lat", help="lateral view of a new patient, .pt (P, P) in mm of water")
     p.add_argument("--name", default="new", help="name of the new patient")
-    p.add_argument("--method", default="expected", choices=METHODS, help="what is shown; default: expected")
+    p.add_argument(
+        "--method", default="expected", choices=METHODS, help="method of the volume shown; default: expected"
+    )
     p.add_argument(
         "--samples",
         type=int,
         default=4,
-        help="samples for the spread (and for mean_of_k), the first 4 of them kept for the viewer's slider; 0 "
-        "leaves them out; default: 4",
+        help="samples for the spread (and for mean_of_k), the first 4 are written for the viewer's slider; 0 for none; "
+        "default: 4",
     )
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the settings")
-    p.add_argument("--seed", type=int, default=0, help="the only source of chance")
+    p.add_argument("--seed", type=int, default=0, help="random seed")
     p.add_argument(
         "--window", help="lung, mediastinum, bone or full; default: VIS_WINDOW_MIN to VIS_WINDOW_MAX of the settings"
     )

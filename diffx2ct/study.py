@@ -57,6 +57,7 @@ from diffx2ct.checkpoint import (
     describe,
     files_by_step,
     load_model,
+    model_card,
     model_file,
     newest_model,
     read_checksums,
@@ -64,7 +65,7 @@ from diffx2ct.checkpoint import (
     save_model,
     write_checksums,
 )
-from .commands import train_options
+from .commands import SHIPPED_MODEL, train_options
 from diffx2ct.data import (
     SHIPPED,
     Config,
@@ -861,7 +862,7 @@ def main(argv: list[str]) -> None:
     if a.n_trials is not None:
         c.OPTUNA.N_TRIALS = a.n_trials
     if a.explain is not None:
-        return print(explain(a.explain, c))
+        return print(model_card(SHIPPED_MODEL) if a.explain == "model" else explain(a.explain, c))
     check_study(a.study_name, c)
     wandb_mode(c)
     if a.nproc_per_node > 1 and "RANK" not in os.environ:

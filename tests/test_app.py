@@ -143,7 +143,7 @@ def test_two_films_become_a_volume(page, case):
     select.select_option("right")
     says(page, "lateral.png: the patient faces right")
     page.get_by_role("button", name="reconstruct").click()
-    says(page, "REPORT", "NOT JUDGED", "AXIAL")
+    says(page, "REPORT", "NOT ASSESSED", "AXIAL")
     page.wait_for_function("[...document.querySelectorAll('.dx img')].filter(i => i.naturalWidth > 0).length >= 3")
     shoot(page, "volume")
 

@@ -190,7 +190,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
             for p in (ROOT / "diffx2ct").rglob("*")
             if p.is_file() and "__pycache__" not in p.parts
         }
-        and {"diffx2ct/py.typed", "diffx2ct/config.yml"} <= names
+        and {"diffx2ct/py.typed", "diffx2ct/config.yml", "diffx2ct/viewer.js", "diffx2ct/page.css"} <= names
     )
 
 

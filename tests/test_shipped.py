@@ -110,6 +110,15 @@ def test_the_commands_use_it(weights, tmp_path):
         for s in (*TINY, "DATA.PHANTOMS=4", "TRAINING.START_FROM=chest", "EPOCHS=1", "TRAINING.COARSE_EPOCHS=[]")
         for a in ("--set", s)
     ]
+    before = sorted(p.name for p in (weights / "chest").iterdir())
+    p = run_cmd(["diffx2ct_uncertainty", "--checkpoint_dir", "chest"], cwd=tmp_path, **env)
+    assert p.returncode == 2 and p.stderr.count("\n") == 1, p.stderr
+    assert "--checkpoint_dir chest is a model of the package" in p.stderr and "--out" in p.stderr
+    assert sorted(p.name for p in (weights / "chest").iterdir()) == before
+    p = run_cmd(["diffx2ct_train", "--explain", "model"], cwd=tmp_path, **env)
+    assert p.returncode == 0 and "has no MODEL_CARD.md; its header has" in p.stdout, p.stderr
+    p = run_cmd(["diffx2ct_train", "--explain", "model"], cwd=tmp_path, **env | {"DIFFX2CT_WEIGHTS": str(tmp_path)})
+    assert p.returncode == 2 and "the model chest is not part of this installation" in p.stderr, p.stderr
     train = ["diffx2ct_train", "--no_search", "--study_name"]
     p = run_cmd([*train, "large", *sets, "--set", "MODEL.SCALE=0.5"], cwd=tmp_path, **env)
     assert p.returncode == 2 and "another size" in p.stderr and "TRAINING.START_FROM" in p.stderr, p.stderr

@@ -175,5 +175,5 @@ def test_what_is_fitted_goes_with_every_volume(tmp_path, checkpoint):
     )
     (checkpoint / "doubt.json").unlink()
     assert broken.returncode == 0 and json.loads((tmp_path / "again_trust.json").read_text())["report"].startswith(
-        "NOT JUDGED"
+        "NOT ASSESSED"
     )

@@ -305,7 +305,7 @@ def test_files_of_a_case_have_the_right_sign_and_state_what_is_generated(tmp_pat
     monkeypatch.setattr(V, "show_mpr", look)
     truth = volume(10)
     sample = {"sample_1": truth + 40, "spread_95": volume(7), "coverage": volume(2)}
-    trust = dict(report="NOT JUDGED", calibration="calibrated on 9 held-out cases")
+    trust = dict(report="NOT ASSESSED", calibration="calibrated on 9 held-out cases")
     V.save_report(
         tmp_path,
         {"truth": truth, "generated": truth + 100} | sample,
