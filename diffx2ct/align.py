@@ -177,7 +177,7 @@ def correlations(
         if max(shape) <= GRID + 2 * PAD:
             small, m = masked_average(grey, seen, shape)
             f = rank_image(small, m)
-            sharp = sum(detail(f, m, part) for part in fine) / len(fine)
+            sharp = torch.stack([detail(f, m, part) for part in fine]).mean(0)
             out.append((shape, (1 - whole) * sharp + (whole * correlation(f, m, r, PAD) if whole else 0)))
     return out
 

@@ -386,7 +386,7 @@ def notebook(
     code: str,
 ) -> Path:
     "Write a notebook of one cell, with the settings of voila."
-    cell = dict(cell_type="code", id="page", metadata={}, source=code, outputs=[], execution_count=None)
+    cell: dict[str, Any] = dict(cell_type="code", id="page", metadata={}, source=code, outputs=[], execution_count=None)
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     only = (
         "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws://127.0.0.1:* "

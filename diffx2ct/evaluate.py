@@ -376,7 +376,7 @@ def log_study(
     "Log the scores to W&B, in the study of the model."
     study, trial = (model.meta.get(k) for k in ("study", "trial"))
     run = start_wandb(model.config, study, f"trial_{trial}", "evaluate") if study is not None else None
-    if report_to := wandb_reporter(run, model.path.parent):
+    if run is not None and (report_to := wandb_reporter(run, model.path.parent)):
         means = {f"val/{m}/{k}": v[0] for m, figures in result["means"].items() for k, v in figures.items()}
         rows = [{"case": n, "method": m} | f for n, v in result["cases"].items() for m, f in v["scores"].items()]
         report_to(means | {"val/cases": rows}, None)

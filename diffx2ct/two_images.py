@@ -926,7 +926,8 @@ def place_films(
     if any(v.stored for v in views):
         at = lambda f, r, turn: match_view(f.grey, f.seen, r, turn, **({"heights": (f.height,)} if f.height else {}))
         both = zip(views, films, ref, (False, mirrored))
-        return tuple(Placement(1, 0, 0) if v.stored else at(f, r, turn) for v, f, r, turn in both), {}
+        first, second = (Placement(1, 0, 0) if v.stored else at(f, r, turn) for v, f, r, turn in both)
+        return (first, second), {}
     places = align_pair(grey, seen, ref, mirrored, heights=heights)
     weigh = lambda places: mass_difference(way[2](*(laid := place_pair(grey, seen, places, way[1]))), laid[1])
     if not fit:

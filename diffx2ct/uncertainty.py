@@ -434,7 +434,7 @@ def measure_report(
     x: Tensor,  # (1, D, H, W) unit volume
     c: DiffusionConfig,  # the settings it was made with
     usual: dict[str, float] | None,  # of `load_calibration`; None: no valid calibration
-) -> tuple[dict[str, dict[str, float]], list[str]]:  # name -> value and bound; and a line for each
+) -> tuple[dict[str, dict[str, float | None]], list[str]]:  # name -> value and bound; and a line for each
     "Report lung volume, cardiothoracic ratio and bend of the spine with their bounds."
     kept = {}
     if usual is not None:

@@ -83,13 +83,13 @@ def network():
 
 def serve(pipe):
     "Run commands until the pipe is closed: (code, what was said, bytes of memory at most so far)."
-    from diffx2ct import evaluate, scans, train, two_images, visualize
+    from diffx2ct import evaluate, scans, study, two_images, visualize
 
     net, _ = network()
     ask = dict(
         prepare=scans.main,
         reconstruct=two_images.main,
-        train=train.main,
+        train=study.main,
         evaluate=evaluate.main,
         visualize=visualize.main,
         pairs=command(

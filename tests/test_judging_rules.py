@@ -83,7 +83,7 @@ def noises(model, case, monkeypatch, seed: int) -> list[tuple[torch.Tensor, torc
 
 def test_each_sample_begins_with_the_noise_of_its_seed(model, case, monkeypatch):
     starts = [start for start, _ in noises(model, case, monkeypatch, 7)]
-    assert all(torch.equal(v, reconstruction.noise_of((1, 16, 16, 16), 7 + k)) for k, v in enumerate(starts))
+    assert all(torch.equal(v, reconstruction.seeded_noise((1, 16, 16, 16), 7 + k)) for k, v in enumerate(starts))
 
 
 def test_fresh_noise_is_not_that_of_the_start(model, case, monkeypatch):

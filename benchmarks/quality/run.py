@@ -169,12 +169,12 @@ ROUNDS = 12  # of which the last ten count
 def pacer(T, c, data, still: bool):
     "A function that makes a training step of a throwaway network and says how many CPU seconds it took."
     step, micro = (
-        training_step(T.build(c, data.geometry, data.mm, data.line_integrals), c),
+        training_step(T.build_denoiser(c, data.geometry, data.mm, data.line_integrals), c),
         c.TRAINING.GRADIENT_ACCUMULATION_STEPS,
     )
     crops = T.Crops(
         data.train,
-        [x for s in range(ROUNDS) for x in T.draw(c, len(data.train), s)],
+        [x for s in range(ROUNDS) for x in T.batch_plan(c, len(data.train), s)],
         c,
         data.line_integrals,
         data.mm,
@@ -192,7 +192,7 @@ def pacer(T, c, data, still: bool):
 def costs(T, plans: list) -> list[list[float]]:
     """CPU seconds that each stage of each plan would take with its settings' own epochs. Steps are timed by turns, so
     that what else the machine does falls on all alike; a little is added for the averaging of weights."""
-    pacers = [[pacer(T, c, d, T.as_scanned(plan[-1][1])) for _, c, d in plan] for plan in plans]
+    pacers = [[pacer(T, c, d, T.no_augmentation(plan[-1][1])) for _, c, d in plan] for plan in plans]
     times = [[[f(s) for f in row] for row in pacers] for s in range(ROUNDS)]
     return [
         [
@@ -208,8 +208,8 @@ def shorten(T, c, ours, data, seconds: float, pace: Path) -> dict:
     get the same share of their settings' own, and the last one fills what is left."""
     from diffx2ct.data import write_atomic
 
-    plan = T.stages(c, data)
-    whole, *rest = costs(T, [plan, T.stages(ours, data)] if c != ours else [plan])
+    plan = T.training_stages(c, data)
+    whole, *rest = costs(T, [plan, T.training_stages(ours, data)] if c != ours else [plan])
     now = sum(rest[0] if rest else whole)
     if not pace.exists():
         write_atomic(
