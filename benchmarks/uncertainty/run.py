@@ -1,17 +1,15 @@
-"""What a model cannot know: calibration of its spread, planted lesions, lies told to it, and what a reader would
-measure.
+"""Calibration of the uncertainty, planted lesions, perturbed views and organ measures of one model.
 
-python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0                what is not there yet, in the order of its worth; then tables and curves
-python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --figure bar   what one figure needs: calibration, bar, lesions, trust or reader
-python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/real --data data/test  cases of a folder of diffx2ct_prepare
-python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --minutes 30   stop after so long; the same command goes on from there
-python benchmarks/uncertainty/run.py --checkpoint_dir checkpoints/trial_0 --list         what there is and what is missing
+run.py --checkpoint_dir checkpoints/trial_0                 all missing rows, the most important first; then tables
+run.py --checkpoint_dir checkpoints/trial_0 --figure bar    one figure: calibration, bar, lesions, trust or reader
+run.py --checkpoint_dir checkpoints/real --data data/test   cases of a folder of diffx2ct_prepare
+run.py --checkpoint_dir checkpoints/trial_0 --minutes 30    stop after a time; run the same command to resume
+run.py --checkpoint_dir checkpoints/trial_0 --list          list finished and missing rows
 
-The cases are the checkpoint's own held-out ones. Labels of phantoms are known; of real CT they are outlined by
-thresholds, which know no heart and no liver. Each row is a case and a question, and its figures are saved as soon as
-they are there.
-Whatever is fitted is fitted on every other case and tested on the rest, and then the other way round. One thread, one
-seed; samples are kept in --work."""
+The cases are the held-out cases of the checkpoint. Labels of phantoms are exact; labels of real CT come from
+thresholds, without heart and liver. Each row is one case and one question; its results are saved when it is finished.
+Everything that is fitted is fitted on every other case and tested on the rest, and then the other way round. One
+thread, one seed; samples are stored in --work."""
 
 import argparse
 import json
@@ -62,7 +60,7 @@ from diffx2ct.uncertainty import (
 
 HERE = Path(__file__).resolve().parent
 DIAMETERS = (32, 24, 16, 10, 6)  # mm
-# what is planted: site, density in HU, spikes
+# lesions: site, density in HU, spikes
 LESIONS = {
     "lung, solid": ("lung", 40, 0),
     "lung, spiculated": ("lung", 40, 12),
@@ -72,15 +70,15 @@ LESIONS = {
     "lung, ground glass": ("lung", -500, 0),
     "in no beam": ("unseen", 400, 0),
 }
-CHEAP = ("consistent_mean", "expected", "expected (off)")  # of every plant
-DRAWN = ("sample", "mean_of_k")  # of solid plants in lung, since they cost most
-BAR = {24: 0.8, 32: 0.9}  # mm: the least AUC of solid nodules in lung that would do
+CHEAP = ("consistent_mean", "expected", "expected (off)")  # for every lesion
+DRAWN = ("sample", "mean_of_k")  # for solid lesions in lung only, since they take most time
+BAR = {24: 0.8, 32: 0.9}  # mm: smallest acceptable AUC of solid nodules in lung
 OBSERVERS = {
     "auc": "the filter",
     "auc_known": "the mean patient subtracted",
-    "auc_own": "the method's usual subtracted",
+    "auc_own": "the method's mean subtracted",
 }
-OTHERS = 7  # patients whose reconstructions make a method's usual
+OTHERS = 7  # patients whose reconstructions give the mean of a method
 FINE = [i / 20 for i in range(1, 20)]
 FIGURES = {
     "calibration": ("calibration",),
@@ -88,11 +86,11 @@ FIGURES = {
     "lesions": ("lesion",),
     "trust": ("calibration", "lies"),
     "reader": ("reader",),
-}  # name: how its rows begin
+}  # name: beginning of its rows
 
 
 class Bench:
-    "A model, its cases, and what has been computed of them."
+    "A model, its cases and cached results."
 
     def __init__(self, a: argparse.Namespace):
         self.a, self.model = a, load_model(a.checkpoint_dir)
@@ -113,7 +111,7 @@ class Bench:
         if a.data and (learnt := trained_on(list(self.cases), self.model)):
             print(
                 f"diffx2ct: warning: the model was trained on {len(learnt)} of these {len(self.cases)} "
-                f"patients ({', '.join(learnt[:4])}); the figures do not count",
+                f"patients ({', '.join(learnt[:4])}); the results are not valid",
                 file=sys.stderr,
             )
         self.size, self.mm, self.window, self.A = self.net.A.size, self.net.A.mm, self.net.window, self.net.A
@@ -143,7 +141,7 @@ class Bench:
         return self.known[key]
 
     def ensemble(self, name: str) -> Tensor:
-        "The K samples of a case, kept in the work folder."
+        "Draw the K samples of a case, or read them from the work folder."
         path = self.work / f"{name}_{self.a.k}_{self.a.seed}.pt"
         if not path.exists():
             save_tensor(
@@ -155,7 +153,7 @@ class Bench:
         return load_tensor(path, 5).float()
 
     def make(self, views: Tensor, method: str) -> Tensor:
-        "One reconstruction, for the methods that draw nothing."
+        "Reconstruct with a method without samples."
         off = method.endswith("(off)")
         return reconstruct(
             self.net,
@@ -166,7 +164,7 @@ class Bench:
         ).float()
 
     def drawn(self, many: Tensor, views: Tensor) -> dict[str, Tensor]:
-        "One sample and the mean of all."
+        "One sample, and the mean of all samples."
         return {
             "sample": many[0],
             "mean_of_k": finalize(self.net, many.mean(0, keepdim=True), views[None], self.c.CONSISTENCY)[0],
@@ -182,7 +180,7 @@ class Bench:
         return self.remember((name, method), make)
 
     def others(self, name: str) -> list[str]:
-        "Some other patients."
+        "Choose other patients."
         names = list(self.cases)
         return (names[names.index(name) + 1 :] + names[: names.index(name)])[:OTHERS]
 
@@ -195,8 +193,7 @@ class Bench:
 
 
 def calibration(b: Bench, name: str) -> dict:
-    """Samples and signs of a case; the distances themselves are computed again from the samples when the tables are
-    made."""
+    "Draw samples of a case and compute its scores; the tables compute the z scores from the samples."
     case, many = b.cases[name], b.ensemble(name)
     return dict(
         signs=ood_scores(b.net, case.views, many[:2], b.c, **b.how),
@@ -206,7 +203,7 @@ def calibration(b: Bench, name: str) -> dict:
 
 
 def lesion(b: Bench, name: str, kind: str, diameter: int, n: int, methods: tuple[str, ...]) -> dict:
-    "Plant, render, reconstruct, judge; and the same spot without."
+    "Plant a lesion, render, reconstruct and measure; the same without the lesion."
     where, hu, spikes = LESIONS[kind]
     case = b.cases[name]
     found = lesion_centres(
@@ -242,7 +239,7 @@ def lesion(b: Bench, name: str, kind: str, diameter: int, n: int, methods: tuple
 
 
 def lies(b: Bench, name: str) -> dict:
-    "Signs of views that are not what they pretend to be."
+    "Compute the scores of perturbed views."
     case, other = b.cases[name], b.cases[b.others(name)[0]]
     return {
         what: ood_scores(b.net, y, draw_samples(b.net, y, [b.a.seed, b.a.seed + 1], b.c, **b.how), b.c, **b.how)
@@ -252,7 +249,7 @@ def lies(b: Bench, name: str) -> dict:
 
 
 def reader(b: Bench, name: str) -> dict:
-    "What a reader would measure."
+    "Compare organ measures with the truth."
     return {
         m: organ_metrics(b.healthy(name, m), b.cases[name].volume, b.labels(name), b.mm, b.window)
         for m in (*CHEAP, *DRAWN)
@@ -260,7 +257,7 @@ def reader(b: Bench, name: str) -> dict:
 
 
 def rows(b: Bench) -> dict[str, tuple]:
-    "All rows, in the order in which they are worth having: name -> what to call."
+    "List all rows, the most important first: name -> function and arguments."
     names, out = list(b.cases), {}
     add = lambda kind, n, diameters: out.update(
         {
@@ -301,7 +298,7 @@ def rows(b: Bench) -> dict[str, tuple]:
 
 
 def calibrated(b: Bench, done: dict) -> dict:
-    "Shares inside the intervals, before and after: of two folds the one that is farther off."
+    "Compute the shares inside the intervals with and without calibration; of two folds the worse one."
     names = [n for n in b.cases if f"calibration · {n}" in done]
     if len(names) < 4:
         return {}
@@ -333,7 +330,7 @@ def calibrated(b: Bench, done: dict) -> dict:
                         per[n] = interval_coverage(*[v[data[n][1] % len(TISSUES) > 0] for v in data[n]], q)
     farther = lambda folds, levels: [
         max(v, key=lambda x: abs(x - p)) for p, v in zip(levels, zip(*folds))
-    ]  # the mean of two folds would be right by symmetry
+    ]  # the mean of two folds is right by symmetry
     worse = {
         w: {
             g: {h: farther(folds, CONFIDENCE_LEVELS if w == "levels" else FINE) for h, folds in hs.items()}
@@ -353,7 +350,7 @@ def calibrated(b: Bench, done: dict) -> dict:
 
 
 def detected(done: dict) -> dict:
-    "Kind -> diameter -> method -> figures over all plants."
+    "Collect results: kind -> diameter -> method -> results over all lesions."
     out = {}
     for key, r in done.items():
         if not key.startswith("lesion") or not r["room"]:
@@ -386,7 +383,7 @@ def detected(done: dict) -> dict:
 
 
 def noticed(b: Bench, done: dict) -> dict:
-    "What was done to the views -> mean signs, and how often it was noticed; limits from the other half of the cases."
+    "Collect mean scores and detections of each perturbation; thresholds come from the other half of the cases."
     names = [n for n in b.cases if f"calibration · {n}" in done]
     if len(names) < 4:
         return {}
@@ -409,7 +406,7 @@ def noticed(b: Bench, done: dict) -> dict:
 
 
 def read(done: dict) -> dict:
-    "Method -> mean over cases, absolute where it has a sign."
+    "Average the organ measures over cases, signed ones as absolute values."
     got = [r for k, r in done.items() if k.startswith("reader")]
     if not got:
         return {}
@@ -435,16 +432,16 @@ def area(v: list[float]) -> str:
 
 
 def tables(t: dict) -> str:
-    "All of it in Markdown."
+    "Write all tables in Markdown."
     said, percent = [], lambda v: " / ".join(f"{x:.1%}" for x in v)
     if c := t["calibration"]:
         said += [
             f"### Calibration: {c['cases']} cases, {c['k']} samples each, fitted on one half and tested on "
-            "the other; of both ways, the share that is farther off",
+            "the other; of both folds, the worse share",
             "",
-            f"Root mean square spread {c['spread_hu']:.0f} HU, error of the mean {c['rmse_hu']:.0f} HU.",
+            f"Root mean square standard deviation {c['spread_hu']:.0f} HU, error of the mean {c['rmse_hu']:.0f} HU.",
             "",
-            "| voxels | stated | the spread believed | after the fit |",
+            "| voxels | stated | without calibration | with calibration |",
             "|---|---|---|---|",
         ]
         said += [
@@ -456,7 +453,7 @@ def tables(t: dict) -> str:
             [max(v[i] for v in c["body_of_each_case"].values()) for i in range(3)],
         )
         said += [
-            f"Within the body of a single case the shares go from {percent(worst[0])} to {percent(worst[1])}.",
+            f"Within the body of a single case the shares range from {percent(worst[0])} to {percent(worst[1])}.",
             "",
             "Factors q, all cases: "
             + "; ".join(f"{k} {', '.join(f'{x:.2f}' for x in v)}" for k, v in c["factors"].items())
@@ -467,8 +464,8 @@ def tables(t: dict) -> str:
         said += [
             f"### Lesions: {kind}",
             "",
-            "| diameter, mm | method | plants | views change, mm of water | AUC [95 %] | the same, mean "
-            "patient subtracted | the same, method's usual subtracted | recovered contrast | off along D, "
+            "| diameter, mm | method | lesions | change of the views, mm of water | AUC [95 %] | AUC, mean "
+            "patient subtracted | AUC, method's mean subtracted | recovered contrast | offset along D, "
             "H, W, mm | ghosts |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
@@ -488,9 +485,9 @@ def tables(t: dict) -> str:
         said.append("")
     if n := t["lies"]:
         said += [
-            "### Views that are not what they pretend to be",
+            "### Perturbed views",
             "",
-            "| views | cases | noticed | by | " + " | ".join(k.replace("_", " ") for k in SCORES) + " |",
+            "| views | cases | detected | by | " + " | ".join(k.replace("_", " ") for k in SCORES) + " |",
             "|---|---|---|---|" + "---|" * len(SCORES),
         ]
         said += [
@@ -502,7 +499,7 @@ def tables(t: dict) -> str:
     if r := t["reader"]:
         columns = [k for k in next(iter(r.values())) if k != "cases"]
         said += [
-            f"### What a reader would measure: {next(iter(r.values()))['cases']} cases; overlap, and mean "
+            f"### Organ measures: {next(iter(r.values()))['cases']} cases; overlap, and mean "
             "absolute error of the rest",
             "",
             "| method | " + " | ".join(columns) + " |",
@@ -520,12 +517,12 @@ def tables(t: dict) -> str:
 
 
 def cleared(out: Path) -> str:
-    "Solid nodules in lung, of every model in the folder: who clears the bar?"
+    "Table of solid nodules in lung for every model in the folder."
     methods = (*CHEAP, *DRAWN)
     said = [
-        "### The bar: AUC of solid nodules in lung [95 %]",
+        "### AUC of solid nodules in lung [95 %]",
         "",
-        "| model | beams | observer | diameter, mm | plants | bar | " + " | ".join(map(label, methods)) + " |",
+        "| model | beams | observer | diameter, mm | lesions | bar | " + " | ".join(map(label, methods)) + " |",
         "|---|---|---|---|---|---|" + "---|" * len(methods),
     ]
     for path in sorted(out.glob("*_tables.json")):
@@ -548,11 +545,11 @@ def cleared(out: Path) -> str:
                 f"| {path.name.removesuffix('_tables.json')} | {t['settings']['geometry']} | {OBSERVERS[o]} "
                 f"| {d} | {ms['expected']['plants']} | {least} | " + " | ".join(map(cell, methods)) + " |"
             )
-    return "\n".join([*said, "", "Bold: the bar is cleared."])
+    return "\n".join([*said, "", "Bold: at or above the bar."])
 
 
 def curves(t: dict, out: Path, name: str) -> None:
-    "Detectability and recovered contrast against diameter; reliability."
+    "Plot detectability and recovered contrast against diameter, and reliability."
     import matplotlib
 
     matplotlib.use("agg")
@@ -590,7 +587,7 @@ def curves(t: dict, out: Path, name: str) -> None:
                 ax.tick_params(labelsize=7)
                 ax.set_xticks(sorted(DIAMETERS))
         for ax, what in zip(
-            axes[:, 0], ("AUC", "AUC, mean patient subtracted", "AUC, method's usual subtracted", "recovered contrast")
+            axes[:, 0], ("AUC", "AUC, mean patient subtracted", "AUC, method's mean subtracted", "recovered contrast")
         ):
             ax.set_ylabel(what, fontsize=8)
         axes[0, 0].legend(fontsize=6)
@@ -599,20 +596,19 @@ def curves(t: dict, out: Path, name: str) -> None:
         plt.close(fig)
     if t["calibration"]:
         fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), dpi=90)
-        for ax, how, title in zip(axes, ("before", "after"), ("the spread believed", "after the fit")):
+        for ax, how, title in zip(axes, ("before", "after"), ("without calibration", "with calibration")):
             plot_reliability({g: (FINE, v[how]) for g, v in t["calibration"]["fine"].items()}, ax)
             ax.set_title(title, fontsize=9)
         fig.legend(
             *axes[0].get_legend_handles_labels(), loc="center right", fontsize=7
-        )  # up to twelve groups: beside the lines, not over them
+        )  # up to twelve groups, so the legend is outside the axes
         fig.tight_layout(rect=(0, 0, 0.8, 1))
         write_atomic(out / f"{name}_reliability.png", lambda p: fig.savefig(p))
         plt.close(fig)
 
 
 def picture(b: Bench, done: dict, out: Path) -> None:
-    """One planted lesion of 24 mm, through the cross-hair: what was there, what each method shows, and what the
-    lesion changed."""
+    "Draw one planted lesion of 24 mm: truth, reconstructions and their change by the lesion."
     row = next(
         ((k, r) for k, r in done.items() if k.startswith("lesion · lung, solid · 24 mm · 0") and r["room"]), None
     )
@@ -640,14 +636,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data", metavar="DIR", help="folder with volumes/ and drrs/ (default: the checkpoint's own held-out cases)"
     )
-    p.add_argument("--name", default="demo", help="what to call this model in the results (default: %(default)s)")
+    p.add_argument("--name", default="demo", help="name of this model in the results (default: %(default)s)")
     p.add_argument("--figure", choices=list(FIGURES), help="only the rows of one figure (default: all)")
     p.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="WORD",
-        help="only rows whose name holds all of these words, for instance: --only spiculated '24 mm'",
+        help="only rows with all of these words in their name, for instance: --only spiculated '24 mm'",
     )
     p.add_argument("--out", type=Path, default=HERE / "results", help="results (default: %(default)s)")
     p.add_argument("--work", type=Path, default=Path("data/doubt"), help="samples (default: %(default)s)")
@@ -657,8 +653,8 @@ def parser() -> argparse.ArgumentParser:
         "--plants", type=int, default=3, help="lesions of each kind and size in each case (default: %(default)s)"
     )
     p.add_argument("--seed", type=int, default=0, help="of samples, spots and spikes (default: %(default)s)")
-    p.add_argument("--minutes", type=float, default=math.inf, help="begin no row after so long")
-    p.add_argument("--list", action="store_true", help="say what is there and what is missing")
+    p.add_argument("--minutes", type=float, default=math.inf, help="start no row after this time")
+    p.add_argument("--list", action="store_true", help="list finished and missing rows")
     return p
 
 
@@ -669,7 +665,9 @@ def main(argv: list[str]) -> None:
         if getattr(a, option) < least:
             raise UserError(f"--{option} {getattr(a, option)} must be {least} or more")
     if a.mean_of > a.k:
-        raise UserError(f"--mean_of {a.mean_of} takes its samples from the {a.k} of --k; ask for fewer or draw more")
+        raise UserError(
+            f"--mean_of {a.mean_of} takes its samples from the {a.k} of --k; give a smaller --mean_of or a larger --k"
+        )
     torch.set_num_threads(1)
     b, path = Bench(a), a.out / f"{a.name}.json"
     facts = dict(
@@ -705,12 +703,12 @@ def main(argv: list[str]) -> None:
         },
     )
     if not wanted:
-        raise UserError(f"no row's name holds {' and '.join(map(repr, a.only))}; --list shows them all")
+        raise UserError(f"no row's name has {' and '.join(map(repr, a.only))}; --list shows them all")
     if a.list:
         for k in wanted:
             print("there  " if k in done else "missing", k)
         return
-    start, bar = time.time(), tqdm(wanted.items(), desc="doubt", unit="row", disable=None)
+    start, bar = time.time(), tqdm(wanted.items(), desc="uncertainty", unit="row", disable=None)
     for key, (ask, *args) in bar:
         if key in done:
             continue
@@ -731,7 +729,7 @@ def main(argv: list[str]) -> None:
     print(text)
     left = sum(k not in done for k in wanted)
     if left:
-        print(f"{left} of {len(wanted)} rows are still to be made; the same command goes on from here")
+        print(f"{left} of {len(wanted)} rows are missing; run the same command to resume")
 
 
 if __name__ == "__main__":
