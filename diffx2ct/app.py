@@ -438,7 +438,8 @@ def serve(
 ) -> None:
     "Serve a cell in the browser until Ctrl-C."
     print(
-        f"{what}: http://127.0.0.1:{a.port} once the server is up; Ctrl-C stops it; nothing is written to disk; {CAUTION}",
+        f"{what}: http://127.0.0.1:{a.port} once the server is up; Ctrl-C stops it; nothing is written to disk; "
+        f"{CAUTION}",
         flush=True,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `docker stop` works like Ctrl-C

@@ -1,5 +1,5 @@
-"""The page in a real browser: two films in, the volume in the viewer, the report, the files; nothing but this machine
-is asked."""
+"""The page in a real browser: two films in, the volume in the viewer, the report, the files; no request to another
+machine."""
 
 import io
 import os
@@ -102,14 +102,14 @@ def page(address):
         browser.close()
 
 
-def says(page, *words):
-    "Waits until the page says all of the words."
+def shows(page, *words):
+    "Wait until the page shows all of the words."
     try:
         page.wait_for_function(
             "words => words.every(w => document.querySelector('.dxa').innerText.includes(w))", arg=list(words)
         )
     except Exception:
-        pytest.fail(f"the page does not say {words}, but: {page.locator('.dxa').inner_text()}")
+        pytest.fail(f"the page does not show {words}, but: {page.locator('.dxa').inner_text()}")
 
 
 def give(page, which, path):
@@ -128,22 +128,22 @@ def shoot(page, name):
 @pytest.mark.browser
 @pytest.mark.slow
 def test_two_films_become_a_volume(page, case):
-    says(page, "Not for clinical use", "not a measurement")
+    shows(page, "Not for clinical use", "not a measurement")
     shoot(page, "start")
     give(page, "frontal", case / "notes.txt")
-    says(page, "notes.txt is of no kind that can be read")
+    shows(page, "notes.txt is of no kind that can be read")
     give(page, "frontal", case / "pa.png")
-    says(page, "pa.png (512 x 512 pixels)", "the lateral film is missing")
+    shows(page, "pa.png (512 x 512 pixels)", "the lateral film is missing")
     give(page, "lateral", case / "lateral.png")
-    says(page, "lateral.png: the patient faces right", "likeness")
+    shows(page, "lateral.png: the patient faces right", "likeness")
     shoot(page, "films")
     select = page.locator(".dxa select").first
     select.select_option("left")
-    says(page, "lateral.png: the patient faces left")
+    shows(page, "lateral.png: the patient faces left")
     select.select_option("right")
-    says(page, "lateral.png: the patient faces right")
+    shows(page, "lateral.png: the patient faces right")
     page.get_by_role("button", name="reconstruct").click()
-    says(page, "REPORT", "NOT ASSESSED", "AXIAL")
+    shows(page, "REPORT", "NOT ASSESSED", "AXIAL")
     page.wait_for_function("[...document.querySelectorAll('.dx img')].filter(i => i.naturalWidth > 0).length >= 3")
     shoot(page, "volume")
 
@@ -178,7 +178,7 @@ def test_the_files_can_be_taken_home_and_nothing_is_kept(page, case, tmp_path):
 @pytest.mark.slow
 def test_an_example_needs_no_films(page):
     page.get_by_role("button", name="example: a phantom").click()
-    says(page, "phantom, lateral: the patient faces left")
+    shows(page, "phantom, lateral: the patient faces left")
     assert page.locator(".dxa-link").count() == 0  # nothing of the case before is left
     page.set_viewport_size({"width": 900, "height": 1000})
     shoot(page, "900")

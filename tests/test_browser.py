@@ -43,7 +43,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "A JupyterLab of its own, with settings, kernels and history in a temporary folder; yields its address."
+    "Start a JupyterLab with settings, kernels and history in a temporary folder; yield its address."
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'diffx2ct[test]'")
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")
@@ -155,18 +155,18 @@ def changed(page, before, count=3):
 
 
 def text_soon(page, *words):
-    "Waits until the viewer says all of the words."
+    "Wait until the viewer shows all of the words."
     try:
         page.wait_for_function(
             "words => words.every(w => document.querySelector('.dx').innerText.includes(w))",
             arg=list(words),
         )
     except Exception:
-        pytest.fail(f"the viewer does not say {words}, but: {page.locator('.dx').inner_text()}")
+        pytest.fail(f"the viewer does not show {words}, but: {page.locator('.dx').inner_text()}")
 
 
 def lit(page, *names):
-    "Waits until of the named buttons only the first is lit, or none where it is None."
+    "Wait until only the first of the named buttons is highlighted, or none if it is None."
     page.wait_for_function(
         """([on, names]) => [...document.querySelectorAll('.dx button')].filter(b => names.includes(b.innerText))
             .every(b => b.classList.contains('mod-active') == (b.innerText == on))""",
@@ -175,7 +175,7 @@ def lit(page, *names):
 
 
 def settled(page):
-    "The pictures in sight, as soon as kernel and browser have nothing more to do for each other."
+    "Return the visible pictures when kernel and browser are idle."
     page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
     before = None
     while before != (before := pictures(page)):

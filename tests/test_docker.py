@@ -1,5 +1,5 @@
-"""What can be said about the container without building it: its files parse, name what exists, hold no secret, and
-match the scripts."""
+"""Checks of the container without building it: its files parse, name existing files, contain no secret, and match the
+scripts."""
 
 import os
 import re
@@ -188,7 +188,7 @@ def test_the_key_is_passed_through_and_written_nowhere():
 
 
 def dry_run(*args, script: str = "run_training.sh", **env):
-    "A dry run on a machine without a GPU and without a W&B login; variables may say otherwise."
+    "A dry run on a machine without a GPU and without a W&B login; environment variables change that."
     names = ("UID", "GID", "DATA", "CHECKPOINTS", "CONFIG", "NETRC")
     clean = {f"DIFFX2CT_{name}": None for name in names} | {"DIFFX2CT_GPU": "off", "HOME": "/nonexistent"}
     return run_cmd([ROOT / script, "--docker", *args, "--dry_run"], **clean | env)

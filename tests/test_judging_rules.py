@@ -159,7 +159,7 @@ def test_data_of_another_machine_is_refused(key, value, words, model, monkeypatc
         check_same_data(tmp_path, model)
 
 
-# Doubt
+# Uncertainty
 
 
 def test_factors_are_the_conformal_ranks():
@@ -170,7 +170,7 @@ def test_factors_are_the_conformal_ranks():
 def test_a_kind_has_factors_of_its_own_where_there_are_voxels_enough():
     z, kind = torch.arange(1.0, 801), torch.tensor([1, 2] * 200 + [3] * 201 + [2] * 199)
     q = conformal_factors(z, kind)
-    assert q[3, 0] == 501 and q[0].tolist() == [401, 641, 761]  # a kind that nobody has seen takes those of all
+    assert q[3, 0] == 501 and q[0].tolist() == [401, 641, 761]  # an empty class takes the factors of all voxels
 
 
 def test_factors_of_the_normal_distribution_are_two_sided():

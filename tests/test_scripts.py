@@ -22,8 +22,8 @@ COMMANDS = [
 
 @pytest.fixture
 def fake(tmp_path) -> Path:
-    """A project folder with a space in its name, all scripts in it, and a `python` that only notes what it is asked
-    to do."""
+    """A project folder with a space in its name, all scripts in it, and a `python` that only logs its
+    arguments."""
     root = tmp_path / "a project"
     shutil.copytree(ROOT / "docker", root / "docker")
     for name in (
@@ -97,7 +97,7 @@ def test_an_interrupted_install_is_done_again(fake):
         and "run the same command again" in broken.stderr
     )
     assert start(fake).returncode == 0
-    assert len(log(fake)) == 5  # the environment is kept, the packages are asked for again
+    assert len(log(fake)) == 5  # the environment is kept, the packages are installed again
 
 
 def test_changed_requirements_are_installed(fake):

@@ -44,7 +44,7 @@ def test_an_empty_folder_is_no_site(tmp_path):
 @pytest.mark.browser
 @pytest.mark.filterwarnings("ignore:'myst_parser")
 def test_on_a_phone_without_a_network(tmp_path):
-    "Every page is as wide as the screen, asks for nothing from elsewhere, and the search finds a word."
+    "Every page fits the screen and loads nothing from other machines, and the search finds a word."
     pytest.importorskip("sphinx", reason="sphinx is not installed: pip install 'diffx2ct[docs]'")
     browser = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install 'diffx2ct[test]'"

@@ -1,5 +1,5 @@
-"""MODEL_CARD.md of a trained model, from its header, from doubt.json beside it, and from result files. A figure that is
-nowhere measured leaves its row out."""
+"""Write MODEL_CARD.md of a trained model from its header, its doubt.json and result files. A value that was not measured
+has no row."""
 
 import argparse
 import json
@@ -17,29 +17,29 @@ FIGURES = {
     "residual": ("views missed by, %", 2),
 }  # key of diffx2ct_evaluate -> words, decimals
 WORDS = {"mean_of_k": "mean of {k}", "consistent_mean": "consistent mean", "mean": "mean patient"}
-EMPTY = ("", "?", "-", "tbd", "todo", "n/a", "xxx", "none")  # what stands where nobody has written anything
+EMPTY = ("", "?", "-", "tbd", "todo", "n/a", "xxx", "none")  # placeholders
 
 
 def filled(value) -> bool:
-    "True for a statement or a figure; a placeholder is refused rather than printed."
+    "Check if a value is given; refuse a placeholder."
     if value is None or value == [] or value == {}:
         return False
     if isinstance(value, str):
         from diffx2ct.data import UserError
 
         if value.strip().lower() in EMPTY or value.strip().startswith("<"):
-            raise UserError(f"{value!r} is a placeholder; write what is known, or leave the entry out")
+            raise UserError(f"{value!r} is a placeholder; write the value, or leave the entry out")
     return True
 
 
 def rows(facts: dict) -> list[str]:
-    "A table of those facts that are known."
+    "Write a table of the given facts."
     known = [f"| {k} | {v} |" for k, v in facts.items() if filled(v)]
     return ["| | |", "|---|---|", *known] if known else []
 
 
 def model_facts(meta: dict, path: Path) -> dict:
-    "What the header states of a network."
+    "Collect the facts in the header of a model."
     c, g, cases = meta["config"], meta["geometry"], meta.get("cases") or {}
     sides = [f"{k} {g[k]}" for k in ("frontal", "lateral") if g.get(k)]
     cone = f", source to axis {g['sad_mm']:g} mm, source to detector {g['sdd_mm']:g} mm" if g["kind"] == "cone" else ""
@@ -61,7 +61,7 @@ def model_facts(meta: dict, path: Path) -> dict:
 
 
 def figure(found: list | None, decimals: int, scale: float = 1) -> str | None:
-    "A mean with its interval."
+    "Format a mean with its interval."
     if not found or found[0] is None:
         return None
     mean, *ends = (None if v is None else f"{scale * v:.{decimals}f}" for v in found)
@@ -69,7 +69,7 @@ def figure(found: list | None, decimals: int, scale: float = 1) -> str | None:
 
 
 def scores(result: dict) -> list[str]:
-    "A file of diffx2ct_evaluate as a table, one column per method."
+    "Write a file of diffx2ct_evaluate as a table, one column per method."
     from diffx2ct.data import UserError
 
     s, means = result["settings"], result["means"]
@@ -98,7 +98,7 @@ def scores(result: dict) -> list[str]:
 
 
 def tables(result: dict) -> list[str]:
-    "A file of our own: {title, columns, rows: {name: {column: value}}, note, command}."
+    "Write a file {title, columns, rows: {name: {column: value}}, note, command} as a table."
     names = [c for c in result["columns"] if any(filled(row.get(c)) for row in result["rows"].values())]
     lines = [
         f"| {name} | " + " | ".join(str(row[c]) if filled(row.get(c)) else "" for c in names) + " |"
@@ -114,7 +114,7 @@ def tables(result: dict) -> list[str]:
 
 
 def read_json(path: Path) -> dict:
-    "One result file."
+    "Read a result file."
     from diffx2ct.data import UserError
 
     try:
@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict:
 
 
 def calibration(path: Path) -> list[str]:
-    "What doubt.json beside the model says."
+    "Describe the calibration in doubt.json."
     from diffx2ct.checkpoint import file_digest
 
     kept = path.parent / "doubt.json"
@@ -148,13 +148,13 @@ def calibration(path: Path) -> list[str]:
 
 
 def card(path: Path, results: list[Path], text: dict) -> str:
-    "The whole card."
+    "Write the card."
     from diffx2ct.checkpoint import file_digest, read_header
     from diffx2ct.data import CAUTION, GENERATED, UserError
 
     meta = read_header(path)
     out = [f"# Model card: {path.parent.name}", ""]
-    out += [f"Two X-ray views in, a CT volume out. {CAUTION.capitalize()}. What comes out is {GENERATED}.", ""]
+    out += [f"Two X-ray views in, a CT volume out. {CAUTION.capitalize()}. The volume is {GENERATED}.", ""]
     out += ["## What it is", "", *rows(model_facts(meta, path)), ""]
     for key, title in (
         ("use", "Use"),
