@@ -404,7 +404,7 @@ def build_denoiser(
 
 # %% ../nbs/02a_diffusion.ipynb #38cc6ada
 def has_native_bf16() -> bool:
-    "Whether this machine computes bf16 natively: a GPU, or a CPU whose oneDNN has bf16 convolutions."
+    "True if this machine computes bf16 natively: a GPU, or a CPU whose oneDNN has bf16 convolutions."
     return (
         torch.cuda.is_available()
         or torch.backends.mkldnn.is_available()
