@@ -222,7 +222,8 @@ def train_options() -> argparse.ArgumentParser:
         epilog="""examples:
   ./run_training.sh --study_name my-first-study                 search on embedded phantoms; again: go on
   ./run_training.sh --study_name my-first-study --retrain_best  train its best trial longer
-  ./run_training.sh --study_name chests --profile lidc128 --set DATA.PT_DATA_DIR=data/mine/volumes --set DATA.DRR_DIR=data/mine/drrs
+  ./run_training.sh --study_name chests --profile lidc128 \\
+      --set DATA.PT_DATA_DIR=data/mine/volumes --set DATA.DRR_DIR=data/mine/drrs
   ./run_training.sh --study_name quick --no_search --set EPOCHS=2
 
 Data comes from diffx2ct_prepare. Trials are in checkpoints/<study_name>/trial_<n>/, the study in <study_name>.db;

@@ -200,8 +200,14 @@ def test_controls(page):
     viewer = page.locator(".dx")
 
     def inked():  # is there a picture of the slice, not only a black square?
-        return page.evaluate("""() => { const i = document.querySelector('.dx img'), c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
-            const x = c.getContext('2d'); x.drawImage(i, 0, 0); return new Set(x.getImageData(0, 0, c.width, c.height).data).size }""")
+        return page.evaluate("""() => {
+            const i = document.querySelector('.dx img'), c = document.createElement('canvas');
+            c.width = i.naturalWidth;
+            c.height = i.naturalHeight;
+            const x = c.getContext('2d');
+            x.drawImage(i, 0, 0);
+            return new Set(x.getImageData(0, 0, c.width, c.height).data).size;
+        }""")
 
     before = settled(page)
     assert len(before) == 3 and inked() > 20

@@ -42,11 +42,22 @@ def fake(tmp_path) -> Path:
 log="{tmp_path}/log"
 case "$*" in
   *'import sys, venv'*) exit 0 ;;
-  '-m venv'*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python"; for c in {" ".join(COMMANDS)}; do printf '#!/bin/bash\\npwd\\nprintf "%%s|" "$@"\\n' > "${{@: -1}}/bin/$c"; chmod +x "${{@: -1}}/bin/$c"; done; echo venv >> "$log" ;;
+  '-m venv'*)
+    mkdir -p "${{@: -1}}/bin"
+    cp "$0" "${{@: -1}}/bin/python"
+    for c in {" ".join(COMMANDS)}; do
+      printf '#!/bin/bash\\npwd\\nprintf "%%s|" "$@"\\n' > "${{@: -1}}/bin/$c"
+      chmod +x "${{@: -1}}/bin/$c"
+    done
+    echo venv >> "$log" ;;
   *'pip --version'*) exit 0 ;;
   *--dry-run*) exit 0 ;;
   *json.load*) echo "${{BUILD:-2.0}}" ;;
-  *install*) words="$*"; echo "pip ${{words##*-qq }}" >> "$log"; sleep "${{SLEEP:-0}}"; [ -z "${{BROKEN:-}}" ] || {{ echo 'ERROR: no such package' >&2; exit 1; }} ;;
+  *install*)
+    words="$*"
+    echo "pip ${{words##*-qq }}" >> "$log"
+    sleep "${{SLEEP:-0}}"
+    [ -z "${{BROKEN:-}}" ] || {{ echo 'ERROR: no such package' >&2; exit 1; }} ;;
 esac
 """)
     python.chmod(0o755)
