@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -517,8 +518,7 @@ def write_calibration(
     here = model.path.parent
     if folder.resolve() != here.resolve():
         for path in (p for p in (here / CALIBRATOR, model.path) if p.is_file()):
-            held = path.read_bytes()
-            write_with_checksum(folder / path.name, lambda p, held=held: p.write_bytes(held))
+            write_with_checksum(folder / path.name, partial(Path.write_bytes, data=path.read_bytes()))
     return write_with_checksum(folder / CALIBRATION_FILE, lambda p: p.write_text(json.dumps(d, indent=1)))
 
 # %% ../nbs/04b_uncertainty.ipynb #b289b182

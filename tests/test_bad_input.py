@@ -193,7 +193,7 @@ BAD = {
     "another batch": (
         nothing,
         [*ALONE, *sets("BATCH_SIZE=4", "EPOCHS=2")],
-        "BATCH_SIZE times TRAINING.GRADIENT_ACCUMULATION_STEPS=2, not 4; restore it",
+        "BATCH_SIZE times TRAINING.GRADIENT_ACCUMULATION_STEPS=2, not 4; set it back",
     ),
     "another rate": (
         nothing,
@@ -206,7 +206,7 @@ BAD = {
             shutil.copy(here / CASE, here / "volumes/p9.pt"),
         ),
         ALONE,
-        "which are not those of now",
+        "which are not the present ones",
     ),
     "a study of a name that links have": (nothing, [*TRAIN, "--study_name", "trial_0"], "choose another --study_name"),
     "training state damaged": (
