@@ -115,7 +115,7 @@ def check_same_data(
     equal = lambda a, b: all(
         p == q if isinstance(q, str) else math.isclose(p, q, rel_tol=1e-4) for p, q in zip(a, b, strict=True)
     )
-    say = lambda v: " ".join(u if isinstance(u, str) else f"{u:g}" for u in v)
+    text = lambda v: " ".join(u if isinstance(u, str) else f"{u:g}" for u in v)
     try:
         g = geometry(manifest["geometry"], manifest["size"] * manifest["mm"])
         theirs = {k: (manifest[k],) for k in ("size", "mm", "pixels")} | {
@@ -125,7 +125,7 @@ def check_same_data(
         }
         wrong = next(
             (
-                f"{where} has {k} {say(theirs[k])}, but {trained} was trained with {k} {say(ours[k])}"
+                f"{where} has {k} {text(theirs[k])}, but {trained} was trained with {k} {text(ours[k])}"
                 for k in ours
                 if not equal(theirs[k], ours[k])
             ),
@@ -167,7 +167,7 @@ def open_cases(
     for name in names or ():
         if name not in known:
             raise UserError(
-                f"--cases {name}: there is no such case; the {len(known)} there are begin with {', '.join(known[:4])}"
+                f"--cases {name}: there is no such case; the {len(known)} cases begin with {', '.join(known[:4])}"
             )
     chosen = list(dict.fromkeys(names or known))
     return (
@@ -298,9 +298,9 @@ def results_table(
     "Format the heading, the PSNR of each case, and all scores as mean and interval."
     s, p, cases = result["settings"], PROTOCOLS[result["settings"]["protocol"]], result["cases"]
     methods, (lo, hi) = s["methods"], p.window or s["hu_window"]
-    tell = lambda v, form: "-" if v is None else format(v, form)
+    cell = lambda v, form: "-" if v is None else format(v, form)
     spread = lambda v, form: (
-        tell(v[0], form) + (f" [{tell(v[1], form)}, {tell(v[2], form)}]" if len(cases) > 1 and v[0] is not None else "")
+        cell(v[0], form) + (f" [{cell(v[1], form)}, {cell(v[2], form)}]" if len(cases) > 1 and v[0] is not None else "")
     )
     head = [
         f"protocol {p.name}: HU {lo:g} to {hi:g}, peak {p.peak * (hi - lo):g}; seed {s['seed']}",
@@ -312,7 +312,7 @@ def results_table(
     ]
     label, form = METRICS["psnr"]
     single = [[label, *methods]] + [
-        [n, *(tell(c["scores"][m]["psnr"], form) for m in methods)] for n, c in cases.items()
+        [n, *(cell(c["scores"][m]["psnr"], form) for m in methods)] for n, c in cases.items()
     ]
     total = [[f"mean of {len(cases)}" + (" [95 % interval]" if len(cases) > 1 else ""), *methods]] + [
         [label, *(spread(result["means"][m][k], form) for m in methods)] for k, (label, form) in METRICS.items()

@@ -335,7 +335,7 @@ def calibrate_uncertainty(
     cases: CTPairs | Sequence[Case],  # held out, with their volumes
     k: int = 8,  # samples of each
     seed: int = 0,  # of the first sample, and of the voxels
-) -> dict:  # what `doubt.json` holds
+) -> dict:  # content of `doubt.json`
     "Fit factors, thresholds and bounds of a model."
     net, c = model.denoiser, model.config.DIFFUSION
     how: dict[str, Any] = dict(
@@ -447,7 +447,9 @@ def measure_report(
     for name, value in found.items():
         _, unit, form = MEASURES[name]
         bound = f" ± {kept[name]:{form}}" if name in kept else ""
-        level = f" (the interval held for {BOUND_LEVEL:.0%} of held-out patients)" if bound else " (no interval known)"
+        level = (
+            f" (the interval held for {BOUND_LEVEL:.0%} of held-out patients)" if bound else " (no interval available)"
+        )
         lines.append(f"- {name} {value:{form}}{bound} {unit}".rstrip() + level)
     return {k: dict(value=v, bound=kept.get(k)) for k, v in found.items()}, lines
 

@@ -359,7 +359,7 @@ def save_nifti(
         0,
         0,
         0,
-    ),  # where the volume's centre lies in patient space (left, back, head), mm
+    ),  # centre of the volume in patient space (left, back, head), mm
     dtype: type = np.int16,  # int16 rounds to whole HU
     note: str = CAUTION,  # kept in the header (`descrip`), the first 79 characters of it
 ) -> Path:
@@ -376,7 +376,7 @@ def save_nifti(
     image.SetMetaData("ITK_FileNotes", note[:79])
 
     def write(part):
-        whole = part.with_name(part.stem + path.name)  # ITK tells the format by the name's end
+        whole = part.with_name(part.stem + path.name)  # ITK derives the format from the end of the name
         try:
             with suppress_stderr():
                 sitk.WriteImage(image, str(whole), useCompression=True)
@@ -449,7 +449,7 @@ def is_generated(
 
 def method_of(
     path: Path,  # of a file the program wrote
-) -> str:  # "" where its header does not say
+) -> str:  # "" if the header has none
     "Read the method of a volume from its header."
     header = sitk.ImageFileReader()
     header.SetFileName(str(path))
@@ -464,7 +464,7 @@ def known_names_first(names) -> list[str]:
 
 def read_volumes(
     source,  # a mapping of names, or one array, path, folder of *.nii.gz or `Case`
-    mm=None,  # voxel side where the source does not say, mm
+    mm=None,  # voxel side in mm, if the source has none
     hu_range=(-1024, 1500),  # HU of 0 and 1 in a unit volume
 ) -> tuple:  # {name: `Layer` of (D, H, W) float32}, voxel side in mm
     "Read all volumes of `source`, known names first, each sample under its own name."
@@ -549,7 +549,7 @@ class Viewer(W.VBox):
         self.layers, self.mm, self.pixels = {layer.name: layer for layer in layers}, mm, pixels
         estimate = next((layer.values for layer in layers if layer.replaceable), None)
         self.answers = [estimate, *drawn] if drawn else []
-        self.seen: dict[float, dict] = {}  # what each browser said last, see `steer`
+        self.seen: dict[float, dict] = {}  # last message of each browser, see `steer`
         self.over, self.held, self.due = None, False, False  # voxel under the mouse; see `together`
         self.look: tuple = (1.0, None)  # zoom and focus, see `slice_box`
         self.build(window)
@@ -993,7 +993,7 @@ def view_3d(
     source,  # one volume, as `view` takes it
     *,
     window=(150, 700),  # HU, from wholly transparent to opaque; or a name in `WINDOWS`
-    mm=None,  # voxel side where the source does not say, mm
+    mm=None,  # voxel side in mm, if the source has none
 ):  # a k3d plot, seen from the front, the head up
     "Render one volume in 3D with k3d."
     try:
@@ -1300,7 +1300,7 @@ def report_figure(
 # %% ../nbs/05_visualize.ipynb #4a830e85
 def save_report(
     folder: str | Path,  # created if missing; one per case
-    volumes: dict,  # {"generated": (D, H, W) HU} and, where known, "truth", the maps of `assess`, "sample_1" and so on
+    volumes: dict,  # {"generated": (D, H, W) HU} and, if available, "truth", the maps of `assess`, "sample_1" and so on
     views,  # (2, P, P) mm of water, AP and LAT
     mm: float,  # voxel side
     metrics: dict = {},  # {metric: number}, with its "protocol"
