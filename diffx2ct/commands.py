@@ -35,7 +35,7 @@ def run_command(
 
 # %% ../nbs/00b_scans.ipynb #97beca21
 def prepare_options() -> argparse.ArgumentParser:
-    "The options of `diffx2ct_prepare`."
+    "Define the options of `diffx2ct_prepare`."
     p = argparse.ArgumentParser(
         "diffx2ct_prepare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,17 +44,15 @@ def prepare_options() -> argparse.ArgumentParser:
   diffx2ct_prepare patient1.nii.gz patient2_dicom/ --out data --pictures
   diffx2ct_train --set DATA.PT_DATA_DIR=data/volumes --set DATA.DRR_DIR=data/drrs
 
-SCAN is a file (.nii .nii.gz .nrrd .mha .mhd, .h5 of the X2CT-GAN data, a packed .npz) or a folder, searched to its
-depth, of DICOM slices, volume files or
-X2CT-GAN cases. Orientation comes from the file's header. Cases are named after their files, and after their folders
-where two files share a name;
-nothing of a DICOM header's identity is kept, nor the name of its folder.""",
-        epilog="Run it again with the same --out to add scans: settings are taken over, finished cases are kept, "
-        "a stopped run goes on. Look at DIR/pictures once: R is the patient's right, A the front, H the "
-        "head.",
+SCAN is a file (.nii .nii.gz .nrrd .mha .mhd, .h5 of the X2CT-GAN data, a packed .npz) or a folder with DICOM slices,
+volume files or X2CT-GAN cases, also in subfolders. Orientation comes from the file's header. Cases are named after
+their files, and after their folders where two files share a name. Nothing that identifies the patient is kept from a
+DICOM header, nor the name of its folder.""",
+        epilog="Run it again with the same --out to add scans or to resume: settings and finished cases are kept. "
+        "Look at DIR/pictures once: R is the patient's right, A the front, H the head.",
     )
     p.add_argument("scans", nargs="+", metavar="SCAN", help="scan files and folders")
-    p.add_argument("--out", required=True, metavar="DIR", help="gets volumes/, drrs/ and drrs/manifest.json")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for volumes/, drrs/ and drrs/manifest.json")
     p.add_argument(
         "--size", type=int, metavar="N", help="voxels along an edge of the cube (64; a finished cube keeps its own)"
     )
@@ -68,35 +66,35 @@ nothing of a DICOM header's identity is kept, nor the name of its folder.""",
         "--geometry",
         choices=("parallel", "x2ct", "x2ct_scaled", "chest"),
         help="how the views are taken (parallel); x2ct: the cone beams of the X2CT-GAN data; chest: PA and left "
-        "lateral chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm says otherwise",
+        "lateral chest films, 1.8 m from source to detector, in a cube of 384 mm unless --mm gives another size",
     )
     p.add_argument("--pixels", type=int, metavar="P", help="detector pixels along an edge (N)")
     p.add_argument("--window", type=float, nargs=2, metavar=("MIN", "MAX"), help="HU stored as 0 and 1 (-1024 1500)")
     p.add_argument(
         "--table",
         choices=("keep", "remove"),
-        help="what is not patient: set to air or left (remove; keep for finished cubes)",
+        help="set what is not the patient to air, or keep it (remove; keep for finished cubes)",
     )
     p.add_argument(
         "--centre", choices=("body", "volume"), help="what the cube is centred on (body; volume for finished cubes)"
     )
-    p.add_argument("--air_threshold", type=float, metavar="HU", help="denser is body (-500)")
+    p.add_argument("--air_threshold", type=float, metavar="HU", help="what is denser can be body (-500)")
     p.add_argument("--series", metavar="UID_OR_NUMBER", help="which CT series of a DICOM folder that holds several")
     p.add_argument(
         "--affine",
         choices=("sform", "qform"),
-        help="which affine of a NIfTI file to take where its two contradict each other (such a file is refused)",
+        help="which affine of a NIfTI file to use if its two differ (without this option the file is refused)",
     )
     p.add_argument(
         "--keep_names",
         action="store_true",
-        help="call DICOM cases after their folders (not: scan_ and a number); only where these name no patient",
+        help="name DICOM cases after their folders instead of scan_ and a number; only if these name no patient",
     )
     p.add_argument(
         "--h5_offset", type=float, metavar="V", help="stored value minus HU in X2CT-GAN files: 1024 or 1000 (1024)"
     )
     p.add_argument("--float16", action=argparse.BooleanOptionalAction, help="store volumes in half precision (yes)")
-    p.add_argument("--overwrite", action="store_true", help="make cases anew that are there already")
+    p.add_argument("--overwrite", action="store_true", help="write existing cases again")
     p.add_argument(
         "--pictures", action="store_true", help="also save DIR/pictures/<case>.png to check orientation by eye"
     )
@@ -104,7 +102,7 @@ nothing of a DICOM header's identity is kept, nor the name of its folder.""",
 
 
 def run_prepare() -> None:
-    "The command `diffx2ct_prepare`."
+    "Run the command `diffx2ct_prepare`."
     run_command(prepare_options, "scans")
 
 # %% ../nbs/04a_evaluate.ipynb #988b87ba

@@ -116,7 +116,7 @@ def test_prepare_with_another_cube(inside):
     assert "--geometry chest has no room for a cube of 1920 mm (16 voxels of 120 mm)" in said and "--mm" in said
     assert not (inside / "huge/drrs").exists()
     said = " ".join(go(inside, "diffx2ct_prepare", "--help").split())
-    assert "384/N for --geometry chest" in said and "in a cube of 384 mm unless --mm says otherwise" in said
+    assert "384/N for --geometry chest" in said and "in a cube of 384 mm unless --mm gives another size" in said
 
 
 def test_a_checkpoint_keeps_the_sides(model):

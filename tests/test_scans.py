@@ -295,7 +295,7 @@ REFUSED = dict(
     another_unit=(dict(edit=tags(RescaleType="Z_EFF")), "type Z_EFF"),
     two_scales=(dict(edit=table(inter=-1024, slope=1)), "Modality LUT gives 24 to"),
     colour=(dict(edit=tags(SamplesPerPixel=3)), "3 values"),
-    bits_12=(dict(edit=tags(BitsAllocated=12)), "12 bits a pixel"),
+    bits_12=(dict(edit=tags(BitsAllocated=12)), "12 bits per pixel"),
     high_bit=(dict(edit=lambda ds, k: (overlay(ds, k), tags(HighBit=15)(ds, k))), "High Bit"),
     moved_by_half=(dict(edit=moved(0.5)), "lacks a slice between"),
     moved_by_a_third=(dict(edit=moved(0.3)), "lacks a slice between"),
