@@ -212,20 +212,20 @@ def run_doubt() -> None:
 
 # %% ../nbs/04d_study.ipynb #22d12077
 def train_options() -> argparse.ArgumentParser:
-    "Options of `diffx2ct_train`."
+    "Return the options of `diffx2ct_train`."
     p = argparse.ArgumentParser(
         prog="diffx2ct_train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a model that makes a CT volume from two X-ray views, with an Optuna search or without.",
         epilog="""examples:
-  ./run_training.sh --study_name my-first-study                 search on embedded phantoms; again: go on
+  ./run_training.sh --study_name my-first-study                 search on embedded phantoms; again: resume
   ./run_training.sh --study_name my-first-study --retrain_best  train its best trial longer
   ./run_training.sh --study_name chests --profile lidc128 \\
       --set DATA.PT_DATA_DIR=data/mine/volumes --set DATA.DRR_DIR=data/mine/drrs
   ./run_training.sh --study_name quick --no_search --set EPOCHS=2
 
 Data comes from diffx2ct_prepare. Trials are in checkpoints/<study_name>/trial_<n>/, the study in <study_name>.db;
-checkpoints/best leads to the best model of the study that was trained last.
+checkpoints/best links to the best model of the study that was trained last.
 Ctrl-C saves after the step; run the same command to resume. Every key is explained in config.yml, and by --explain KEY.
 A study keeps its settings and its cases; other ones need another --study_name.""",
     )
@@ -235,7 +235,7 @@ A study keeps its settings and its cases; other ones need another --study_name."
     p.add_argument(
         "--config",
         metavar="FILE",
-        help="settings (default: config.yml where there is one, else the one in the package)",
+        help="settings (default: config.yml if there is one, else that of the package)",
     )
     p.add_argument("--profile", help="block of PROFILES in the settings, such as demo, lidc128, lidc256")
     p.add_argument(
@@ -253,7 +253,7 @@ A study keeps its settings and its cases; other ones need another --study_name."
         "card of the model of the package",
     )
     p.add_argument(
-        "--n_trials", type=int, help="trials of the study in all, those that are there included (OPTUNA.N_TRIALS)"
+        "--n_trials", type=int, help="number of trials of the study, existing ones included (OPTUNA.N_TRIALS)"
     )
     p.add_argument(
         "--nproc_per_node",
