@@ -135,13 +135,13 @@ def test_two_films_become_a_volume(page, case):
     give(page, "frontal", case / "pa.png")
     shows(page, "pa.png (512 x 512 pixels)", "the lateral film is missing")
     give(page, "lateral", case / "lateral.png")
-    shows(page, "lateral.png: the patient faces right", "likeness")
+    shows(page, "lateral.png: ", "the patient faces right", "likeness")
     shoot(page, "films")
     select = page.locator(".dxa select").first
     select.select_option("left")
-    shows(page, "lateral.png: the patient faces left")
+    shows(page, "the patient faces left")
     select.select_option("right")
-    shows(page, "lateral.png: the patient faces right")
+    shows(page, "the patient faces right")
     page.get_by_role("button", name="reconstruct").click()
     shows(page, "REPORT", "NOT ASSESSED", "AXIAL")
     page.wait_for_function("[...document.querySelectorAll('.dx img')].filter(i => i.naturalWidth > 0).length >= 3")
@@ -178,7 +178,7 @@ def test_the_files_can_be_taken_home_and_nothing_is_kept(page, case, tmp_path):
 @pytest.mark.slow
 def test_an_example_needs_no_films(page):
     page.get_by_role("button", name="example: a phantom").click()
-    shows(page, "phantom, lateral: the patient faces left")
+    shows(page, "phantom, lateral: ", "the patient faces left")
     assert page.locator(".dxa-link").count() == 0  # nothing of the case before is left
     page.set_viewport_size({"width": 900, "height": 1000})
     shoot(page, "900")
