@@ -206,7 +206,7 @@ class Denoiser(nn.Module):
         A: Projector,
         window: tuple[float, float],  # (HU_MIN, HU_MAX)
         base: str = "consistent_mean",  # consistent_mean, mean or none
-        line_integrals: bool = True,  # views are mm of water; False: display images in [0, 1], only with a mean as base
+        line_integrals: bool = True,  # views are mm of water; False: display images in [0, 1], only with a mean as prior
         coarse: "Denoiser | None" = None,  # of half the resolution, frozen
         flips: Sequence[str] = (),  # of D, H, W: axes along which a mirror image is as likely as the patient
     ):
@@ -286,7 +286,7 @@ def condition(
     encoded: tuple[list[Tensor], Tensor],  # from `encode`
     origin: tuple[int, int, int] = (0, 0, 0),  # voxel where the block begins
 ) -> Condition:
-    "The condition of the block at `origin` with the shape of `base`."
+    "The condition of the block at `origin` with the shape of `prior`."
     maps, tokens = encoded
     edge, levels, first = prior.shape[-1], len(maps), 2 if self.unet.at_half else 1
     key = (origin, edge, prior.device)
@@ -455,7 +455,7 @@ def phase_weights(
 def loss_terms(
     x: Tensor,
     truth: Tensor,  # (B, 1, d, h, w) unit volumes
-    scale: Tensor,  # () or (B,) s, the typical distance of a prior, times `reach` of the times
+    scale: Tensor,  # () or (B,) s, the typical distance of a prior, times `output_sensitivity` of the times
     weights: dict[str, float],  # from `phase_weights`; only these losses are computed
     A: Projector,  # for PROJECTION, of whole cubes
     counts: Tensor | float = 1.0,  # (B, 1, d, h, w) weight of a voxel in L2 and L1

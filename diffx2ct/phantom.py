@@ -31,7 +31,7 @@ def ellipsoid(
     radii,  # (3,) mm
     axes=None,  # (3, 3) rows are the directions of the radii
 ):  # signed distance, mm
-    "Distance to an ellipsoid, negative inside."
+    "Compute the distance to an ellipsoid, negative inside."
     q = [g[i] - np.float32(centre[i]) for i in range(3)]
     if axes is not None:
         q = [np.float32(a[0]) * q[0] + np.float32(a[1]) * q[1] + np.float32(a[2]) * q[2] for a in axes]
@@ -48,7 +48,7 @@ def section(
     yc,
     xc=0,  # centre at each point, mm
 ):  # signed distance, mm
-    "Distance in the axial plane to a rounded box, along the ray from its centre."
+    "Compute the axial distance to a rounded box, along the ray from its centre."
     x, y = np.abs(g[0] - xc), np.abs(g[1] - yc)
     u, v = (x / a) ** 2, (y / b) ** 2
     r, k = np.sqrt(x * x + y * y), np.sqrt(np.sqrt(u * u + np.float32(SQUARE) * u * v + v * v))
@@ -60,13 +60,13 @@ def smin(
     b,  # two distances, mm
     k: float,  # width of the blend, mm
 ):
-    "Union with a fillet."
+    "Unite two shapes with a fillet."
     h = np.maximum(k - np.abs(a - b), 0)
     return np.minimum(a, b) - h * h * np.float32(0.25 / k)
 
 
 def smax(a, b, k):
-    "Intersection with a fillet."
+    "Intersect two shapes with a fillet."
     return -smin(-a, -b, k)
 
 # %% ../nbs/00c_phantom.ipynb #7eac2333
@@ -77,7 +77,7 @@ def segment(
     flat=None,  # (3,) unit vector along which lengths count `ratio` times: a ribbon
     ratio: float = 1.0,  # how flat the ribbon is
 ):  # distance to the segment, and position 0..1 along it
-    "Distance to a line from p to q."
+    "Compute the distance to the line segment from p to q."
     d = q - p
     v = [g[i] - p[i] for i in range(3)]
     t = np.minimum(np.maximum((v[0] * d[0] + v[1] * d[1] + v[2] * d[2]) / max(float(d @ d), 1e-6), 0), 1)
@@ -93,7 +93,7 @@ def curve(
     knots,  # (k,) increasing
     values,  # (k,) or (k, 3)
 ):
-    "A smooth curve through the knots, constant beyond them."
+    "Interpolate the knots by a smooth curve, constant beyond them."
     k, v = np.asarray(knots, float), np.asarray(values, float)
     m, t = np.gradient(v, k, axis=0), np.clip(np.asarray(t, float), k[0], k[-1])
     i = np.clip(np.searchsorted(k, t, "right") - 1, 0, len(k) - 2)
@@ -113,7 +113,7 @@ def smooth_line(
     points,  # (k, 3) a few points, mm
     n: int = 12,  # points wanted
 ):  # (n, 3)
-    "A polyline along the curve through `points`."
+    "Make a polyline along the smooth curve through `points`."
     p = np.asarray(points, float)
     s = np.r_[0, np.cumsum(np.linalg.norm(np.diff(p, axis=0), axis=1))]
     return curve(np.linspace(0, s[-1], n), s, p)
@@ -125,27 +125,27 @@ def lattice(
     channels: int = 1,
     extent: float = 240,  # half the width covered, mm; beyond it the value at the rim is repeated
 ):  # (channels, m, m, m), unit deviation after interpolation
-    "Random numbers on a cubic lattice, axes z, y, x."
+    "Draw random numbers on a cubic lattice, axes z, y, x."
     m = 2 * int(extent / spacing) + 3
     return np.random.default_rng(key).standard_normal((channels, m, m, m), dtype=np.float32) * 3
 
 
 def bspline(v, spacing, m):
-    "(n, m) weights by which positions `v` in mm read a row of `m` nodes."
+    "Compute the (n, m) spline weights of `m` nodes at positions `v` in mm."
     t = np.clip(np.asarray(v) / spacing + (m - 1) / 2, 1, m - 2)
     d = np.abs(t[:, None] - np.arange(m))
     return np.where(d < 1, 2 / 3 - d * d + d**3 / 2, np.where(d < 2, (2 - d).clip(0) ** 3 / 6, 0)).astype(np.float32)
 
 # %% ../nbs/00c_phantom.ipynb #e4415883
 def on_grid(lat, spacing, v):
-    "(channels, n, n, n): the lattice read at the grid `v` x `v` x `v`."
+    "Interpolate the lattice on the grid `v` x `v` x `v`: (channels, n, n, n)."
     w = bspline(v, spacing, lat.shape[-1])
     f = np.swapaxes(np.swapaxes(lat @ w.T, -1, -2) @ w.T, -1, -2)
     return np.moveaxis(np.tensordot(w, f, (1, 1)), 0, 1)
 
 
 def at_points(lat, spacing, pts):
-    "(channels, n): the lattice read at points (3, n) = x, y, z."
+    "Interpolate the lattice at points (3, n) = x, y, z: (channels, n)."
     wz, wy, wx = (bspline(pts[i], spacing, lat.shape[-1]) for i in (2, 1, 0))
     return np.einsum("cijk,pi,pj,pk->cp", lat, wz, wy, wx, optimize=True)
 
@@ -153,7 +153,7 @@ def at_points(lat, spacing, pts):
 def rotation(
     angles,  # about x, y, z, radians
 ):  # (3, 3)
-    "Rotation matrix."
+    "Compute a rotation matrix."
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
     return (
         np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
@@ -189,7 +189,7 @@ PROFILE_Z_MM = np.arange(-280, 280, 0.25)  # heights of the tables, mm
 
 
 def trunk_profiles(p):
-    "Profiles of the trunk over z."
+    "Tabulate the profiles of the trunk over z."
     c = lambda knots, values: curve(PROFILE_Z_MM, knots, values)
     sy, sx = (
         54 - p.kyphosis * ((PROFILE_Z_MM - 5) / 140).clip(-1.3, 1.3) ** 2,
@@ -223,13 +223,13 @@ def trunk_profiles(p):
 
 
 def profiles_at(p, z, *names):
-    "The profiles `names` at heights `z`."
+    "Look up the profiles `names` at heights `z`."
     i = ((np.clip(z, -279, 279) + 280) * 4).astype(np.int32)
     return [p.table[n][i] for n in names]
 
 # %% ../nbs/00c_phantom.ipynb #d84157eb
 def chambers(p):
-    "Centre, radii and axes of the four chambers: left and right ventricle and atrium."
+    "Return centre, radii and axes of the four chambers: left and right ventricle and atrium."
     d = np.array([0.72, -0.45, 0.52])
     d /= np.linalg.norm(d)
     e = np.cross(d, [0, 0, 1.0])
@@ -273,7 +273,7 @@ def to_patient(
     p,  # patient
     world,  # (3, n) x, y, z from the centre of the cube, mm
 ):  # (3, n)
-    "Patient coordinates of points of the scanner."
+    "Map points of the scanner to patient coordinates."
     wobble = np.clip(WOBBLE * at_points(lattice([p.seed, 1], WOBBLE_MM, 3), WOBBLE_MM, world), -6, 6)
     return np.diag(1 / p.scale) @ p.rotation.T @ (world - p.shift[:, None]) + wobble
 
@@ -283,7 +283,7 @@ def canvas(
     size: int,  # voxels along an edge
     mm: float,  # voxel edge
 ):
-    "An empty volume, the patient coordinates of its voxels, and two textures (coarse 17 mm, fine 7 mm)."
+    "Make an empty volume, the patient coordinates of its voxels, and two textures (17 and 7 mm)."
     v, m = (np.arange(size) - (size - 1) / 2) * mm, np.diag(1 / p.scale) @ p.rotation.T
     wobble = np.clip(WOBBLE * on_grid(lattice([p.seed, 1], WOBBLE_MM, 3), WOBBLE_MM, v), -6, 6)
     x, y, z = v[None, None, :] - p.shift[0], v[None, :, None] - p.shift[1], v[:, None, None] - p.shift[2]
@@ -308,7 +308,7 @@ def boxes(
     hi,  # (n, 3) corners in patient coordinates, mm
     pad=0,  # mm around
 ):  # (n, 3) first voxel and the voxel after the last one, along x, y, z
-    "The voxels that may lie between pairs of corners; 6 mm are for the wobble."
+    "Find the voxels that may lie between pairs of corners, with a margin of 6 mm for the displacement."
     lo, hi = np.asarray(lo, float) - pad - 6, np.asarray(hi, float) + pad + 6
     w, r = (lo + hi) / 2 @ c.inverse.T + c.shift, (hi - lo) / 2 @ np.abs(c.inverse).T
     a, b = np.floor((w - r) / c.mm + (c.size - 1) / 2), np.ceil((w + r) / c.mm + (c.size - 1) / 2) + 1
@@ -316,13 +316,13 @@ def boxes(
 
 
 def box(c, lo, hi, pad=0):
-    "The same for one pair, as slices over D, H, W."
+    "Find the voxels of one pair of corners, as slices over D, H, W."
     a, b = boxes(c, lo, hi, pad)
     return tuple(slice(a[i], max(a[i], b[i])) for i in (2, 1, 0))
 
 # %% ../nbs/00c_phantom.ipynb #1b7c6629
 def covered_fraction(c, sd):
-    "The fraction of each voxel inside a surface."
+    "Compute the fraction of each voxel inside a surface."
     return np.minimum(np.maximum(np.float32(0.5) - sd / c.voxel, 0), 1)
 
 
@@ -346,12 +346,12 @@ def paint(c, bx, sd, hu, label=None):
 
 # %% ../nbs/00c_phantom.ipynb #33c027b9
 def empty_maps(c, n=1):
-    "`n` empty maps of covered fractions."
+    "Make `n` empty maps of covered fractions."
     return [np.zeros_like(c.hu) for _ in range(n)]
 
 
 def patient_points(c, bx):
-    "Patient coordinates in a box."
+    "Return the patient coordinates in a box."
     return c.g[(slice(None),) + bx]
 
 # %% ../nbs/00c_phantom.ipynb #b20457e3
@@ -366,7 +366,7 @@ def capsules(
     ratio: float = 1.0,  # width over thickness of ribbons
     shell: float = 0.0,  # thickness of the shell for the second map, mm
 ):
-    "Draw pieces of tube into maps of covered fractions."
+    "Draw capsules into maps of covered fractions."
     p, q, rp, rq = (np.asarray(v, np.float32) for v in (p, q, rp, rq))
     lo, hi = boxes(c, np.minimum(p, q), np.maximum(p, q), (np.maximum(rp, rq) + c.voxel)[:, None])
     soft, v2 = np.float32(1 / ratio**0.5), c.voxel**2
@@ -388,7 +388,7 @@ def tube(
     ratio: float = 1.0,
     shell: float = 0.0,  # as in `capsules`
 ) -> list:
-    "Draw a chain of capsules; returns `out`."
+    "Draw a chain of capsules and return `out`."
     line, radius = np.asarray(line), np.broadcast_to(radius, max(np.size(radius), 2))
     r = np.interp(np.linspace(0, 1, len(line)), np.linspace(0, 1, len(radius)), radius)
     capsules(c, out, line[:-1], line[1:], r[:-1], r[1:], flat, ratio, shell)
@@ -402,7 +402,7 @@ def bone(c, p, out):
 
 # %% ../nbs/00c_phantom.ipynb #82e8678b
 def skin_surfaces(c, p):
-    "Distances to the trunk and to the skin (the trunk with breasts)."
+    "Compute the distances to the trunk and to the skin (the trunk with breasts)."
     g = c.g
     A, B, Y, flat = profiles_at(p, g[2], "A", "B", "Y", "flat")
     trunk = section(g, A, B, Y, p.lean)
@@ -433,12 +433,12 @@ def body(c, p):
 
 # %% ../nbs/00c_phantom.ipynb #6b3ff787
 def chest_wall(p, g):
-    "Distance to the inner chest wall."
+    "Compute the distance to the inner chest wall."
     return section(g, *profiles_at(p, g[2], "a", "b", "yc"))
 
 
 def diaphragm(p, g):
-    "Height above (negative) or below the diaphragm, mm."
+    "Compute the height above (negative) or below the diaphragm, mm."
     y = ((g[1] + 28) / np.float32(104)) ** 2
     right = np.float32(p.dome[0]) + 70 * (
         ((g[0] + 62) / np.where(g[0] > -62, np.float32(125), np.float32(82))) ** 2 + y
@@ -448,13 +448,13 @@ def diaphragm(p, g):
 
 
 def heart_surface(p, g):
-    "Distance to the union of the chambers."
+    "Compute the distance to the union of the chambers."
     e = [ellipsoid(g, *chamber) for chamber in p.chambers.values()]
     return smin(smin(smin(e[0], e[1], 16), e[2], 16), e[3], 16)
 
 # %% ../nbs/00c_phantom.ipynb #cba6dd6e
 def lung_surface(p, g, wall=None):
-    "Distance to both lungs."
+    "Compute the distance to both lungs."
     front, med, sx, sy = profiles_at(p, g[2], "front", "med", "sx", "sy")
     sd = smax(chest_wall(p, g) if wall is None else wall, diaphragm(p, g), 5)
     sd = smax(sd, ellipsoid([np.abs(g[0] + 2), g[1], g[2]], (64, 6, 60), (90, 118, 188)), 12)
@@ -495,7 +495,7 @@ def cavities(c, p):
 
 # %% ../nbs/00c_phantom.ipynb #141bfc18
 def liver(c, p):
-    "Paint the liver and its veins, then the organs beside it."
+    "Paint the liver and its veins, then the organs next to it."
     bx = box(c, (-150, -110, 20), (150, 110, 220))
     g = patient_points(c, bx)
     inside = np.maximum(c.cage[bx] + 3, 5 - c.below[bx])
@@ -566,7 +566,7 @@ def paint_heart(c, p):
 
 # %% ../nbs/00c_phantom.ipynb #80c2a5b5
 def vessel_lines(p):
-    "Centreline and radii of every great vessel."
+    "Return centreline and radii of every great vessel."
     z = np.linspace(-52, 200, 16)
     sx, sy = profiles_at(p, z, "sx", "sy")
     top, low, la = -70 + p.lean, p.inspiration, p.chambers["la"][0]
@@ -632,7 +632,7 @@ def tree(
     pts,  # (n, 3) points to be supplied, mm
     radius: float,  # at the root, mm
 ) -> list:  # (start, end, radius) of each piece
-    "A space-filling tree."
+    "Grow a space-filling tree."
     out: list[tuple] = []
     todo = [(np.asarray(root, float), pts, radius)]
     while todo:
@@ -695,7 +695,7 @@ def airways(c, p):
 
 # %% ../nbs/00c_phantom.ipynb #9be6e207
 def vertebra_height(p, i):
-    "Height z of the vertebra `i` (0 is the first thoracic); they grow downwards."
+    "Return the height z of vertebra `i` (0 is the first thoracic); lower ones are taller."
     return p.top + p.pitch * i + 0.28 * i * i - 0.7 * i
 
 
@@ -766,7 +766,7 @@ def rib_line(
     s: int,  # -1 right, 1 left
     n: int = 18,  # points
 ):  # (n + 2, 3)
-    "Centreline of a rib from its head to the cartilage."
+    "Compute the centreline of a rib from its head to the cartilage."
     t = np.linspace(0, 1, n)
     phi = 0.34 + (END[i] - 0.34) * t
     z = vertebra_height(p, i) - 3 + RIB_DROP_MM[i] * (0.25 * t + 0.75 * np.sin(t * np.pi / 2) ** 2)
@@ -884,7 +884,7 @@ def nodule(c, rng, w, diameter, hu):
 
 # %% ../nbs/00c_phantom.ipynb #0262a9aa
 def nodules(c, p) -> list[dict]:
-    "Paint the nodules and say where they are."
+    "Paint the nodules and return their positions."
     rng, found = np.random.default_rng([p.seed, 5]), []
     world = rng.uniform(-130, 130, (3, 400)) * p.scale[:, None]
     depth = -lung_surface(p, to_patient(p, world).astype(np.float32))

@@ -85,7 +85,7 @@ def partition_model(
     plan: Mapping[str, int],  # block name -> rank, complete; of `line_plan` or `parse_plan`
     lift: Callable[
         [list[Tensor]], list[Tensor]
-    ],  # such as `lambda maps: denoiser.condition(base, (maps, None), origin).lifted`
+    ],  # such as `lambda maps: denoiser.condition(prior, (maps, None), origin).lifted`
 ) -> list[Partition]:  # one a rank, sharing the blocks of the network
     "Cut a network into parts that take and give tensors."
     ranks, names = [plan[b] for b in plan], list(plan)

@@ -130,7 +130,7 @@ def draw_samples(
     "Volumes that explain the views, one per seed."
     denoiser, c, patch = unpack_model(model, c, patch)
     if not seeds:
-        raise UserError("there is no seed to sample with; give at least one")
+        raise UserError("no seed is given; give at least one")
     views = prepare_views(denoiser, views, strict=denoiser is not model)[None]
     base = denoiser.prior(views, c.CONSISTENCY, amp)
     denoise = consistent_denoiser(denoiser, views, base, patch, c, amp)
