@@ -49,7 +49,7 @@ CHECKSUM_FILE = "checksums.sha256"
 
 
 def read_checksums(folder: Path) -> dict[str, set[str]]:  # file name -> digests; two while a file is replaced
-    "What a folder's checksums say; nothing where it has none."
+    "Read the checksums of a folder; empty if it has none."
     sums: dict[str, set[str]] = {}
     if (folder / CHECKSUM_FILE).exists():
         for line in (folder / CHECKSUM_FILE).read_bytes().decode(errors="replace").split("\n")[:-1]:
@@ -77,7 +77,7 @@ def write_with_checksum(
     path: Path,
     write: Callable[[Path], Any],  # as of `write_atomic`
 ) -> Path:
-    "Write a file whole or not at all, with its checksum."
+    "Write a file completely or not at all, with its checksum."
     folder, name = path.parent, path.name
     sums = read_checksums(folder) or {
         p.name: {file_digest(p)} for p in folder.glob("[!.]*") if p.suffix in (".safetensors", ".pt", ".json")
@@ -94,7 +94,7 @@ def write_with_checksum(
 
 
 def verify_checksum(path: Path) -> str | None:
-    "What is wrong with a file of a checkpoint folder; None where nothing is, or where nothing is known of it."
+    "Return what is wrong with a file of a checkpoint folder; None if it matches or has no checksum."
     sums = read_checksums(path.parent)
     return (
         f"{path} is damaged: it does not agree with {CHECKSUM_FILE} beside it"
@@ -111,7 +111,7 @@ def describe(
     c: Config,
     **more,  # step, epoch, metrics, study, trial ...
 ) -> dict:
-    "What a model file says about itself."
+    "Return the header of a model file."
     return dict(
         format=FORMAT,
         version=diffx2ct.__version__,
@@ -164,7 +164,7 @@ def save_checkpoint(
 
 
 def clean_folder(folder: Path) -> None:
-    "Remove what processes that were killed while writing have left half-written."
+    "Remove incomplete files of killed processes."
     for dead in folder.glob(".tmp-*"):
         dead.unlink(missing_ok=True)
 
@@ -176,7 +176,7 @@ def files_by_step(
     folder: Path,
     names: str,  # MODELS or STATES
 ) -> dict[int, Path]:
-    "Files of a checkpoint folder by their step, the oldest first."
+    "List the files of a checkpoint folder by their step, the oldest first."
     return dict(sorted((int(step), p) for p in folder.glob(names) if (step := p.stem.rpartition("_")[2]).isdecimal()))
 
 
@@ -184,7 +184,7 @@ def prune_checkpoints(
     folder: Path,
     keep: int,  # newest pairs that stay
 ) -> None:
-    "Remove what older saves and killed processes have left; half a pair is no pair."
+    "Remove old pairs, incomplete pairs and incomplete files."
     clean_folder(folder)
     models, states = files_by_step(folder, MODEL_PATTERN), files_by_step(folder, TRAINING_PATTERN)
     for step in states.keys() - [s for s in states if s in models][-keep:]:
@@ -194,18 +194,18 @@ def prune_checkpoints(
     write_checksums(folder, {n: ds for n, ds in read_checksums(folder).items() if (folder / n).exists()})
 
 # %% ../nbs/03b_checkpoint.ipynb #f80b11cf
-CALIBRATOR = "calibrator.safetensors"  # beside a model file
+CALIBRATOR = "calibrator.safetensors"  # in the folder of a model file
 
 
 @dataclass
 class Model:
-    "A denoiser ready for use, and what its file says of it."
+    "A denoiser ready for use, and the facts in its file."
 
     denoiser: Denoiser
     config: Config
     meta: dict
     path: Path
-    calibrator: Calibrator | None = None  # films to views, where the checkpoint has one
+    calibrator: Calibrator | None = None  # films to views, if the checkpoint has one
     calibrator_header: CalibratorHeader | None = None
 
 
@@ -213,7 +213,7 @@ Weights = dict[str, Tensor]
 
 
 def upgrade_2_to_3(weights: Weights, meta: dict) -> Weights:
-    "Weights of format 2 as format 3 has them."
+    "Convert weights of format 2 to format 3."
     return dict(
         (k + "s", v.expand(NUM_BANDS).clone()) if k.rpartition(".")[2] == "scale" else (k, v)
         for k, v in weights.items()
@@ -221,7 +221,7 @@ def upgrade_2_to_3(weights: Weights, meta: dict) -> Weights:
 
 
 def upgrade_3_to_4(weights: Weights, meta: dict) -> Weights:
-    "Weights of format 3 as format 4 has them."
+    "Convert weights of format 3 to format 4."
     out, pixels = dict(weights), meta["config"]["DATA"]["TARGET_DRR_SIZE"]
     for k in (k for k in weights if k.endswith("encoder.stem.weight")):
         out[k] = torch.cat([weights[k][:, :1] / MEAN_VIEW_SCALE, weights[k][:, 1:]], 1)
@@ -235,14 +235,14 @@ UPGRADES = {2: upgrade_2_to_3, 3: upgrade_3_to_4}  # format -> what makes weight
 
 # %% ../nbs/03b_checkpoint.ipynb #9968ccbf
 class Cases(BaseModel):
-    "Names of the cases a model was trained on and judged by."
+    "Names of the training and validation cases of a model."
 
     train: list[str]
     valid: list[str]
 
 
 class Header(BaseModel):
-    "What is needed of a description to use its network; more may stand in it."
+    "The part of a header that is needed to use its network; there may be more."
 
     config: Config
     geometry: StoredGeometry
@@ -254,7 +254,7 @@ class Header(BaseModel):
 def read_header(
     path: Path,  # `.safetensors`
 ) -> dict:
-    "The description in a model file."
+    "Read the header of a model file."
     try:
         with safe_open(path, "pt") as f:
             meta = json.loads((f.metadata() or {})["diffx2ct"])
@@ -283,15 +283,15 @@ def read_header(
 # %% ../nbs/03b_checkpoint.ipynb #ad6d626f
 def newest_model(
     folder: Path,
-) -> Path | None:  # None where there is no model
-    "The model with the most steps."
+) -> Path | None:  # None if there is no model
+    "Return the model with the most steps."
     return next(reversed(files_by_step(folder, MODEL_PATTERN).values()), None)
 
 
 def shipped_model(
     name: str | Path,  # such as "chest"
-) -> Path | None:  # None where the package has no model of this name
-    "The folder of a model that is part of the package."
+) -> Path | None:  # None if the package has no model of this name
+    "Return the folder of a model that is part of the package."
     top = Path(os.environ.get("DIFFX2CT_WEIGHTS") or str(resources.files("diffx2ct") / "weights"))
     plain = str(name) == Path(name).name not in ("", ".", "..")
     return top / name if plain and (top / name).is_dir() else None
@@ -300,7 +300,7 @@ def shipped_model(
 def is_shipped(
     path: Path,  # of a model file
 ) -> bool:
-    "True for a model of the package, beside which a command writes nothing by default."
+    "Return whether a model is part of the package, so that nothing is written into its folder by default."
     found = shipped_model(path.parent.name)
     return found is not None and path.parent.resolve() == found.resolve()
 
@@ -308,7 +308,7 @@ def is_shipped(
 def find_folder(
     folder: str | Path,  # checkpoint folder, one model file, or the name of a shipped model
 ) -> Path:
-    "The folder or file of this name, else the shipped model of this name."
+    "Return the folder or file of this name, else the shipped model of this name."
     shipped = shipped_model(folder)
     if Path(folder).exists():
         if shipped:
@@ -329,7 +329,7 @@ def find_folder(
 def model_file(
     folder: str | Path,  # checkpoint folder, one model file, or the name of a shipped model
 ) -> Path:
-    "The model a folder stands for: its best, else its newest; a damaged one is named and passed over."
+    "Return the model file of a folder: its best, else its newest; a damaged one is named and skipped."
     folder = find_folder(folder)
     if folder.is_file():
         if why := verify_checksum(folder):
@@ -375,7 +375,7 @@ def read_weights(
     path: Path,  # `.safetensors`
     which: str,  # "ema" or "raw"
 ) -> dict[str, Tensor]:
-    "Tensors of one kind, without their prefix; half precision becomes float32."
+    "Read the tensors of one kind, without their prefix; half precision becomes float32."
     meta = read_header(path)
     try:
         with safe_open(path, "pt") as f:
@@ -394,7 +394,7 @@ def check_shapes(
     path: Path,  # named in the error
     strict: bool = True,  # False: parameters without buffers are enough
 ) -> None:
-    "Refuse a file of another model size in one sentence."
+    "Refuse a file of another model size."
     have = denoiser.state_dict()
     wrong = next((k for k, v in weights.items() if k not in have or have[k].shape != v.shape), None)
     lost = next((k for k in have if strict and k not in weights), None)
@@ -417,8 +417,8 @@ def load_weights(denoiser: Denoiser, weights: dict[str, Tensor], path: Path, str
 def calibrator_of(
     folder: Path,  # of a checkpoint
     denoiser: Denoiser,
-) -> tuple[Calibrator | None, CalibratorHeader | None]:  # on the denoiser's device; None where there is none
-    "The calibration network of a checkpoint and its header."
+) -> tuple[Calibrator | None, CalibratorHeader | None]:  # on the denoiser's device; None if there is none
+    "Load the calibration network of a checkpoint and its header."
     path = folder / CALIBRATOR
     if not path.exists():
         return None, None
@@ -431,7 +431,7 @@ def load_model(
     folder: str | Path,  # checkpoint folder, model file, or the name of a shipped model
     device: str = "cpu",
 ) -> Model:
-    "The averaged model of a checkpoint, ready for `reconstruct`."
+    "Load the averaged model of a checkpoint, ready for `reconstruct`."
     path = model_file(folder)
     meta = read_header(path)
     h = Header.model_validate(meta)
@@ -442,7 +442,7 @@ def load_model(
     make, weights = lambda: build_denoiser(h.config, g, h.mm, h.line_integrals), read_weights(path, "ema")
     try:
         with torch.device("meta"):
-            check_shapes(make(), weights, path)  # costs no memory, however large the description says it is
+            check_shapes(make(), weights, path)  # takes no memory, for any size in the header
     except (RuntimeError, TypeError, ValueError, OverflowError):
         raise UserError(
             f"{path} describes a network that cannot be built; it is damaged, use another checkpoint"
@@ -455,8 +455,8 @@ def load_training(
     folder: str | Path,
     denoiser: Denoiser,
     ema: Denoiser,  # filled in place
-) -> dict | None:  # the training state; None where there is no complete pair
-    "Go on from the newest complete pair of files that is whole."
+) -> dict | None:  # the training state; None if there is no complete pair
+    "Restore the weights and the state of the newest complete, undamaged pair."
     harmed: list[str] = []
     models = files_by_step(Path(folder), MODEL_PATTERN)
     for step, path in reversed(files_by_step(Path(folder), TRAINING_PATTERN).items()):
@@ -479,7 +479,7 @@ def load_training(
         return state
     if harmed:
         raise UserError(
-            f"{harmed[0]}, and there is no whole checkpoint before it; move {folder} away to start this trial again"
+            f"{harmed[0]}, and there is no undamaged checkpoint before it; move {folder} away to start this trial again"
         )
     return None
 
@@ -487,7 +487,7 @@ def load_training(
 def to_half_precision(
     weights: Weights,
 ) -> Weights:
-    "Arrays of two axes and more in half precision, where the range of half precision holds them."
+    "Convert arrays of two or more axes to half precision, if their values are within its range."
     small = lambda v: v.ndim > 1 and v.is_floating_point() and v.abs().max() < torch.finfo(torch.half).max
     return {k: v.half().contiguous() if small(v) else v.contiguous() for k, v in weights.items()}
 
@@ -495,10 +495,12 @@ def to_half_precision(
 def strip_paths(
     meta: dict,  # from `describe`
 ) -> dict:
-    "The description without the folders and the database of the machine that trained."
+    "Remove the paths and the database of the machine that trained from a header."
     c = meta["config"]
     data = c["DATA"] | dict(PT_DATA_DIR=None, DRR_DIR=None)
     training = c["TRAINING"] | dict(START_FROM=None)
+    if training.get("CALIBRATOR"):
+        training |= dict(CALIBRATOR=CALIBRATOR)
     rest = {"OPTUNA": c["OPTUNA"] | dict(STORAGE=None)} if "OPTUNA" in c else {}
     return meta | dict(config=c | dict(DATA=data, TRAINING=training) | rest)
 
@@ -506,9 +508,9 @@ def strip_paths(
 def save_shipped(
     source: str | Path,  # checkpoint folder or model file
     folder: str | Path,  # such as diffx2ct/weights/chest
-    calibrator: str | Path | None = None,  # its file; None: the one beside the model, where there is one
+    calibrator: str | Path | None = None,  # its file; None: the one in the model's folder, if there is one
 ) -> int:  # bytes of the folder
-    "Write a model as the package holds it, with its calibrator and checksums, and print the size."
+    "Write a model for the package, with its calibrator and checksums, and print the size."
     path, folder = model_file(source), Path(folder)
     weights, meta = read_weights(path, "ema"), strip_paths(read_header(path) | dict(format=FORMAT))
     tensors = {f"ema.{k}": v for k, v in to_half_precision(weights).items()}

@@ -22,7 +22,7 @@ def orthogonalize(
     matrix: Tensor,  # (m, n)
     steps: int = 5,  # of the iteration
 ) -> Tensor:  # (m, n); its singular values are between 0.7 and 1.2, those below a thousandth of the norm are smaller
-    "The orthogonal matrix nearest to a matrix, approximately, by Newton-Schulz iteration."
+    "Approximate the orthogonal matrix nearest to a matrix by Newton-Schulz iteration."
     a, b, c = COEFFICIENTS
     wide = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().mT
     wide = wide / (wide.norm() + 1e-7)
@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        "One step of every group."
+        "Make one step of every group."
         groups = self.param_groups
         self.param_groups = [g for g in groups if not g["muon"]]
         try:
@@ -66,9 +66,9 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def step_matrix(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
-        "The equation at the head of this chapter, for one weight."
+        "Apply the equation at the head of this chapter to one weight."
         if "momentum_buffer" not in self.state[p]:
-            self.state[p] = dict(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))  # AdamW wants a step
+            self.state[p] = dict(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))  # AdamW needs a step
         momentum = self.state[p]["momentum_buffer"]
         momentum.lerp_(grad, 1 - group["momentum"])
         update = full_state(grad.lerp(momentum, group["momentum"]))
@@ -84,9 +84,9 @@ def muon(
     trained: dict[str, nn.Parameter],  # by name
     rate: float,  # peak learning rate
     weight_decay: float = 0.01,
-    special: tuple[str, ...] = (),  # beginnings of names of matrices that AdamW moves, such as the last layer's
+    special: tuple[str, ...] = (),  # prefixes of matrices that AdamW trains, such as the last layer's
 ) -> Muon:
-    "Muon for the weights with two or more axes, AdamW for the others."
+    "Make a Muon for the weights with two or more axes, with AdamW for the others."
     matrices = [p for name, p in trained.items() if p.ndim > 1 and not name.startswith(special)]
     others = [p for name, p in trained.items() if p.ndim < 2 or name.startswith(special)]
     groups = [dict(params=matrices, muon=True), dict(params=others, muon=False)]
@@ -97,7 +97,7 @@ def make_optimizer(
     denoiser: Denoiser,  # parameters that need no gradient, such as those of a frozen coarse network, are left out
     c: Config,  # reads TRAINING.OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY
 ) -> torch.optim.Optimizer:
-    "The optimizer of the settings."
+    "Make the optimizer of the settings."
     t = c.TRAINING
     trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     if t.OPTIMIZER == "adamw":
