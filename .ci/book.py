@@ -1,4 +1,5 @@
-"The book as a site in _docs/, from the committed notebooks: built by Sphinx with .ci/conf.py, then read as a browser would; exits 1 where a page is wrong."
+"""The book as a site in _docs/, from the committed notebooks: built by Sphinx with .ci/conf.py, then checked as a
+browser reads it; exits 1 if a page is wrong."""
 
 import shutil
 import sys
@@ -11,7 +12,7 @@ root = Path(__file__).resolve().parents[1]
 
 
 class Page(HTMLParser):
-    "What one page names: its anchors, where its links lead, what it loads, whether it fits a phone, which formulae stayed LaTeX."
+    "Of one page: anchors, targets of links, files it loads, fit on a phone, formulae that stayed LaTeX."
 
     def __init__(self, path: Path):
         super().__init__()

@@ -1,4 +1,5 @@
-"The book as a site, by Sphinx: `python .ci/book.py`. Outputs are the committed ones; formulae become MathML here, so a page needs no network."
+"""The book as a site, by Sphinx: `python .ci/book.py`. Outputs are the committed ones; formulae become MathML, so a
+page needs no network."""
 
 import ast
 import re
