@@ -40,7 +40,7 @@ class Page(HTMLParser):
 
 def complaints(folder: Path) -> list[str]:
     "One sentence for each broken link, missing or foreign file, formula left as LaTeX and page without a viewport."
-    pages, said = {p: Page(p) for p in sorted(folder.rglob("*.html"))}, []
+    pages, errors = {p: Page(p) for p in sorted(folder.rglob("*.html"))}, []
     for path, page in pages.items():
         for link in sorted(page.links | page.loads):
             url = urlsplit(link)
@@ -48,17 +48,17 @@ def complaints(folder: Path) -> list[str]:
                 continue
             if url.scheme or url.netloc:
                 if link in page.loads:
-                    said.append(f"{path.name} loads {link}; a page must need no network")
+                    errors.append(f"{path.name} loads {link}; a page must need no network")
                 continue
             there = (path.parent / unquote(url.path)).resolve() if url.path else path
             if not there.is_file():
-                said.append(f"{path.name} names {link}, which is not there")
+                errors.append(f"{path.name} names {link}, which is not there")
             elif there in pages and unquote(url.fragment) not in pages[there].ids:
-                said.append(f"{path.name} names {link}, but there is no such anchor")
-        said += [f"{path.name}: the formula {text!r} was not understood" for text in page.latex]
+                errors.append(f"{path.name} names {link}, but there is no such anchor")
+        errors += [f"{path.name}: the formula {text!r} was not understood" for text in page.latex]
         if not page.viewport:
-            said.append(f"{path.name} has no viewport for phones")
-    return said if pages else [f"{folder} holds no page"]
+            errors.append(f"{path.name} has no viewport for phones")
+    return errors if pages else [f"{folder} holds no page"]
 
 
 def build(scratch: Path) -> Path:

@@ -44,8 +44,8 @@ def run(*args: str) -> tuple[bool, float, str]:  # success, seconds, output
         p = subprocess.run(args, encoding="utf-8", errors="replace", timeout=TIMEOUT, **how)
         return p.returncode == 0, time.time() - start, p.stdout
     except subprocess.TimeoutExpired as e:
-        said = (e.stdout or b"").decode(errors="replace")
-        return False, time.time() - start, f"{said}\nstopped after {TIMEOUT} s"
+        text = (e.stdout or b"").decode(errors="replace")
+        return False, time.time() - start, f"{text}\nstopped after {TIMEOUT} s"
 
 
 def tool(name: str, *args: str) -> tuple[bool, float, str]:
@@ -63,15 +63,15 @@ def sources() -> dict:
 
 
 def check_drift():
-    "Cleaning and exporting must change nothing: what is committed is clean, and the package is what the notebooks say."
+    "Cleaning and exporting must change nothing: what is committed is clean, and the package equals what the notebooks export."
     for command in ("nbdev_clean", "nbdev_export"):
         before = sources()
-        ok, seconds, said = tool(command)
+        ok, seconds, text = tool(command)
         after = sources()
         changed = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
         if changed:
-            said += f"{command} changed {', '.join(changed)}: look at the change and commit it"
-        report(f"{command} changes nothing", ok and not changed, seconds, said)
+            text += f"{command} changed {', '.join(changed)}: look at the change and commit it"
+        report(f"{command} changes nothing", ok and not changed, seconds, text)
 
 
 @dataclass
@@ -119,19 +119,19 @@ class Job:
         "Count what it found."
         global passed, skipped
         self.output.seek(0)
-        said = self.output.read().decode(errors="replace")
+        text = self.output.read().decode(errors="replace")
         name = f"{self.path}{f' -k {self.keyword!r}' if self.keyword else ''}"
         if self.path.suffix == ".ipynb":
-            return report(name, ok, cpu, said)
+            return report(name, ok, cpu, text)
         try:
             cases = list(ET.parse(self.results).iter("testcase"))
         except ET.ParseError:
-            return report(name, False, cpu, f"{said}\npytest ended without a report")
+            return report(name, False, cpu, f"{text}\npytest ended without a report")
         bad = [c for c in cases if any(c.find(k) is not None for k in ("failure", "error"))]
         left_out = [c for c in cases if c not in bad and c.find("skipped") is not None]
         print(f"{'FAILED' if bad or not ok else 'ok    '} {cpu:6.1f} s  {name}, {len(cases)} tests", flush=True)
         if bad or not ok or left_out:
-            print(said.rstrip(), flush=True)
+            print(text.rstrip(), flush=True)
         failed.extend([f"{c.get('classname')}::{c.get('name')}" for c in bad] or ([] if ok else [name]))
         passed, skipped = passed + len(cases) - len(bad) - len(left_out), skipped + len(left_out)
 
@@ -170,7 +170,7 @@ def chosen(name: str) -> list[Job]:
     if (tests := Path(f"tests/test_{name}.py")).is_file():
         return [Job(tests)]
     sys.path.insert(0, str(ROOT / "benchmarks/mutants"))
-    import run as mutants  # its table says which tests notice an error in which module
+    import run as mutants  # its table lists which tests notice an error in which module
 
     sys.path.pop(0)
     for p in sorted(Path("nbs").glob("*.ipynb")):

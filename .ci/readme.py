@@ -9,7 +9,7 @@ from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
 root = Path(__file__).resolve().parents[1]
-IMAGES = "nbs/images"  # pictures that cells drew are written here as index_*.png, beside those put there by hand
+IMAGES = "nbs/images"  # pictures that cells drew are written here as index_*.png, next to those put there by hand
 REPOSITORY = "https://github.com/diffx2ct/diffx2ct"
 BADGES = " ".join(
     f"[![{name}]({picture})]({link})"

@@ -45,6 +45,4 @@ def test_a_killed_workers_trial_is_taken_up_by_another(tmp_path):
 @pytest.mark.slow
 def test_a_lost_machines_values_are_tried_again_by_another(tmp_path):
     r = lose_nothing(tmp_path, "away")
-    assert (
-        r["why"] == "no heartbeat for 5 s" and r["same_values"] and r["states"] == ["FAIL", "COMPLETE", "COMPLETE"]
-    )
+    assert r["why"] == "no heartbeat for 5 s" and r["same_values"] and r["states"] == ["FAIL", "COMPLETE", "COMPLETE"]

@@ -41,9 +41,9 @@ def refused(capfd, *args):
     "The one sentence of a refused run, in this process because it is quicker; what libraries print is seen too."
     with pytest.raises(SystemExit) as e:
         main([str(a) for a in args])
-    said = capfd.readouterr().err
-    assert e.value.code == 2 and said.startswith("diffx2ct: ") and said.count("\n") == 1, said
-    return said
+    printed = capfd.readouterr().err
+    assert e.value.code == 2 and printed.startswith("diffx2ct: ") and printed.count("\n") == 1, printed
+    return printed
 
 
 def patient(shape=(28, 24, 32)):
@@ -157,7 +157,7 @@ def test_views_are_the_integrals_of_the_stored_volume(cases):
 
 
 def test_manifest_and_last_line(cases):
-    _, out, said = cases
+    _, out, printed = cases
     m = json.loads((out / "drrs/manifest.json").read_text())
     assert (m["format"], m["view_domain"], m["size"], m["mm"], m["pixels"], m["hu_window"], m["geometry"]["kind"]) == (
         1,
@@ -169,7 +169,7 @@ def test_manifest_and_last_line(cases):
         "parallel",
     )
     assert set(m["cases"]) == {p.stem for p in (out / "volumes").glob("*.pt")} and len(m["cases"]) == 8
-    last = said.strip().splitlines()[-1]
+    last = printed.strip().splitlines()[-1]
     assert f"DATA.PT_DATA_DIR={out}/volumes" in last and f"DATA.DRR_DIR={out}/drrs" in last
     assert (out / "pictures/lps.png").read_bytes()[:4] == b"\x89PNG"
     from diffx2ct.data import CTPairs, load_config
@@ -179,9 +179,9 @@ def test_manifest_and_last_line(cases):
 
 
 def test_nothing_of_the_header_leaves_it(cases):
-    _, out, said = cases
+    _, out, printed = cases
     for word in (b"DOE", b"JANE", b"Jane", b"MRN12345", b"20010203", b"1.2.826"):
-        assert word.decode() not in said
+        assert word.decode() not in printed
         for p in files(out):
             assert word not in p.read_bytes(), (p, word)
 
@@ -191,8 +191,8 @@ def test_a_second_run_adds_and_keeps(cases):
     before = files(out / "volumes")
     (tmp / "more").mkdir(exist_ok=True)
     sitk.WriteImage(image(patient() + np.int16(5)), str(tmp / "more/new one.nii.gz"))
-    said = run(tmp / "lps.nii.gz", tmp / "more/new one.nii.gz", "--out", out)
-    assert "1 case written, 1 kept" in said and (out / "volumes/new_one.pt").exists()
+    printed = run(tmp / "lps.nii.gz", tmp / "more/new one.nii.gz", "--out", out)
+    assert "1 case written, 1 kept" in printed and (out / "volumes/new_one.pt").exists()
     after = files(out / "volumes")
     assert {k: after[k] for k in before} == before
     assert "new_one" in json.loads((out / "drrs/manifest.json").read_text())["cases"]
@@ -201,7 +201,7 @@ def test_a_second_run_adds_and_keeps(cases):
 
 
 def test_two_at_once_share_a_folder(tmp_path):
-    "The second waits for the first; the folder then holds what both were given, and the manifest says so."
+    "The second waits for the first; the folder then holds what both were given, and the manifest lists both."
     for name in "ab":
         sitk.WriteImage(image(patient() + ord(name)), str(tmp_path / f"{name}.nii.gz"))
     command = [
@@ -265,14 +265,14 @@ def test_a_scan_in_company_keeps_its_name(tmp_path, capfd):
     go = lambda *names: main(
         [*(str(tmp_path / p / "ct.nii") for p in names), "--out", str(tmp_path / "o"), "--size", "16"]
     )
-    for names, said in (
+    for names, printed in (
         (("p1",), "1 case written, 0 kept"),
         (("p2", "p1"), "1 case written, 1 kept"),
         (("p1", "p2"), "0 cases written, 2 kept"),
         (("p2",), "0 cases written, 1 kept"),
     ):
         go(*names)
-        assert said in capfd.readouterr().out
+        assert printed in capfd.readouterr().out
     assert set(json.loads((tmp_path / "o/drrs/manifest.json").read_text())["cases"]) == {"ct", "p2_ct"}
 
 
@@ -504,8 +504,8 @@ def test_bad_scans_are_refused_in_one_sentence(tmp_path, kind, capfd):
     make, word = bad_scans(tmp_path)[kind]
     path = make()
     args = (path, "--out", tmp_path / "out", "--size", 16)
-    said = run(*args, code=2) if kind in ("missing", "short_nii", "gap", "short_slice") else refused(capfd, *args)
-    assert word in said and path.name in said and "Jane" not in said
+    printed = run(*args, code=2) if kind in ("missing", "short_nii", "gap", "short_slice") else refused(capfd, *args)
+    assert word in printed and path.name in printed and "Jane" not in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -524,8 +524,8 @@ def test_series_is_picked(tmp_path):
 
 
 def test_help_teaches():
-    said = run("--help")
-    assert "diffx2ct_prepare patient1.nii.gz" in said and "--series" in said and "diffx2ct_train --set" in said
+    printed = run("--help")
+    assert "diffx2ct_prepare patient1.nii.gz" in printed and "--series" in printed and "diffx2ct_train --set" in printed
 
 
 @real
@@ -544,8 +544,8 @@ def test_two_real_chests(tmp_path):
 
 @real
 def test_real_packed_array(tmp_path):
-    said = run(CT / "sts_ct_32.npz", "--out", tmp_path)
-    assert "40 cases written" in said
+    printed = run(CT / "sts_ct_32.npz", "--out", tmp_path)
+    assert "40 cases written" in printed
     packed = np.load(CT / "sts_ct_32.npz")
     got = hu_of(tmp_path, "STS_003").numpy()
     assert np.abs(got - packed["volumes_hu_zyx"][2][::-1].clip(-1000, 1500)).max() < 1.5

@@ -447,12 +447,12 @@ def test_the_name_of_a_dicom_folder_is_kept_nowhere(tmp_path, folder, capfd):
 
     series(tmp_path / "in" / folder / "CT chest", edit=who)
     main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--size", "16", "--mm", "12", "--pictures"])
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     (case,) = json.loads((tmp_path / "out/drrs/manifest.json").read_text())["cases"]
     assert case.startswith("scan_")
     kept = [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")]
     for word in (folder, folder.split()[0], "CT chest", json.dumps(folder)[1:-1]):
-        assert word not in said
+        assert word not in printed
         assert not any(word in k for k in kept)
         for p in (tmp_path / "out").rglob("*"):
             assert p.is_dir() or word.encode() not in p.read_bytes(), p
