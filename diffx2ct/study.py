@@ -249,7 +249,7 @@ LENGTH_KEYS = re.compile(
 
 
 def compared_settings(c: Config, data: TrainingData) -> dict[str, Any]:
-    "Return what all trials of a study must share, by dotted key; of the batch its total size, unless a part is searched."
+    "Return what all trials of a study must share, by dotted key; of the batch its size, unless a part is searched."
     settings, product = flatten_keys(c.model_dump()), ("BATCH_SIZE", "TRAINING.GRADIENT_ACCUMULATION_STEPS")
     if not {*product} & c.OPTUNA.PARAMS.keys():
         settings[" times ".join(product)] = math.prod(settings.pop(k) for k in product)
@@ -589,7 +589,8 @@ def next_trial(
                 if not said:
                     said = True
                     tqdm.write(
-                        f"waiting for a heartbeat of trial {waiting[0]} of another machine, {c.OPTUNA.GRACE:g} s at most"
+                        f"waiting for a heartbeat of trial {waiting[0]} of another machine, "
+                        f"{c.OPTUNA.GRACE:g} s at most"
                     )
                 on_rank_zero(dict)  # the other ranks wait too, and time out without a message
                 time.sleep(min(1, c.OPTUNA.GRACE / 10))
