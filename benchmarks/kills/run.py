@@ -1,24 +1,20 @@
-"""Does a search survive being killed? Runs that are killed and started again until they end, held against one that was
-left in peace; and many workers on one study.
+"""Compare searches that are killed and restarted with one that is left undisturbed; and let many workers share a study.
 
 python benchmarks/kills/run.py                      everything: about half an hour on one core
 python benchmarks/kills/run.py --only kills         kills, workers, server, taken or away
 python benchmarks/kills/run.py --kills 6 --trials 12 --out /tmp/kills   a rehearsal
 
 kills     a search of two trials at 16^3 with accumulation, EMA, dynamic clipping, AMP, loss phases, a coarse stage and
-          W&B offline, killed by SIGKILL at drawn moments: some after a
-          drawn time, the others at a drawn call of a drawn kind, just before it or just after. At the end every file
-          and every row is compared with the search that nobody killed
+          W&B offline, killed by SIGKILL at random moments: some after a random time, the others just before or after a
+          random call. At the end every file and every row is compared with the undisturbed search
 workers   four processes on one SQLite file, at 8^3
-server    four processes on one PostgreSQL server, which is stopped without ceremony and started again when half of the
-          trials are there
-taken     four processes, one of which is killed in mid-trial: how long until another goes on with its trial
-away      two processes in folders of their own, one of which is killed in mid-trial: how long until the other gives its
-          trial up and trains its values, with a grace of 5 s
+server    four processes on one PostgreSQL server, which is stopped and started again after half of the trials
+taken     four processes, one of which is killed during a trial: time until another resumes the trial
+away      two processes in separate folders, one of which is killed during a trial: time until the other trains its
+          values again, with a timeout of 5 s
 
-Processes are forked from one that has imported everything, so that a start costs no more than the work. Kills that are
-in the result already are kept: the same command
-goes on. Exit code 1 where anything was lost."""
+Processes are forked from one that has imported everything, so that a start is fast. Results are kept: run the same
+command to continue. Exit code 1 if anything was lost."""
 
 import argparse
 import hashlib
@@ -424,7 +420,7 @@ def share_study(
         locked_said=said.count("locked"),
         tracebacks=said.count("Traceback"),
         exit_codes=sorted(codes),
-        complaints=[line for line in said.splitlines() if "diffx2ct:" in line and "waiting for it" not in line],
+        complaints=[line for line in said.splitlines() if "diffx2ct:" in line and "waiting, then" not in line],
         by_worker=sorted(Counter(p for _, p, _ in begun).values()),
         **more,
     )
