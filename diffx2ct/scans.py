@@ -67,7 +67,7 @@ from diffx2ct.data import (
 from .drr import CHEST_CUBE_MM, Projector, geometry
 
 # %% ../nbs/00b_scans.ipynb #ac305fc5
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what a file lacks is error_of by us, in a sentence
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # our own error messages name what a file lacks
 
 # %% ../nbs/00b_scans.ipynb #3bbcb9eb
 LPI = (
@@ -1540,7 +1540,7 @@ def prepare_volume(
 
 # %% ../nbs/00b_scans.ipynb #cdb97bcd
 def folder_settings(
-    a: argparse.Namespace,  # the command line; None where nothing was error_of
+    a: argparse.Namespace,  # the command line; None where nothing was given
     scans: list[Scan],  # what will be prepared
     old: dict | None,  # manifest that is there already
 ) -> dict:  # size, mm, pixels, geometry, window, and what is done to a scan
