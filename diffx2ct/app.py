@@ -141,10 +141,9 @@ def report_html(
     "Format report, warnings and notes of a case."
     texts = [v for k, v in report.items() if isinstance(v, str)]
     lines = [line for text in texts for line in text.splitlines()]
-    grave = ("UNUSUAL", "NOT A CHEST", "no chest")
     out = [f'<div class="dxa-warn">{html.escape(w)}</div>' for w in views.warnings]
     out += [
-        f'<div class="{"dxa-warn" if any(g in line for g in grave) else "dxa-line"}">{html.escape(line)}</div>'
+        f'<div class="{"dxa-warn" if line.startswith("UNUSUAL") else "dxa-line"}">{html.escape(line)}</div>'
         for line in lines
     ]
     out += [f'<div class="dxa-dim">{html.escape(n)}</div>' for n in views.notes]
