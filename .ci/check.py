@@ -63,7 +63,7 @@ def sources() -> dict:
 
 
 def check_drift():
-    "Cleaning and exporting must change nothing: what is committed is clean, and the package equals what the notebooks export."
+    "Cleaning and exporting change nothing: notebooks are clean, and the package equals what they export."
     for command in ("nbdev_clean", "nbdev_export"):
         before = sources()
         ok, seconds, text = tool(command)

@@ -1,6 +1,6 @@
 """docker/requirements.lock: every pinned package with the hashes of its files on PyPI, for all platforms. Needs uv
 (pip install uv) and the network.
-Three parts, for docker/setup.sh: torch with the CUDA libraries it brings from PyPI, the run time, and what tests need."""
+Three parts, for docker/setup.sh: torch with the CUDA libraries that it needs, the run time, and what tests need."""
 
 import re
 import subprocess
