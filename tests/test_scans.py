@@ -123,7 +123,9 @@ DICOM = dict(
     intercept_of_each_slice=dict(inter=lambda k: -1000 - k, bits=16),
     slope_of_each_slice=dict(slope=lambda k: 0.5 + k / 4, inter=-1000, bits=16),
     bits_and_sign_of_each_slice=dict(edit=own_bits),
-    twelve_bits_signed=dict(hu=np.clip(body(), -1000, 1000), inter=0, signed=1, edit=lambda ds, k: cells(ds, lambda a: a & 0x0FFF)),
+    twelve_bits_signed=dict(
+        hu=np.clip(body(), -1000, 1000), inter=0, signed=1, edit=lambda ds, k: cells(ds, lambda a: a & 0x0FFF)
+    ),
     overlay_in_high_bits=dict(edit=overlay),
     high_bit_of_another_file=dict(edit=tags(HighBit=15)),
     padding_4095=dict(edit=frame(4095)),
@@ -143,7 +145,8 @@ DICOM = dict(
         edit=tags(
             SmallestImagePixelValue=7, LargestImagePixelValue=8, SliceThickness=99, SpacingBetweenSlices=-77,
             GantryDetectorTilt=20, ImagerPixelSpacing=[1, 1], PixelAspectRatio=[3, 1], WindowCenter=0, WindowWidth=0,
-            SliceLocation=5, RescaleType="US", NumberOfFrames=1, PatientOrientation=["R", "A"], LossyImageCompression="01",
+            SliceLocation=5, RescaleType="US", NumberOfFrames=1, PatientOrientation=["R", "A"],
+            LossyImageCompression="01",
         )
     ),
 )  # fmt: skip
