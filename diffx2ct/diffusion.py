@@ -206,7 +206,7 @@ class Denoiser(nn.Module):
         A: Projector,
         window: tuple[float, float],  # (HU_MIN, HU_MAX)
         base: str = "consistent_mean",  # consistent_mean, mean or none
-        line_integrals: bool = True,  # views are mm of water; False: display images in [0, 1], only with a mean as prior
+        line_integrals: bool = True,  # views in mm of water; False: display images, only with a mean as prior
         coarse: "Denoiser | None" = None,  # of half the resolution, frozen
         flips: Sequence[str] = (),  # of D, H, W: axes along which a mirror image is as likely as the patient
     ):
