@@ -446,11 +446,14 @@ def measure_report(
     lines = []
     for name, value in found.items():
         _, unit, form = MEASURES[name]
-        bound = f" ± {kept[name]:{form}}" if name in kept else ""
-        level = (
-            f" (the interval held for {BOUND_LEVEL:.0%} of held-out patients)" if bound else " (no interval available)"
-        )
-        lines.append(f"- {name} {value:{form}}{bound} {unit}".rstrip() + level)
+        bound = kept.get(name, math.inf)
+        if name in kept and bound >= value:
+            lines.append(f"- {name}: not known, the error in held-out patients is up to {bound:{form}} {unit}".rstrip())
+            continue
+        interval, level = f" ± {bound:{form}}", f"the interval held for {BOUND_LEVEL:.0%} of held-out patients"
+        if name not in kept:
+            interval, level = "", "no interval available"
+        lines.append(f"- {name} {value:{form}}{interval} {unit}".rstrip() + f" ({level})")
     return {k: dict(value=v, bound=kept.get(k)) for k, v in found.items()}, lines
 
 
