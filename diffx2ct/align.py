@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'GRID', 'PAD', 'EXCHANGE_MARGIN', 'MIXED_MARGIN', 'SHARPNESS', 'Calibrate', 'constant_depth', 'straight_bar',
-           'find_bars', 'find_letters', 'film_mask', 'rank_image', 'high_pass', 'correlation', 'Placement',
+           'find_bars', 'find_letters', 'film_mask', 'rank_image', 'high_pass', 'slide', 'correlation', 'Placement',
            'masked_average', 'correlations', 'match_view', 'Recognised', 'peak_correlation', 'facing', 'recognise',
            'resample_to_detector', 'to_unit_film', 'place_pair', 'fit_height', 'align_pair']
 
@@ -114,6 +114,16 @@ def high_pass(
     return v - blur(v * m, sigma) / blur(m, sigma).clamp(min=1e-3)
 
 
+def slide(
+    a: Tensor,  # (..., H, W)
+    kernel: Tensor,  # (..., h, w)
+) -> Tensor:  # (..., H - h + 1, W - w + 1)
+    "Sum of products at every place of a kernel inside an image, by FFT."
+    size, inside = a.shape[-2:], [n - k + 1 for n, k in zip(a.shape[-2:], kernel.shape[-2:])]
+    product = torch.fft.rfft2(a.double(), s=size) * torch.fft.rfft2(kernel.double(), s=size).conj()
+    return torch.fft.irfft2(product, s=size)[..., : inside[0], : inside[1]].to(a)
+
+
 def correlation(
     f: Tensor,  # (h, w) film
     seen: Tensor,  # (h, w) bool
@@ -122,14 +132,13 @@ def correlation(
     inside: float = 0.75,  # share of the film that must lie on the detector; of a larger film, of what can
 ) -> Tensor:  # (P + 2 pad - h + 1, P + 2 pad - w + 1), 0 where too little overlaps
     "Normalised correlation for every shift."
-    m, R = seen.to(f)[None, None], F.pad(r, (pad,) * 4)[None, None]
-    V, f = F.pad(torch.ones_like(r), (pad,) * 4)[None, None], f[None, None] * m
-    n, sf, sff = F.conv2d(V, m), F.conv2d(V, f), F.conv2d(V, f * f)
-    sr, srr, sfr = F.conv2d(R, m), F.conv2d(R * R, m), F.conv2d(R, f)
+    m, R = seen.to(f), F.pad(r, (pad,) * 4)
+    V, f = F.pad(torch.ones_like(r), (pad,) * 4), f * m
+    n, sf, sff, sr, srr, sfr = slide(torch.stack([V, V, V, R, R * R, R]), torch.stack([m, f, f * f, m, m, f]))
     enough = n > inside * n.max()
     n = n.clamp(min=1)
     spread = (sff - sf**2 / n).clamp(min=1e-6) * (srr - sr**2 / n).clamp(min=1e-6)
-    return torch.where(enough, (sfr - sf * sr / n) / spread.sqrt(), 0.0)[0, 0]
+    return torch.where(enough, (sfr - sf * sr / n) / spread.sqrt(), 0.0)
 
 # %% ../nbs/01b_align.ipynb #3a4daf35
 @dataclass(frozen=True)

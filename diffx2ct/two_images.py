@@ -379,7 +379,8 @@ def display_values(
     if x.text("PhotometricInterpretation") != "MONOCHROME1":
         return v.float()
     done.append("MONOCHROME1, so black and white were exchanged")
-    return ((1.0 if window else v.max() + v.min()) - v).float()
+    image = v[~torch.from_numpy(x.padding)] if not x.padding.all() else v
+    return ((1.0 if window else image.max() + image.min()) - v).float()
 
 
 def outside_shutter(x: Radiograph, done: list[str]) -> Tensor:  # (h, w) bool

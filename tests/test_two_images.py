@@ -504,8 +504,10 @@ def test_pixels_that_are_not_square(here, tmp_path):
     plain = to_film(read_view(dicom(tmp_path / "a", n), "AP"), here.net.A).grey
     low = n.reshape(48, 2, 96).mean(1).round()
     half = read_view(dicom(tmp_path / "b", low, PixelAspectRatio=["2", "1"]), "AP")
-    got = to_film(half, here.net.A).grey
-    assert got.shape == (48, 48) and (got - plain.reshape(48, 2, 48, 2).mean((1, 3))).norm() / plain.norm() < 0.02
+    film = to_film(half, here.net.A)
+    got, want = film.grey[film.seen], plain.reshape(48, 2, 48, 2).mean((1, 3))[film.seen]
+    assert film.grey.shape == (48, 48) and film.seen.float().mean() > 0.9
+    assert (got - want).norm() / want.norm() < 0.02
     turned = dicom(tmp_path / "c", low.T, PixelAspectRatio=["1", "2"], PatientOrientation=["F", "L"])
     assert torch.equal(read_view(turned, "AP").grey, half.grey) and read_view(turned, "AP").aspect == half.aspect
     both = dict(PixelAspectRatio=["2", "1"], ImagerPixelSpacing=[3.0, 3.0])  # not allowed together: the spacing counts
@@ -803,9 +805,11 @@ def test_suspicions_warn_and_go_on(here, say, tmp_path):
 def test_films_of_other_heights_and_of_half_a_pixel_size_are_taken(here, say, tmp_path):
     low = png(grey(here.y[0], 255, size=80), tmp_path / "a.png")
     assert "no pixel size" in say("--out", tmp_path / "c.nii", files=[low, here.pngs[1]])[0]
-    sized = nifti(grey(here.y[0], 255).astype(np.float32), tmp_path / "a.nii")
-    out, _ = say("--out", tmp_path / "c.nii", files=[sized, here.pngs[1]])
-    assert "pixels of 1 x 1 mm, as the file says" in out and "its scale is found by likeness" in out
+    image = sitk.GetImageFromArray(grey(here.y[0], 255).astype(np.float32))
+    image.SetSpacing([N * MM / 96] * 2)
+    sitk.WriteImage(image, str(tmp_path / "b.nii"))
+    out, _ = say("--out", tmp_path / "c.nii", files=[tmp_path / "b.nii", here.pngs[1]])
+    assert "pixels of 3.33 x 3.33 mm, as the file says" in out and "its scale is found by likeness" in out
 
 
 def test_the_network_of_a_checkpoint_calibrates(here, tmp_path):
