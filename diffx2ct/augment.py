@@ -37,7 +37,7 @@ def warp_grid(
     rng: np.random.Generator,
     a: AugmentConfig,  # reads ROTATE, SCALE, SHIFT, ELASTIC
 ) -> Tensor:  # (1, D, H, W, 3), where in [-1, 1]^3 each voxel is read
-    "A random smooth map of the cube, near the identity."
+    "Draw a random smooth map of the cube, near the identity."
     angles = np.deg2rad(a.ROTATE) * rng.uniform(-1, 1, 3) / (1, 3, 3)
     sizes = np.exp(a.SCALE * (rng.uniform(-1, 1) + rng.uniform(-1, 1, 3) / 3))
     affine = np.c_[rotation(angles) * sizes, a.SHIFT * rng.uniform(-1, 1, 3)]
@@ -51,7 +51,7 @@ def warp_grid(
 
 # %% ../nbs/00f_augment.ipynb #6f772ef9
 def changes_shape(a: AugmentConfig) -> bool:
-    "True if the settings change shapes."
+    "Return True if the settings change shapes."
     return bool(a.ROTATE or a.SCALE or a.SHIFT or a.ELASTIC)
 
 
@@ -73,7 +73,7 @@ def augment(
 
 
 def needs_new_views(a: AugmentConfig, flips: Sequence[str]) -> bool:
-    "True if augmented volumes need new views."
+    "Return True if augmented volumes need new views."
     return bool(flips or a.GEOMETRY or a.NODULES or a.FILMS or a.SHARE and (changes_shape(a) or a.INTENSITY))
 
 # %% ../nbs/00f_augment.ipynb #250f1796

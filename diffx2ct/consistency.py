@@ -22,7 +22,7 @@ def projection_residual(
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> Tensor:  # (B,) relative residual
-    "$\\lVert y - A\\rho(x)\\rVert / \\lVert y\\rVert$ for each case."
+    "Compute $\\lVert y - A\\rho(x)\\rVert / \\lVert y\\rVert$ for each case."
     return (y - A(density(x, window))).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1).clamp(min=1e-6)
 
 # %% ../nbs/00d_consistency.ipynb #873ba3bf

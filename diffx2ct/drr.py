@@ -33,14 +33,14 @@ class Geometry:
         self,
         view: int,  # 0 frontal, 1 lateral
     ) -> int:  # 1 or -1
-        "1 where the beam of a view runs along its volume axis (front to back, right to left), else -1."
+        "Return 1 if the beam of a view runs along its volume axis (front to back, right to left), else -1."
         return -1 if (self.frontal, self.lateral)[view] in ("pa", "right") else 1
 
     def zoom(
         self,
         depth_mm: Tensor,  # distance behind the isocentre, towards the detector
     ) -> Tensor:  # size at that depth of 1 mm on the detector
-        "$(\\mathrm{sad}+q)/\\mathrm{sdd}$; one for parallel beams."
+        "Compute $(\\mathrm{sad}+q)/\\mathrm{sdd}$; one for parallel beams."
         return torch.ones_like(depth_mm) if self.kind == "parallel" else (self.sad_mm + depth_mm) / self.sdd_mm
 
 
@@ -56,7 +56,7 @@ CHEST_CUBE_MM = 384.0  # edge of a cube that holds the chest of nearly every adu
 
 
 def chest_film(side_mm: float) -> Geometry:
-    "A chest film, posteroanterior and left lateral: source 1.8 m from the detector, which the cube does not enter."
+    "Make the geometry of chest films (PA, left lateral): source 1.8 m from the detector, the cube in front of it."
     behind = max(170.0, side_mm / 2)  # from the middle of the patient to the detector
     return SidedGeometry("cone", 1800.0 - behind, 1800.0, 430.0, frontal="pa", lateral="left")
 
@@ -149,7 +149,7 @@ class Projector(nn.Module):
         self,
         view: int,  # 0 frontal, 1 lateral
     ) -> Tensor:  # (K, P, n)
-        "The zooms of a view's planes in the order of the volume's axis."
+        "Return the zooms of a view's planes in the order of the volume's axis."
         return self.R if self.geometry.along(view) > 0 else self.R.flip(0)
 
     def forward(
@@ -157,7 +157,7 @@ class Projector(nn.Module):
         rho: Tensor,  # (B, 1, D, H, W) density, water 1
         lateral: Tensor | None = None,  # the same at the time of the LAT view, where the patient has moved
     ) -> Tensor:  # (B, 2, P, P) AP and LAT, mm of water
-        "A: sum of zoomed planes, along H for AP and along W for LAT."
+        "Apply A: the sum of zoomed planes, along H for AP and along W for LAT."
         lateral = rho if lateral is None else lateral
         stacks = [rho[:, 0].transpose(1, 2), lateral[:, 0].permute(0, 3, 1, 2)]  # (B, planes, rows D, columns W or H)
         if len(self.R) == 1:
@@ -169,7 +169,7 @@ class Projector(nn.Module):
         self,
         y: Tensor,  # (B, 2, P, P)
     ) -> Tensor:  # (B, 1, D, H, W)
-        "A transposed: every pixel smeared back along its ray."
+        "Apply A transposed: distribute every pixel along its ray."
         ap, lat = (R.mT @ (y[:, i, None] * self.weight) @ R for i, R in enumerate((self.planes(0), self.planes(1))))
         n = self.size
         return (ap.expand(-1, n, n, n).transpose(1, 2) + lat.expand(-1, n, n, n).permute(0, 2, 3, 1))[:, None]

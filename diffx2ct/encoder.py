@@ -148,7 +148,7 @@ def back_projections(
     levels: int,  # levels of the network
     first_stride: int = 2,  # 2 where the network begins at half resolution
 ) -> nn.ModuleList:
-    "One `BackProjection` per level."
+    "Make one `BackProjection` per level."
     strides = [first_stride * 2**i for i in range(levels)]
     return nn.ModuleList(
         BackProjection(g, z, y, x, pixels // s) for s in strides for z, y, x in [block_axes(size, mm, origin, patch, s)]

@@ -81,7 +81,7 @@ def metrics(
     protocol: str = "unit",  # name in PROTOCOLS
     air: float = -500,  # HU above which the truth counts as body
 ) -> dict[str, Any]:
-    "PSNR, PSNR of slices, SSIM in 3D and per axis, MAE in HU, and the name of the protocol."
+    "Compute PSNR, PSNR of slices, SSIM in 3D and per axis, MAE in HU, and the name of the protocol."
     p = PROTOCOLS[protocol]
     a, b = rescale(x, window, p), rescale(truth, window, p)
     hu, true = to_hu(x, window), to_hu(truth, window)

@@ -33,7 +33,7 @@ class UnusableDevice(UserError):
 def unusable_reason(
     i: int,  # index of a GPU
 ) -> str | None:  # one sentence; None if the GPU can be used
-    "Why a GPU cannot be used: its architecture or the driver is too old for this build of torch."
+    "Explain why a GPU cannot be used: its architecture or the driver is too old for this build of torch."
     if torch.version.cuda is None:
         return None
     try:
@@ -91,7 +91,7 @@ def device_option(name: str) -> torch.device:
 
 # %% ../nbs/03_parallel.ipynb #389dac12
 def named_blocks(unet: UNet, encoder: Encoder) -> dict[str, nn.Module]:
-    "All modules with weights, by name, in the order of the forward pass."
+    "List all modules with weights, by name, in the order of the forward pass."
     return {"encoder": encoder, "time": unet.time, "first": unet.first, **unet.stages, "last": unet.last}
 
 # %% ../nbs/03_parallel.ipynb #faa4318d
@@ -206,7 +206,7 @@ def plan_table(
     costs: Mapping[str, int],  # bytes per block, of `block_bytes`
     blocks: Mapping[str, nn.Module] | None = None,  # of `named_blocks`, for a column of weights
 ) -> str:
-    "One line per device: bytes, share, millions of weights, blocks."
+    "Format one line per device: bytes, share, millions of weights, blocks."
     lines = []
     for d in range(max(plan.values()) + 1):
         on = [b for b in plan if plan[b] == d]
@@ -345,7 +345,7 @@ class DistributedUNet:
         ]
 
     def walk(self, s: dict[str, Tensor]) -> Iterator[None]:
-        "Generator: one micro-batch through the runs, in place; stops after the copies and after the work of each run."
+        "Generate: one micro-batch passes the runs, in place; stop after the copies and after the work of each run."
         for at, run in self.runs:
             for k in needed_tensors(self.flow, run):
                 s[k] = self.move(s[k], at)
@@ -358,7 +358,7 @@ class DistributedUNet:
     def forward(
         self, x: Tensor, t: Tensor, lifted: Sequence[Tensor] | None = None, tokens: Tensor | None = None
     ) -> Tensor:
-        "`UNet.forward` in micro-batches, by the pipeline schedule."
+        "Run `UNet.forward` in micro-batches, by the pipeline schedule."
         whole = {"x": prepare_input(x, self.unet.at_half, self.unet.cin), "t": t, "tokens": tokens} | {
             f"lifted{l}": v for l, v in enumerate(lifted or [])
         }

@@ -48,7 +48,7 @@ def leave_group() -> None:
 
 
 def is_lost_peer(e: BaseException) -> bool:
-    "True for errors about a lost process of the group; those of gloo are recognised by their text."
+    "Return True for errors about a lost process of the group; those of gloo are recognised by their text."
     return (
         isinstance(e, dist.DistError)
         or isinstance(e, RuntimeError)
@@ -70,7 +70,7 @@ def local_devices(
     processes: int,
     number: int,  # from `local_ranks`
 ) -> list[torch.device]:
-    "GPUs of this process; a CPU is shared by all."
+    "Return the GPUs of this process; a CPU is shared by all."
     if devices[0].type == "cpu":
         return list(devices)
     if len(devices) % processes:

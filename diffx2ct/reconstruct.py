@@ -35,7 +35,7 @@ def unpack_model(
     c: DiffusionConfig | None,
     patch: int | None,
 ) -> tuple[Denoiser, DiffusionConfig, int]:  # settings and edge of the windows: as given, else the checkpoint's own
-    "Denoiser, sampler settings and window size of a model."
+    "Return denoiser, sampler settings and window size of a model."
     if isinstance(model, Denoiser):
         return model, c or DiffusionConfig(), patch or model.A.size
     try:
@@ -95,7 +95,7 @@ def consistent_denoiser(
     c: DiffusionConfig,  # reads CONSISTENCY, OVERLAP, BLEND
     amp: torch.dtype | None = None,  # precision of the network's arithmetic
 ) -> Callable[[Tensor, float], Tensor]:
-    "A function `denoise(x_t, t)` for the whole cube, in windows, whose estimates are consistent with the views."
+    "Make a function `denoise(x_t, t)` for the whole cube; its estimates are consistent with the views."
     with torch.autocast(prior.device.type, amp, enabled=amp is not None):
         encoded = denoiser.encode(views)
     raw = sliding_window(denoiser, prior, encoded, patch, c.OVERLAP, c.BLEND)
@@ -179,7 +179,7 @@ def reconstruct(
     patch: int | None = None,  # edge of the windows; None: the checkpoint's own, of a denoiser the whole cube
     amp: torch.dtype | None = None,  # precision of the network's arithmetic
 ) -> Tensor:  # (1, D, H, W) in [0, 1]
-    "One volume from two views."
+    "Reconstruct one volume from two views."
     denoiser, c, patch = unpack_model(model, c, patch)
     if method not in available_methods(denoiser):
         raise UserError(
@@ -225,7 +225,7 @@ def show_reconstruction(
     show: tuple[float, float] = (-1000, 600),  # HU drawn black and white
     path=None,  # also save it there
 ) -> plt.Figure:
-    "MPR of truth, generated volume and difference, with the input views."
+    "Draw slices of truth, generated volume and difference, with the input views."
     x, truth = to_hu(x[0].float().cpu(), window), to_hu(case.volume[0], window)
     rows: dict[str, Layer | Tensor] = {
         "truth": truth,

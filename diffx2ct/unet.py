@@ -20,7 +20,7 @@ from .encoder import group_norm
 
 # %% ../nbs/02_unet.ipynb #da3b3d7c
 def haar_matrix() -> Tensor:  # (8, 8), orthonormal and symmetric
-    "The 3D Haar transform of a block of 2x2x2 voxels."
+    "Compute the 3D Haar transform of a block of 2x2x2 voxels."
     h = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
     return torch.kron(torch.kron(h, h), h)
 
@@ -59,12 +59,12 @@ class TimeEmbedding(nn.Module):
 
 # %% ../nbs/02_unet.ipynb #38e3383c
 def conv3(cin: int, cout: int, planar: bool) -> nn.Conv3d:
-    "A 3x3x3 convolution, or one within axial slices."
+    "Make a 3x3x3 convolution, or one within axial slices."
     return nn.Conv3d(cin, cout, (1, 3, 3), padding=(0, 1, 1)) if planar else nn.Conv3d(cin, cout, 3, padding=1)
 
 
 def convolve(layer: nn.Conv3d, h: Tensor) -> Tensor:
-    "A 3x3x3 convolution; on a CPU in full precision where the grid is smaller than 4 voxels."
+    "Apply a 3x3x3 convolution; on a CPU in full precision where the grid is smaller than 4 voxels."
     if h.device.type != "cpu" or min(h.shape[-3:]) >= 4:
         return layer(h)
     with torch.autocast("cpu", enabled=False):
@@ -96,7 +96,7 @@ class ResBlock(nn.Module):
         emb: Tensor,  # (B, emb)
         lifted: Tensor | None,  # (B, lift, d, h, w)
     ) -> Tensor:  # (B, cout, d, h, w)
-        "h + conv(modulate(norm(conv(norm(h)))))."
+        "Compute h + conv(modulate(norm(conv(norm(h)))))."
         gamma, beta = self.time(emb)[:, :, None, None, None].chunk(2, 1)
         y = self.norm2(convolve(self.conv1, F.silu(self.norm1(h))))
         if self.lift is not None:
@@ -130,12 +130,12 @@ class Attention(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        "Multi-head attention over (B, n, c)."
+        "Apply multi-head attention over (B, n, c)."
         q, k, v = (s.unflatten(-1, (self.heads, -1)).transpose(1, 2) for s in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
     def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
-        "(B, c, d, h, w) and (B, n, tokens) to (B, c, d, h, w)."
+        "Map (B, c, d, h, w) and (B, n, tokens) to (B, c, d, h, w)."
         s = self.norm(h).flatten(2).transpose(1, 2)
         add = self.out(self.attend(*self.qkv(s).chunk(3, -1))) if self.qkv is not None else 0
         if self.q is not None:
