@@ -61,10 +61,10 @@ def has_wandb_login() -> bool:
 def git_commit() -> str:  # 40 digits, with -dirty where files were changed since; of an installed package its version
     "Return the version of the code."
     here = Path(diffx2ct.__file__).parent
-    ask = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True)
+    git = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True)
     with suppress(OSError):  # there is no git
-        if ask("ls-files", "--error-unmatch", "__init__.py").returncode == 0:
-            return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").stdout.strip()
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode == 0:
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").stdout.strip()
     return f"version {diffx2ct.__version__}"
 
 
@@ -121,7 +121,7 @@ def wandb_reporter(
         return None
     import wandb
 
-    told = folder / "told"
+    logged = folder / "logged"
 
     def media(v):
         if isinstance(v, dict):
@@ -129,13 +129,13 @@ def wandb_reporter(
         return wandb.Table(columns=list(v[0]), data=[list(row.values()) for row in v]) if isinstance(v, list) else v
 
     def log(values: dict[str, Any], step: int | None) -> None:
-        size = told.stat().st_size if told.exists() else 0
+        size = logged.stat().st_size if logged.exists() else 0
         if step is None:
             step = size + 1
         elif step <= size:
             return
         else:
-            with open(told, "ab") as f:
+            with open(logged, "ab") as f:
                 f.truncate(step)
         for key, path in values.items():
             if not isinstance(path, Path):

@@ -560,7 +560,7 @@ def next_trial(
 ) -> tuple[optuna.Trial, Any] | None:  # trial and its lock
     """Return an interrupted trial, else a queued one, else a new one, else None; OPTUNA.N_TRIALS counts all trials of
     the study."""
-    state, since, said, queued = optuna.trial.TrialState, time.time(), False, set()
+    state, since, printed, queued = optuna.trial.TrialState, time.time(), False, set()
     with study_lock(root):
         home, most = folder_id(root), max(c.OPTUNA.N_TRIALS, len(study.get_trials(deepcopy=False)))
         while True:
@@ -586,8 +586,8 @@ def next_trial(
             elif len(trials) < c.OPTUNA.N_TRIALS:
                 study.add_trial(optuna.trial.create_trial(state=state.RUNNING, user_attrs=now))
             elif waiting := [n for n, last in beats.items() if last <= since]:
-                if not said:
-                    said = True
+                if not printed:
+                    printed = True
                     tqdm.write(
                         f"waiting for a heartbeat of trial {waiting[0]} of another machine, "
                         f"{c.OPTUNA.GRACE:g} s at most"

@@ -94,8 +94,8 @@ def here(tmp_path_factory) -> Path:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
         )
-        told, until = here / "checkpoints/s/single/told", time.monotonic() + 600
-        while not told.exists() or told.stat().st_size < at:
+        logged, until = here / "checkpoints/s/single/logged", time.monotonic() + 600
+        while not logged.exists() or logged.stat().st_size < at:
             assert p.poll() is None and time.monotonic() < until, p.communicate()
             time.sleep(0.02)
         p.send_signal(number)
