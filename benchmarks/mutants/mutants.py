@@ -1160,8 +1160,8 @@ MUTANTS = {
     "two_images": [
         (
             "window of MONOCHROME1",
-            "return ((1.0 if window else v.max() + v.min()) - v).float()",
-            "return (v if window else v.max() + v.min() - v).float()",
+            "return ((1.0 if window else image.max() + image.min()) - v).float()",
+            "return (v if window else image.max() + image.min() - v).float()",
             "black and white",
         ),
         ("linear window", "centre - 0.5, max(width - 1, 1e-6)", "centre, max(width, 1e-6)", "half a grey value"),
