@@ -201,7 +201,7 @@ def test_no_copy_of_a_training_step_can_be_left_out(small):
     with machine:
         kinds = kinds_of(machine, forward)
         # base, views, noise and times; lifting; the transform to half resolution
-        assert {f"{f}  cpu cuda:0" for f in ("forward", "seen", "condition", "haar", "unhaar")} <= {*kinds}
+        assert {f"{f}  cpu cuda:0" for f in ("forward", "render_views", "condition", "haar", "unhaar")} <= {*kinds}
         walk = {tuple(k.split()[1:]) for k in kinds if k.startswith("walk")}
         at_cuts = {
             "balanced": "x t tokens lifted0 lifted1 lifted2 h",
