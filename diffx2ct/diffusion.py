@@ -60,17 +60,17 @@ class Diffusion:
         return SCHEDULES[self.schedule](t)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        "x_t of clean residuals (B, 1, D, H, W) at times (B,)."
+        "Compute x_t of clean residuals (B, 1, D, H, W) at times (B,)."
         a, s = (v[:, None, None, None, None] for v in self.alpha_sigma(t))
         return a * x0 + s * eps
 
     def wiener(self, x_t: Tensor, t: Tensor) -> Tensor:
-        "E[x_0 | x_t] if x_0 were standard Gaussian: alpha x_t / (alpha^2 + sigma^2)."
+        "Compute E[x_0 | x_t] if x_0 were standard Gaussian: alpha x_t / (alpha^2 + sigma^2)."
         a, s = (v[:, None, None, None, None] for v in self.alpha_sigma(t))
         return a / (a**2 + s**2) * x_t
 
     def clean(self, F_: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        "The clean residual from the output of the network."
+        "Compute the clean residual from the output of the network."
         a, s = (v[:, None, None, None, None] for v in self.alpha_sigma(t))
         if self.prediction == "x0":
             return self.wiener(x_t, t) + s / (a**2 + s**2).sqrt() * F_
@@ -167,7 +167,7 @@ def mirror_views(
     views: Tensor,  # (B, 2, P, P), rows along D; columns along W (AP) and H (LAT)
     axes: Sequence[int],  # 0, 1, 2 for D, H, W
 ) -> Tensor:  # (B, 2, P, P)
-    "The views of a mirrored volume."
+    "Return the views of a mirrored volume."
     return torch.stack(
         [v.flip([1 if a == 0 else 2 for a in axes if a in (0, own)]) for v, own in zip(views.unbind(1), (2, 1))], 1
     )
@@ -286,7 +286,7 @@ def condition(
     encoded: tuple[list[Tensor], Tensor],  # from `encode`
     origin: tuple[int, int, int] = (0, 0, 0),  # voxel where the block begins
 ) -> Condition:
-    "The condition of the block at `origin` with the shape of `prior`."
+    "Make the condition of the block at `origin` with the shape of `prior`."
     maps, tokens = encoded
     edge, levels, first = prior.shape[-1], len(maps), 2 if self.unet.at_half else 1
     key = (origin, edge, prior.device)
@@ -358,7 +358,7 @@ def build_denoiser(
     mm: float,  # voxel edge
     line_integrals: bool = True,
 ) -> Denoiser:
-    "An untrained denoiser of the configured size."
+    "Build an untrained denoiser of the configured size."
     eights = lambda n: max(8, round(n * c.MODEL.SCALE / 8) * 8)
     u, e, size, pixels = c.MODEL.UNET, c.MODEL.CONDITIONING_ENCODER, c.DATA.TARGET_VOLUME_SIZE, c.DATA.TARGET_DRR_SIZE
     channels = [eights(n) for n in u.NUM_CHANNELS]
@@ -404,7 +404,7 @@ def build_denoiser(
 
 # %% ../nbs/02a_diffusion.ipynb #38cc6ada
 def has_native_bf16() -> bool:
-    "True if this machine computes bf16 natively: a GPU, or a CPU whose oneDNN has bf16 convolutions."
+    "Return True if this machine computes bf16 natively: a GPU, or a CPU whose oneDNN has bf16 convolutions."
     return (
         torch.cuda.is_available()
         or torch.backends.mkldnn.is_available()
@@ -420,7 +420,7 @@ AMP = {
 
 # %% ../nbs/02a_diffusion.ipynb #6180af81
 def ssim_loss(a: Tensor, b: Tensor, size: int = 5) -> Tensor:
-    "(B,) one minus the mean structural similarity, uniform 3D window, range 1."
+    "Compute (B,) one minus the mean structural similarity, uniform 3D window, range 1."
     mean = lambda v: F.avg_pool3d(v, size, 1)
     ma, mb = mean(a), mean(b)
     va, vb, ab = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
@@ -430,7 +430,7 @@ def ssim_loss(a: Tensor, b: Tensor, size: int = 5) -> Tensor:
 
 
 def fourier_loss(a: Tensor, b: Tensor) -> Tensor:
-    "(B,) mean absolute difference of orthonormal Fourier magnitudes."
+    "Compute (B,) the mean absolute difference of orthonormal Fourier magnitudes."
     return (
         (torch.fft.rfftn(a, dim=(2, 3, 4), norm="ortho").abs() - torch.fft.rfftn(b, dim=(2, 3, 4), norm="ortho").abs())
         .abs()
@@ -460,7 +460,7 @@ def loss_terms(
     A: Projector,  # for PROJECTION, of whole cubes
     counts: Tensor | float = 1.0,  # (B, 1, d, h, w) weight of a voxel in L2 and L1
 ) -> dict[str, Tensor]:  # (B,) each, in units of s
-    "The losses with a weight, per case."
+    "Compute the losses with a weight, per case."
     diff = (x - truth) / scale.view(-1, 1, 1, 1, 1)
     terms = {
         "L2": lambda: (counts * diff.square()).flatten(1).mean(1),
@@ -503,7 +503,7 @@ def ddpm(denoise, x, times, d, generator=None) -> Tensor:
 
 # %% ../nbs/02a_diffusion.ipynb #1fc6a93d
 def velocity(x: Tensor, x0: Tensor, t: float, d: Diffusion) -> Tensor:
-    "dx/dt of the probability-flow equation, alpha' x_0 + sigma' eps, by central differences of the schedule."
+    "Compute dx/dt of the probability-flow equation, alpha' x_0 + sigma' eps, by central differences of the schedule."
     h = 1e-4
     (a, s), (a1, s1), (a2, s2) = (
         map(float, d.alpha_sigma(torch.tensor(min(max(v, 0.0), 1.0), dtype=torch.float64))) for v in (t, t - h, t + h)
@@ -553,7 +553,7 @@ def window_starts(size: int, patch: int, overlap: float) -> list[int]:
 
 
 def blend_weight(patch: int, blend: str) -> Tensor:
-    "(patch, patch, patch) positive weight of each voxel of a window."
+    "Compute the (patch, patch, patch) positive weight of each voxel of a window."
     u = (torch.arange(patch) + 0.5) / patch * 2 - 1
     w = {"constant": torch.ones(patch), "gaussian": torch.exp(-8 * u**2), "cosine": (u * torch.pi / 2).cos()}[
         blend
@@ -586,7 +586,7 @@ def sliding_window(
     blend: str = "gaussian",
     batch: int | None = None,  # windows per evaluation; None: 4, on a CPU 1 if the windows are larger than 64^3
 ) -> Callable[[Tensor, float], Tensor]:
-    "A function `denoise(x_t, t)` for the whole cube, in one window or several."
+    "Make a function `denoise(x_t, t)` for the whole cube, in one window or several."
     along = window_starts(prior.shape[-1], patch, overlap)
     origins = list(product(along, along, along))
     weight, total = blend_weight(patch, blend).to(prior), torch.zeros_like(prior)
