@@ -176,7 +176,7 @@ def test_old_manifests_and_checkpoints_have_four_numbers(inside, model):
 @pytest.mark.parametrize("change", [dict(frontal="ap"), dict(lateral="right"), dict(frontal=None)])
 def test_other_sides_are_another_geometry(inside, model, tmp_path, change):
     other = with_geometry(inside / "mine", tmp_path / "other", asdict(CHEST) | change)
-    with pytest.raises(UserError, match="says source sides .*, but .* was trained with source sides pa left"):
+    with pytest.raises(UserError, match="has source sides .*, but .* was trained with source sides pa left"):
         open_cases(model, other)
     with pytest.raises(UserError, match="SDD 1800 mm.* was trained with .*SDD 1800 mm, frontal pa; prepare"):
         check_same_geometry(other / "drrs/p0/AP.pt", model)

@@ -164,7 +164,7 @@ def test_pictures_of_the_same_cases_a_table_and_the_model(here):
 
 
 def test_an_evaluation_is_a_job_of_the_study_and_the_way_to_send_runs_is_said(here):
-    said = (here / "terminal.txt").read_text()
+    said = (here / "terminal.txt").read_text(encoding="utf-8")
     assert said.count("W&B is offline: runs are kept in wandb; to send them: wandb sync wandb/offline-run-*") == 5
     (file,) = (f for f in runs(here) if "-evaluate" in f.name)
     (run,) = [x.run for x in records(file) if x.WhichOneof("record_type") == "run"][:1]
