@@ -104,7 +104,7 @@ def open_data(
         ):
             if want != got:
                 raise UserError(
-                    f"{d.DRR_DIR}/manifest.json says {got:g}, but DATA.{key} is {want:g}; set "
+                    f"{d.DRR_DIR}/manifest.json has {got:g}, but DATA.{key} is {want:g}; set "
                     f"DATA.{key}={got:g} or prepare the data again"
                 )
         g, mm = geometry(manifest["geometry"], manifest["size"] * manifest["mm"]), manifest["mm"]
