@@ -605,8 +605,8 @@ def mean_views(
     return ref if net.line_integrals else to_display(ref)[0]
 
 # %% ../nbs/05a_two_images.ipynb #b80fe359
-MIN_MARGINS = {"exchanged": 0.1, "inverted": 0.05, "mirrored": 0.02}  # margins below which an answer is a guess
-MIN_LIKENESS = 0.47, 0.5  # likeness below which a frontal or a lateral film counts as something else
+MIN_MARGINS = {"exchanged": 0.1, "inverted": 0.05, "mirrored": 0.03}  # margins below which an answer is a guess
+MIN_LIKENESS = 0.5, 0.52  # likeness below which a frontal or a lateral film counts as something else
 SAME_VIEW_LIMIT = 0.05  # how much more two films must be like one view than like two
 SAME_PICTURE_LIMIT = 0.98  # correlation of ranks above which two pictures are one
 

@@ -8,6 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import ROOT, run_cmd
+from drawn_films import hand, lumbar_spine, on_light_box
 from PIL import Image
 
 from diffx2ct.align import film_mask, recognise
@@ -16,7 +17,7 @@ from diffx2ct.data import density, to_unit
 from diffx2ct.drr import Projector, geometry
 from diffx2ct.phantom import phantom
 from diffx2ct.radiograph import FilmSettings, film_pair, tissue_integrals
-from diffx2ct.two_images import MIN_MARGINS
+from diffx2ct.two_images import MIN_MARGINS, FilmOptions, View, identify_films, recognition_warnings
 
 WINDOW, N, CUBE = (-1024.0, 1500.0), 64, 384.0
 FACES_LEFT = {0, 3, 4, 5, 6, 7}  # of the twelve real pairs, judged by eye
@@ -45,6 +46,38 @@ def test_real_pairs_are_recognised(xray_dir, reference):
         assert agrees or found.margins["mirrored"] < MIN_MARGINS["mirrored"], k  # a wrong answer is called a guess
         right += agrees
     assert right >= 11, right
+
+
+def box(film: torch.Tensor) -> torch.Tensor:
+    "A film photographed on a light box."
+    return on_light_box(torch.nn.functional.interpolate(film[None, None], (256, 256), mode="area")[0, 0])
+
+
+NOT_CHESTS = {  # what is drawn: (frontal and lateral film, words of the warning)
+    "hands": (lambda films: (hand(), hand(0.1).flip(1)), "does not look like the AP view"),
+    "a lumbar spine": (lambda films: (lumbar_spine(), lumbar_spine(side=True)), "does not look like the AP view"),
+    "noise": (lambda films: torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0)), "the LAT view"),
+    "films on a light box": (lambda films: [box(f) for f in films], "look like the same view"),
+    "films turned by 90 degrees": (lambda films: [f.T.flip(0) for f in films], "does not look like"),
+}
+
+
+def identify(pair, A, reference):
+    "Views and what was found about them."
+    views, _, found = identify_films(tuple(View(n, f * 255) for n, f in zip(("one", "two"), pair)), A, reference)
+    return views, found
+
+
+@pytest.mark.parametrize("name", NOT_CHESTS)
+def test_drawn_pictures_are_not_taken_for_chests(name, reference):
+    "The films that are drawn on, or turned, cause no such warning themselves."
+    A, s = Projector(geometry("chest", CUBE), N, CUBE / N, 128), FilmSettings()
+    rho = density(to_unit(phantom(9, N, CUBE / N)[0], WINDOW)[None, None], WINDOW)
+    water, bone = (v[0] for v in tissue_integrals(rho, A))
+    films = film_pair(water, bone, A, (s, s), torch.Generator().manual_seed(0))
+    make, words = NOT_CHESTS[name]
+    warn = lambda pair: " ".join(recognition_warnings(*identify(pair, A, reference), FilmOptions()))
+    assert words in warn(make(films)) and words not in warn(films)
 
 
 @pytest.fixture(scope="module")
