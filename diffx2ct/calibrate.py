@@ -397,12 +397,16 @@ def match_quantiles(
 
 def mass_difference(
     y: Tensor,  # (2, P, P) mm of water
-    seen: Tensor | None = None,  # (2, P, P); rows that either view shows to less than half do not count
-) -> float:  # 0 to 2
+    seen: Tensor | None = None,  # (2, P, P); rows that either view shows to less than half of its width do not count
+) -> float:  # 0 to 2; 2 if no row counts
     "How differently the two views spread the body's weight from head to feet: sum of |difference of row shares|."
     rows = y.sum(2)
     if seen is not None:
-        rows = rows * (seen.float().mean(2) > 0.5).all(0)
+        width = seen.float().sum(2)
+        counts = (width > 0.5 * width.amax(1, keepdim=True)).all(0)
+        if not counts.any():
+            return 2.0
+        rows = rows * counts
     share = rows / rows.sum(1, keepdim=True).clamp(min=1e-6)
     return (share[0] - share[1]).abs().sum().item()
 

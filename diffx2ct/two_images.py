@@ -132,7 +132,7 @@ class View:
         self.grey, self.image = how(self.grey), how(self.covered)
 
     def measured(self, edge: float) -> None:  # mm, of a pixel on the detector
-        "Take the edge of a pixel from somebody who knows it, instead of the file."
+        "Set the edge of a pixel, instead of what the file states."
         self.mm, self.calibrated, self.told = (edge, edge), False, edge
 
 
@@ -553,7 +553,7 @@ def size_on_panel(
         mm = A.geometry.panel_mm
         raise UserError(
             f"{view.name} covers {covered:.1%} of the model's detector, {high * mm:.3g} x {wide * mm:.3g} "
-            f"of {mm:g} mm; check its pixel spacing, or say it with --pixel_mm"
+            f"of {mm:g} mm; check its pixel spacing, or set it with --pixel_mm"
         )
     return high, wide
 
@@ -613,7 +613,7 @@ SAME_PICTURE_LIMIT = 0.98  # correlation of ranks above which two pictures are o
 
 @dataclass(frozen=True)
 class FilmOptions:
-    "What somebody knows of two films; None: to be found."
+    "What the user states about two films; None: to be found."
 
     facing: str | None = None  # left or right: where the patient looks in the lateral file
     bone: str | None = None  # bright or dark, in both files
@@ -625,7 +625,7 @@ def known_answers(
     views: tuple[View, View],
     wish: FilmOptions,
 ) -> dict[str, Any]:  # arguments of `recognise`
-    "What need not be found, since the user or the files say it."
+    "Collect what the user or the files state and need not be found."
     stored = [v.stored for v in views]
     dark = None if wish.bone is None else wish.bone == "dark"
     sure = stored[1] or views[1].sided and wish.facing is None
@@ -642,7 +642,7 @@ def identify_films(
     ref: Tensor,  # (2, P, P) of the mean patient
     wish: FilmOptions = FilmOptions(),
 ) -> tuple[tuple[View, View], list[Film], Recognised]:  # frontal and lateral view, bone bright
-    "Which of two files is the frontal view, and what has to be done to both."
+    "Find which of two files is the frontal view, and what has to be done to both."
     films, fixed = [to_film(v, A) for v in views], known_answers(views, wish)
     look = lambda: recognise([f.grey for f in films], [f.seen for f in films], ref, **fixed)
     found = look()
@@ -673,28 +673,28 @@ def recognition_warnings(
     wish: FilmOptions,
     pictures: bool = True,  # False: both are stored views, of which nothing has been changed
 ) -> list[str]:
-    "What speaks against two images, in words."
+    "List reasons to distrust two images."
     names, m = (views[0].name, views[1].name), found.margins
     said = [
         f"{name} does not look like the {which} view of the patients the model was trained on (likeness "
-        f"{like:.2f}, limit {least:g}); look whether it is upright, whole and of the same part of the body"
+        f"{like:.2f}, limit {least:g}); check that it is upright, whole and of the same part of the body"
         for name, which, like, least in zip(names, VIEW_LETTERS, found.likeness, MIN_LIKENESS)
         if like < least
     ]
     if found.twice > SAME_VIEW_LIMIT:
         said.append(
             f"{names[0]} and {names[1]} look like the same view (by {found.twice:.2f} more than like two, "
-            f"limit {SAME_VIEW_LIMIT:g}); look whether one is frontal and one lateral"
+            f"limit {SAME_VIEW_LIMIT:g}); check that one is frontal and one lateral"
         )
     if not pictures and found.exchanged:
         said.append(
-            f"{names[1]} and {names[0]} look exchanged (margin {m['exchanged']:.2f}); look whether the "
+            f"{names[1]} and {names[0]} look exchanged (margin {m['exchanged']:.2f}); check that the "
             "first is the frontal view (of a chest: two lungs side by side) and the second the lateral one "
             "(the spine at its right edge)"
         )
     if not pictures and found.mirrored and m["mirrored"] > MIN_MARGINS["mirrored"]:
         said.append(
-            f"{names[1]} looks mirrored (margin {m['mirrored']:.2f}); look whether the patient faces left "
+            f"{names[1]} looks mirrored (margin {m['mirrored']:.2f}); check that the patient faces left "
             "in it, with the spine at its right edge"
         )
     if not pictures:
@@ -702,20 +702,20 @@ def recognition_warnings(
     if m["exchanged"] < MIN_MARGINS["exchanged"] and not (wish.keep_order or any(v.stored for v in views)):
         said.append(
             f"{names[0]} is taken for the frontal view and {names[1]} for the lateral one by a small margin "
-            f"({m['exchanged']:.2f}, limit {MIN_MARGINS['exchanged']:g}); look, and keep the order of the "
+            f"({m['exchanged']:.2f}, limit {MIN_MARGINS['exchanged']:g}); check it, and keep the order of the "
             "files with --keep_order"
         )
     for name, view, key in zip(names, views, ("frontal", "lateral")):
         if m[key] < MIN_MARGINS["inverted"] and not (wish.bone or view.stored):
             said.append(
                 f"{name} is taken to have {'dark' if found.inverted[key == 'lateral'] else 'bright'} bone "
-                f"by a small margin ({m[key]:.2f}, limit {MIN_MARGINS['inverted']:g}); look, and say it "
-                "with --bone"
+                f"by a small margin ({m[key]:.2f}, limit {MIN_MARGINS['inverted']:g}); check it, and set "
+                "it with --bone"
             )
     if m["mirrored"] < MIN_MARGINS["mirrored"] and not (wish.facing or views[1].sided or views[1].stored):
         said.append(
             f"in {names[1]} the patient is taken to face {'right' if found.mirrored else 'left'} by a small "
-            f"margin ({m['mirrored']:.3f}, limit {MIN_MARGINS['mirrored']:g}); look, and say it with "
+            f"margin ({m['mirrored']:.3f}, limit {MIN_MARGINS['mirrored']:g}); check it, and set it with "
             "--facing left or right"
         )
     return said
@@ -734,7 +734,7 @@ def truncated_share(
     seen: Tensor,  # (P, P) bool
     back: bool = True,  # the edge at the spine, the right one
 ) -> float:  # share of rows; 0 where the film ends outside the detector
-    "How much of a lateral film ends inside the body."
+    "Measure how much of a lateral film ends inside the body."
     y, seen = (y, seen) if back else (y.flip(1), seen.flip(1))
     columns = (seen.float().mean(0) > 0.3).nonzero().flatten()
     if not len(columns) or columns[-1] == seen.shape[1] - 1:
@@ -749,14 +749,14 @@ def perspective_warning(
     A: Projector,
     wish: FilmOptions,
 ) -> str:  # "" where there is nothing to say
-    "What it means that the source of the frontal film was at the other side than the model's."
+    "State the effect of a frontal film whose source was at the other side than the model's."
     g, side = A.geometry, wish.frontal or view.source
     if g.kind == "parallel" or side not in ("ap", "pa") or side == g.frontal:
         return ""
     factor = (g.sad_mm + HEART_MM) / (g.sad_mm - HEART_MM)
     more = f"{factor - 1:.0%} too wide" if g.frontal == "pa" else f"{1 - 1 / factor:.0%} too narrow"
     return (
-        f"{view.name} was taken {side.upper()}, the model knows {g.frontal.upper()} films; it was not mirrored, "
+        f"{view.name} was taken {side.upper()}, the model was trained with {g.frontal.upper()} films; it was not mirrored, "
         f"since both are hung with the patient's right at the left, but what lies {HEART_MM:g} mm before the "
         f"middle, as the heart does, comes out {more}"
     )
@@ -768,7 +768,7 @@ def choose_calibration(
     calibrator: Calibrator | None,
     head: CalibratorHeader | None,  # of its file
 ) -> tuple[str, int, Calibrate]:  # what it is, pixels it works on, the function
-    "How grey values become what the model reads."
+    "Choose how grey values become what the model reads."
     if not net.line_integrals:
         return "from black to white, as the model was trained", net.A.pixels, lambda x, m: torch.where(m, x, ref)
     if calibrator is not None:
@@ -786,17 +786,17 @@ def choose_calibration(
 
 
 def calibrate_on_cpu(calibrator: Calibrator, image: Tensor, seen: Tensor) -> Tensor:
-    "Calibrate where the network is, and come back."
+    "Calibrate on the network's device and return to the CPU."
     device = next(calibrator.parameters()).device
     return calibrate_films(calibrator, image.to(device), seen.to(device)).cpu()
 
 
 def describe_scale(view: View, fitted: bool) -> str:
-    "What the scale of a film rests on."
+    "State where the scale of a film comes from."
     if view.stored:
         return "stored view, taken as it is"
     if view.told:
-        return f"pixels of {view.told:.3g} mm, as told"
+        return f"pixels of {view.told:.3g} mm, by --pixel_mm"
     if view.mm:
         return f"pixels of {view.mm[0]:.3g} x {view.mm[1]:.3g} mm, as the file says"
     aspect = f", with pixels {view.aspect:.3g} times as wide as high" if view.aspect != 1 else ""
@@ -813,7 +813,7 @@ def describe_films(
     seen: Tensor,  # (2, P, P) bool
     fit: bool,
 ) -> list[str]:  # a line for each view
-    "What was done to two images."
+    "State what was done to two images."
     lines = []
     for k, (v, place) in enumerate(zip(views, places)):
         said = [describe_scale(v, fit and k == 1)]
@@ -840,12 +840,12 @@ def body_warnings(
     weight: dict[str, float],  # difference per height, before and after the fit
     learned: bool,  # by the calibration network
 ) -> list[str]:
-    "Doubts about the body that two views show."
+    "List reasons to distrust the body that two views show."
     out, names = [], (views[0].name, views[1].name)
     if weight.get("after", 0) > MASS_DIFFERENCE_LIMITS[learned]:
         out.append(
             f"{names[0]} and {names[1]} spread the body differently from head to feet (gap "
-            f"{weight['after']:.2f}, limit {MASS_DIFFERENCE_LIMITS[learned]:g}); look whether they are of "
+            f"{weight['after']:.2f}, limit {MASS_DIFFERENCE_LIMITS[learned]:g}); check that they are of "
             "one patient, at one scale, and begin and end at the same height"
         )
     if not views[1].stored and weight:
@@ -864,7 +864,7 @@ def size_warning(
     place: Placement,
     A: Projector,
 ) -> str:  # "" where the film is large enough
-    "Whether a film has fewer pixels than the model's detector needs."
+    "Warn of a film with fewer pixels than the model's detector."
     rows = film.grey.shape[0] / place.height
     return (
         f"{view.name} is small: {' x '.join(map(str, view.grey.shape))} pixels, {rows:.0f} along the edge "
@@ -881,7 +881,7 @@ def film_report(
     name: str,
     weight: dict[str, float],
 ) -> dict[str, Any]:
-    "What was found about two films, without their names."
+    "Report what was found about two films, without their names."
     scale = [describe_scale(v, bool(weight) and k == 1) for k, v in enumerate(views)]
     facing = "right" if found.mirrored else "left"
     m = found.margins
@@ -922,7 +922,7 @@ def place_films(
     way: tuple[str, int, Calibrate],  # of `choose_calibration`
     fit: bool,  # move the lateral film until both films weigh the same at each height
 ) -> tuple[tuple[Placement, Placement], dict[str, float]]:  # places, weight difference before and after
-    "Where two films lie on the model's detector."
+    "Find where two films lie on the model's detector."
     grey, seen, heights = [f.grey for f in films], [f.seen for f in films], (films[0].height, films[1].height)
     if any(v.stored for v in views):
         at = lambda f, r, turn: match_view(f.grey, f.seen, r, turn, **({"heights": (f.height,)} if f.height else {}))
@@ -1023,7 +1023,7 @@ def choose_consistency(
     c: DiffusionConfig,  # of the model
     wish: str | None,  # --consistency
 ) -> tuple[DiffusionConfig, str]:  # the settings to reconstruct with, and a line that says so
-    "Consistency goes no further than the views can be trusted."
+    "Choose the consistency that the kind of views allows."
     if net.line_integrals and all(v.stored for v in views):
         return c.model_copy(update=dict(CONSISTENCY=wish or c.CONSISTENCY)), ""
     display = next((v.name for v in views if not v.stored), "the model's own training images")

@@ -121,3 +121,13 @@ def test_matched_values_are_the_quantiles_in_the_middle_of_each_rank():
     known = torch.arange(101.0).expand(2, 101)
     got = match_quantiles(image, known)
     torch.testing.assert_close(got.flatten(1), torch.tensor([12.5, 37.5, 62.5, 87.5]).expand(2, 4))
+
+
+def test_small_films_count_with_their_own_width():
+    "Films narrower than half of the detector are compared too; films without a common row differ most."
+    y, seen = torch.zeros(2, 16, 16), torch.zeros(2, 16, 16)
+    y[0, 4:8, 5:10], y[1, 8:12, 5:10] = 1.0, 1.0
+    seen[:, 4:12, 5:10] = 1
+    assert mass_difference(y, seen) == pytest.approx(2)
+    seen[0, 8:], seen[1, :8] = 0, 0
+    assert mass_difference(y, seen) == 2

@@ -797,7 +797,7 @@ def test_suspicions_warn_and_go_on(here, say, tmp_path):
         ([here.pngs[0], again], "look like the same view"),
     ):
         out, err = say("--out", tmp_path / "c.nii.gz", "--method", "mean", files=files)
-        assert words in err and "look whether" in err and err.startswith("diffx2ct: warning: "), err
+        assert words in err and "check that" in err and err.startswith("diffx2ct: warning: "), err
     small = [png(grey(v, 255, size=12), tmp_path / f"s{n}.png") for v, n in zip(here.y, VIEW_LETTERS)]
     assert "is small: 12 x 12 pixels" in say("--out", tmp_path / "c.nii.gz", "--method", "mean", files=small)[1]
 
@@ -996,7 +996,9 @@ def test_one_sentence_and_nothing_written(name, here, say, tmp_path):
 def test_pixel_sizes_belong_to_their_images(here, say, tmp_path):
     out, _ = say("--out", tmp_path / "c.nii", "--method", "mean", "--pixel_mm", 3.3, 2.5)
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
-    assert "AP.png: pixels of 3.3 mm, as told" in notes[0] and "LAT.png: pixels of 2.5 mm, as told" in notes[1]
+    assert (
+        "AP.png: pixels of 3.3 mm, by --pixel_mm" in notes[0] and "LAT.png: pixels of 2.5 mm, by --pixel_mm" in notes[1]
+    )
 
 
 def test_there_must_be_somewhere_to_write(here, say, tmp_path):
