@@ -701,11 +701,15 @@ def keep_calibrator(
     path: Path,  # TRAINING.CALIBRATOR
     folder: Path,  # of the checkpoints
 ) -> None:
-    "Copy the calibration network into the folder of the checkpoints."
+    "Copy the calibration network into the folder of the checkpoints; another one than before is refused."
     load_calibrator(path)
     content, kept = path.read_bytes(), folder / CALIBRATOR
-    if not kept.exists() or kept.read_bytes() != content:
-        on_rank_zero(lambda: write_with_checksum(kept, lambda p: p.write_bytes(content)))
+    if kept.exists() and kept.read_bytes() != content:
+        raise UserError(
+            f"{path} is not the calibration network that {folder} was trained with ({kept}); "
+            "set TRAINING.CALIBRATOR to that file, or use another --study_name"
+        )
+    on_rank_zero(lambda: kept.exists() or write_with_checksum(kept, lambda p: p.write_bytes(content)))
 
 
 def write_checkpoint(r: TrainingState, c: Config, folder: Path, epoch: int, meta: dict) -> None:
