@@ -1438,8 +1438,8 @@ MUTANTS = {
         ),
         (
             "rows that one view shows",
-            "(seen.float().mean(2) > 0.5).all(0)",
-            "(seen.float().mean(2) > 0.5).any(0)",
+            "(width > 0.5 * width.amax(1, keepdim=True)).all(0)",
+            "(width > 0.5 * width.amax(1, keepdim=True)).any(0)",
             "what is hidden counts as a difference",
         ),
         (
