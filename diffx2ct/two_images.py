@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIF_ORIENTATION', 'UPRIGHT', 'XRAY_MODALITIES', 'OPPOSITE', 'VIEW_LETTERS', 'ROWS', 'MIN_MARGINS', 'MIN_LIKENESS',
-           'SAME_VIEW_LIMIT', 'SAME_PICTURE_LIMIT', 'MASS_DIFFERENCE_LIMITS', 'TRUNCATION_LIMIT', 'HEART_MM', 'WARNING',
-           'View', 'one_channel', 'orientation_of', 'opaque_pixels', 'has_square_pixels', 'read_picture',
+           'SAME_VIEW_LIMIT', 'SAME_PICTURE_LIMIT', 'MASS_DIFFERENCE_LIMITS', 'TRUNCATION_LIMIT', 'HEART_MM', 'NARROW',
+           'WARNING', 'View', 'one_channel', 'orientation_of', 'opaque_pixels', 'has_square_pixels', 'read_picture',
            'not_a_radiograph', 'read_nifti_view', 'Radiograph', 'open_dicom', 'apply_window', 'read_window',
            'display_values', 'outside_shutter', 'orient_to', 'read_pixel_size', 'read_xray', 'read_file', 'read_view',
            'read_as', 'Film', 'size_on_panel', 'to_film', 'fractional_ranks', 'match', 'mean_views', 'FilmOptions',
@@ -937,6 +937,9 @@ def place_films(
     return fitted, dict(before=weigh(places), after=weigh(fitted))
 
 # %% ../nbs/05a_two_images.ipynb #3421ae45
+NARROW = 8  # how many times longer than wide a picture may be
+
+
 @dataclass
 class FoundFilms:
     "Two films and what was found about them, before they become views."
@@ -959,6 +962,10 @@ def find_films(
     wish: FilmOptions = FilmOptions(),
 ) -> FoundFilms:
     "Recognise two films and find where they lie."
+    for v in views:
+        if not v.stored and max(v.grey.shape) > NARROW * min(v.grey.shape):
+            size = " x ".join(map(str, v.grey.shape[::-1]))
+            raise UserError(f"{v.name} is {size} pixels, too narrow for a film of a chest; give the whole film")
     ref, order = mean_views(net), [v.name for v in views]
     views, films, found = identify_films(views, net.A, ref, wish)
     mixed = any(v.stored for v in views)

@@ -450,7 +450,7 @@ def measure_report(
         if name in kept and bound >= value:
             lines.append(f"- {name}: not known, the error in held-out patients is up to {bound:{form}} {unit}".rstrip())
             continue
-        interval, level = f" ± {bound:{form}}", f"the interval held for {BOUND_LEVEL:.0%} of held-out patients"
+        interval, level = f" +- {bound:{form}}", f"the interval held for {BOUND_LEVEL:.0%} of held-out patients"
         if name not in kept:
             interval, level = "", "no interval available"
         lines.append(f"- {name} {value:{form}}{interval} {unit}".rstrip() + f" ({level})")
