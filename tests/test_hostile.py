@@ -1477,7 +1477,7 @@ def test_no_loader_that_runs_code():
             "weights_only=True" in call
             or "allow_pickle=False" in call
             or call.startswith("yaml.load(")
-            and ", Loader)" in call
+            and ", YamlLoader)" in call
         ), (name, call)
 
 
