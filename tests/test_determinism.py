@@ -30,8 +30,7 @@ tiny = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=
         "MODEL.CONDITIONING_ENCODER.NUM_CHANNELS=8", "EPOCHS=3", "VALIDATION_SPLIT=0.26",
         "TRAINING.LOSS_PHASE_EPOCHS=[1, 1]", "TRAINING.AUGMENT.PASSES=0", "TRAINING.AMP=off", "DIFFUSION.STEPS=2",
         "DEVICES=cpu",
-        "TRAINING.OPTIMIZER=adamw", "TRAINING.LEARNING_RATE=0.001"]  # orthogonal steps raise rounding above what may be
-        compared across CPUs
+        "TRAINING.OPTIMIZER=adamw", "TRAINING.LEARNING_RATE=0.001"]  # orthogonal steps amplify rounding
 c = load_config(sets=tiny + sys.argv[1:])
 data = open_data(c)
 train_run(c, data, Path("run"), {})
