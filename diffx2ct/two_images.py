@@ -69,7 +69,7 @@ from diffx2ct.data import (
     to_hu,
     write_atomic,
 )
-from .diffusion import AMP, Denoiser
+from .diffusion import Denoiser
 from .drr import Projector, to_display
 from .parallel import device_option
 from .reconstruct import available_methods, draw_samples, finalize, reconstruct, settings_for_views
@@ -91,7 +91,7 @@ from diffx2ct.scans import (
     suppress_stderr,
     whole_nifti,
 )
-from .uncertainty import assess
+from .uncertainty import assess, run_settings
 from .visualize import NOTES, dtype_of, save_nifti
 
 # %% ../nbs/05a_two_images.ipynb #19d3d7b3
@@ -1234,9 +1234,7 @@ def main(argv: list[str]):
     for text in doubts:
         print(f"diffx2ct: warning: {one_line(text)}", file=sys.stderr)
     c = settings_for_views(net, y, c, f"{a.ap}, {a.lat}")
-    how: dict[str, Any] = dict(
-        patch=min(model.config.TRAINING.PATCH_SIZE, net.A.size), amp=AMP[model.config.TRAINING.AMP]
-    )
+    how = run_settings(model)
     many = draw_samples(net, y, list(range(a.seed, a.seed + a.samples)), c, **how) if a.samples else None
     mean = (
         finalize(net, many.mean(0, keepdim=True), y[None].to(many.device), c.CONSISTENCY)[0]

@@ -7,8 +7,8 @@ __all__ = ['TISSUES', 'TISSUE_EDGES_HU', 'VOXEL_CLASSES', 'MIN_DEVIATION_HU', 'C
            'NOISE_TIMES', 'CALIBRATION_FILE', 'BOUND_LEVEL', 'MAX_VOXELS', 'ensemble_statistics', 'voxel_classes',
            'z_score', 'conformal_factors', 'gaussian_factors', 'interval_coverage', 'plot_reliability', 'half_width',
            'rotate_patient', 'perturbation_tests', 'denoising_error', 'ood_scores', 'score_limits', 'ood_report',
-           'calibration_settings', 'record_errors', 'measure_bounds', 'calibrate_uncertainty', 'load_calibration',
-           'measure_report', 'assess', 'calibration_folder', 'write_calibration', 'main']
+           'calibration_settings', 'run_settings', 'record_errors', 'measure_bounds', 'calibrate_uncertainty',
+           'load_calibration', 'measure_report', 'assess', 'calibration_folder', 'write_calibration', 'main']
 
 # %% ../nbs/04b_uncertainty.ipynb #65614af6
 import json
@@ -309,6 +309,11 @@ def calibration_settings(c: DiffusionConfig) -> dict:
     return dict(sampler=c.SAMPLER, steps=c.STEPS, consistency=c.CONSISTENCY)
 
 
+def run_settings(model: Model) -> dict[str, Any]:  # patch, amp
+    "Edge of the windows and precision, by the settings of the model."
+    return dict(patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP])
+
+
 def record_errors(
     apart: dict[str, list[float]],  # by the names of MEASURES; one error is added to each
     x: Tensor,  # (1, D, H, W) reconstructed unit volume
@@ -338,9 +343,7 @@ def calibrate_uncertainty(
 ) -> dict:  # content of `doubt.json`
     "Fit factors, thresholds and bounds of a model."
     net, c = model.denoiser, model.config.DIFFUSION
-    how: dict[str, Any] = dict(
-        patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP]
-    )
+    how = run_settings(model)
     seen, rows = coverage(net.A.geometry, net.A.size, net.A.mm)[0], {}
     apart: dict[str, list[float]] = {name: [] for name in MEASURES}  # errors of the measures of the expected volume
     film_apart: dict[str, list[float]] = {name: [] for name in MEASURES}  # the same from simulated films
@@ -467,9 +470,7 @@ def assess(
 ]:  # maps (D, H, W), in HU, beams or rays; and the report: signs (scores), limits, beyond, calibration, report
     "Compute the maps and the report of one reconstruction."
     net, (q, usual, said) = model.denoiser, load_calibration(model, c, len(many))
-    found = ood_scores(
-        net, views, many, c, min(model.config.TRAINING.PATCH_SIZE, net.A.size), AMP[model.config.TRAINING.AMP]
-    )
+    found = ood_scores(net, views, many, c, **run_settings(model))
     beyond, text = ood_report(found, usual)
     measures, lines = measure_report(model, many.float().mean(0), c, usual)
     *before, caution = text.split("\n")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CT', 'Views', 'as_ct', 'model_projector', 'on_grid', 'load', 'read_ct', 'phantom', 'render', 'locate_films',
-           'views_of', 'read_films', 'settings_for', 'check_model', 'check_views', 'run_settings', 'to_ct',
-           'reconstruct', 'Uncertainty', 'uncertainty', 'layers_for', 'view', 'show', 'save', 'score', 'card']
+           'views_of', 'read_films', 'settings_for', 'check_model', 'check_views', 'to_ct', 'reconstruct',
+           'Uncertainty', 'uncertainty', 'layers_for', 'view', 'show', 'save', 'score', 'card']
 
 # %% ../nbs/05b_python.ipynb #d3cd4d61
 from collections.abc import Mapping
@@ -22,14 +22,13 @@ from . import visualize
 from .checkpoint import Model, is_shipped, load_model, model_card
 from .commands import SHIPPED_MODEL
 from .data import CAUTION, DiffusionConfig, Layer, UserError, density, one_line, show_mpr, to_hu, to_unit
-from .diffusion import AMP
 from .drr import Projector, to_display
 from .metrics import metrics
 from .reconstruct import draw_samples, finalize, prepare_views, settings_for_views
 from .reconstruct import reconstruct as reconstruct_views
 from .scans import find_scans, prepare_volume
 from .two_images import FilmOptions, FoundFilms, View, find_films, read_view, save_dicom, views_of_films
-from .uncertainty import assess
+from .uncertainty import assess, run_settings
 from .visualize import Viewer, is_generated, phantom_case, read_volume, save_nifti
 
 # %% ../nbs/05b_python.ipynb #4c955159
@@ -241,11 +240,6 @@ def check_views(
     check_model(model)
     views = views if isinstance(views, Views) else Views(torch.as_tensor(np.asarray(views)))
     return replace(views, values=prepare_views(model.denoiser, views.values, strict=True).cpu())
-
-
-def run_settings(model: Model) -> dict[str, Any]:
-    "Edge of the windows and precision from the settings of a model."
-    return dict(patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP])
 
 
 def to_ct(
