@@ -64,10 +64,10 @@ def conv3(cin: int, cout: int, planar: bool) -> nn.Conv3d:
 
 
 def convolve(layer: nn.Conv3d, h: Tensor) -> Tensor:
-    "Apply a 3x3x3 convolution; on a CPU in full precision where the grid is smaller than 4 voxels."
-    if h.device.type != "cpu" or min(h.shape[-3:]) >= 4:
+    "Apply a 3x3x3 convolution; in full precision where the grid is smaller than 4 voxels."
+    if min(h.shape[-3:]) >= 4:
         return layer(h)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cuda" if h.is_cuda else "cpu", enabled=False):
         return layer(h.to(layer.weight.dtype))
 
 

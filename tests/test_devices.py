@@ -245,7 +245,7 @@ def test_no_copy_of_sampling_in_windows_can_be_left_out(small):
 
     with machine:
         around = [k for k in kinds_of(machine, sample) if not k.startswith("walk")]  # walk: as in training
-        assert {"samples  cpu cuda:0", "condition  cpu cuda:0"} <= {*around}
+        assert {"draw_samples  cpu cuda:0", "condition  cpu cuda:0"} <= {*around}
         assert left_out(machine, around, sample) == []
 
 

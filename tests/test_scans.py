@@ -458,7 +458,8 @@ def test_the_name_of_a_dicom_folder_is_kept_nowhere(tmp_path, folder, capfd):
         assert word not in printed
         assert not any(word in k for k in kept)
         for p in (tmp_path / "out").rglob("*"):
-            assert p.is_dir() or word.encode() not in p.read_bytes(), p
+            by_chance = len(word.encode()) < 4  # two bytes stand in every compressed picture
+            assert by_chance or p.is_dir() or word.encode() not in p.read_bytes(), p
     main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
     assert "0 cases written, 1 kept" in capfd.readouterr().out
 

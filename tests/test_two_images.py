@@ -95,7 +95,7 @@ def dicom(
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = sop
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    ds.PatientName, ds.PatientID, ds.Modality = "DOE^JANE", "MRN12345", modality
+    ds.PatientName, ds.PatientID, ds.Modality = "QUIXOTE^DULCINEA", "MRN12345", modality
     ds.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
     ds.Rows, ds.Columns = numbers.shape
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, photometric
@@ -290,18 +290,18 @@ def test_nothing_of_the_input_header_leaves_it(here, say, tmp_path):
     ]
     say("--out", tmp_path / "out/c.nii", "--dicom", tmp_path / "out/s", files=files)
     for f in (tmp_path / "out").rglob("*.*"):
-        assert not f.is_file() or not any(word in f.read_bytes() for word in (b"DOE", b"MRN12345")), f
+        assert not f.is_file() or not any(word in f.read_bytes() for word in (b"QUIXOTE", b"MRN12345")), f
 
 
 def test_names_of_folders_and_files_leave_no_trace(here, say, tmp_path):
     "A patient's name as a folder or a file is in no output, packed or not."
-    at = tmp_path / "DOE_JANE_1970"
+    at = tmp_path / "QUIXOTE_DULCINEA_19700131"
     at.mkdir()
     for name, files in {
-        "png": [shutil.copy(p, at / f"Doe^Jane {p.name}") for p in here.pngs],
-        "pt": [shutil.copy(p, at / f"Doe^Jane {p.name}") for p in here.pts],
+        "png": [shutil.copy(p, at / f"Quixote^Dulcinea {p.name}") for p in here.pngs],
+        "pt": [shutil.copy(p, at / f"Quixote^Dulcinea {p.name}") for p in here.pts],
         "dcm": [
-            dicom(at / f"Doe^Jane {n}", grey(v, 4000), ImagerPixelSpacing=[3.3] * 2)
+            dicom(at / f"Quixote^Dulcinea {n}", grey(v, 4000), ImagerPixelSpacing=[3.3] * 2)
             for v, n in zip(here.y, VIEW_LETTERS)
         ],
     }.items():
@@ -312,7 +312,7 @@ def test_names_of_folders_and_files_leave_no_trace(here, say, tmp_path):
         for f in written:
             b = f.read_bytes()
             b = (gzip.decompress(b) + b if f.suffix == ".gz" else b).lower()
-            assert not any(w in b for w in (b"doe", b"jane", b"1970", b"mrn12345", bytes(tmp_path))), f
+            assert not any(w in b for w in (b"quixote", b"dulcinea", b"19700131", b"mrn12345", bytes(tmp_path))), f
 
 
 def test_samples_mean_and_spread(here, say, tmp_path):
