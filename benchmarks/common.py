@@ -22,7 +22,7 @@ def one_thread(main: Callable[[list[str]], None]) -> None:
     one sentence and exit code 2."""
     import torch
 
-    from diffx2ct.data import command
+    from diffx2ct.basics import command
 
     @command
     def body(argv):
@@ -37,7 +37,7 @@ def config(
     sets: dict,  # dotted key: value, laid over it
 ):
     "Settings of a shipped profile with some values changed."
-    from diffx2ct.data import check_config, load_config, set_key
+    from diffx2ct.config import check_config, load_config, set_key
 
     c = load_config(ROOT / "config.yml", profile)
     for key, value in sets.items():
@@ -97,7 +97,7 @@ def cpu_seconds(
 ) -> dict[str, float]:  # name -> median CPU seconds of this process
     """Time things side by side: rounds in which each has its turn, after one that is not counted; what else the
     machine does then falls on all of them alike."""
-    from diffx2ct.data import UserError
+    from diffx2ct.basics import UserError
 
     if repeats < 1:
         raise UserError(f"--repeats {repeats}: at least one round must be counted")
@@ -134,7 +134,7 @@ def table(rows: list[dict]) -> str:
 @contextmanager
 def postgres() -> Iterator[tuple[str, Callable]]:  # URL, and what stops the server without ceremony and starts it again
     "A PostgreSQL server of our own, on a socket in a scratch folder."
-    from diffx2ct.data import UserError
+    from diffx2ct.basics import UserError
 
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
@@ -195,6 +195,6 @@ def machine() -> dict:
 
 def save(path: Path, result: dict) -> None:
     "Write a result and the machine it comes from."
-    from diffx2ct.data import write_atomic
+    from diffx2ct.basics import write_atomic
 
     write_atomic(path, lambda p: p.write_text(json.dumps(dict(machine=machine()) | result, indent=1) + "\n"))

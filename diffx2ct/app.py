@@ -36,9 +36,10 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .align import place_pair
+from .basics import UserError, command
 from .checkpoint import Model, load_model, model_file
 from .commands import SHIPPED_MODEL, app_options, view_options
-from .data import CAUTION, GENERATED, UserError, command
+from .data import CAUTION, GENERATED
 from .reconstruct import prepare_views
 from .scans import file_suffix
 from .two_images import FoundFilms, View, mean_views, read_view, save_dicom

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import AugmentConfig, to_hu, to_unit
+from .config import AugmentConfig
+from .data import to_hu, to_unit
 from .drr import Projector
 
 # %% ../nbs/00f_augment.ipynb #27db08c6

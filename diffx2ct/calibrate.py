@@ -26,16 +26,9 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from .augment import augment
-from diffx2ct.data import (
-    AugmentConfig,
-    Section,
-    UserError,
-    density,
-    read_pt,
-    validation_message,
-    write_atomic,
-    write_pt,
-)
+from .basics import UserError, read_pt, write_atomic, write_pt
+from .config import AugmentConfig, Section, validation_message
+from .data import density
 from .drr import Projector, geometry
 from .radiograph import collimation, film_pair, move_patient, random_motion, random_settings, tissue_integrals
 

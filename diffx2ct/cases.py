@@ -11,12 +11,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .basics import UserError, folder_lock
+from .config import Config
 from diffx2ct.data import (
-    Config,
     CTPairs,
-    UserError,
     density,
-    folder_lock,
     list_cases,
     read_manifest,
     save_case,

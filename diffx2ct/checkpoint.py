@@ -28,18 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import diffx2ct
+from .basics import UserError, read_pt, write_atomic, write_pt
 from .calibrate import Calibrator, CalibratorHeader, check_detector, load_calibrator
 from .commands import SHIPPED_MODEL
-from diffx2ct.data import (
-    Config,
-    Positive,
-    StoredGeometry,
-    UserError,
-    read_pt,
-    validation_message,
-    write_atomic,
-    write_pt,
-)
+from .config import Config, Positive, validation_message
+from .data import StoredGeometry
 from .diffusion import MEAN_VIEW_SCALE, NUM_BANDS, Denoiser, build_denoiser
 from .drr import geometry
 from .ranks import full_state, on_rank_zero, rank

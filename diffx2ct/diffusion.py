@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .basics import UserError
+from .config import Config
 from .consistency import alternating_projections, project_onto_views
-from .data import Config, UserError, crop
+from .data import crop
 from .drr import Geometry, Projector, coverage
 from .encoder import Encoder, back_projections, block_axes
 from .unet import UNet

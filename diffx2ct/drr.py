@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .data import GeometryConfig, UserError
+from .basics import UserError
+from .config import GeometryConfig
 
 # %% ../nbs/00a_drr.ipynb #4dc5e198
 @dataclass(frozen=True)

@@ -22,22 +22,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .basics import UserError, check_writable, command, write_atomic
 from .cases import open_data, phantom_names
 from .checkpoint import Model, load_model
 from .commands import METHODS, evaluate_options
 from .consistency import irreducible_residual, mass_litres, projection_residual
-from diffx2ct.data import (
-    Case,
-    CTPairs,
-    UserError,
-    check_writable,
-    command,
-    list_cases,
-    patient_of,
-    read_manifest,
-    split_cases,
-    write_atomic,
-)
+from .data import Case, CTPairs, list_cases, patient_of, read_manifest, split_cases
 from .diffusion import AMP, Denoiser
 from .drr import geometry
 from .metrics import PROTOCOLS, bootstrap, metrics

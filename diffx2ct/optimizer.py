@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .data import Config
+from .config import Config
 from .diffusion import Denoiser
 from .ranks import full_state
 

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from .data import UserError
+from .basics import UserError
 from .diffusion import Denoiser
 from .encoder import Encoder
 from .unet import SavedBytes, Stage, UNet, finalize_output, prepare_input

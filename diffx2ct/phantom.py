@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import UserError
+from .basics import UserError
 
 # %% ../nbs/00c_phantom.ipynb #b97ff335
 SQUARE = 1.1  # kappa of the trunk section

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .data import UserError
+from .basics import UserError
 from .encoder import Encoder
 from .parallel import dataflow, line_partition, named_blocks, needed_tensors, run_block
 from .unet import UNet, finalize_output, prepare_input

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .data import Config, UserError
+from .basics import UserError
+from .config import Config
 from .diffusion import Denoiser
 
 # %% ../nbs/03a_ranks.ipynb #7a28ab07

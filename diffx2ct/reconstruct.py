@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .basics import UserError
 from .commands import METHODS
+from .config import Config, DiffusionConfig
 from .consistency import alternating_projections, check_views
-from .data import Case, Config, DiffusionConfig, Layer, UserError, show_mpr, to_hu
+from .data import Case, Layer, show_mpr, to_hu
 from .diffusion import SAMPLERS, Denoiser, damping, sampling_times, sliding_window
 
 # %% ../nbs/02b_reconstruct.ipynb #9e37d2c6

@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 from tqdm.auto import tqdm
 
 import diffx2ct
+from .basics import UserError, write_atomic
 from .checkpoint import read_header
-from .data import Config, UserError, write_atomic
+from .config import Config
 
 # %% ../nbs/03f_reporting.ipynb #704aecb0
 Reporter = Callable[[dict[str, Any], int | None], None]  # values, step; see above

@@ -47,15 +47,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .basics import UserError, check_unpacked_size, command, folder_lock, one_line
 from .commands import prepare_options
 from diffx2ct.data import (
-    UserError,
-    check_unpacked_size,
-    command,
     density,
-    folder_lock,
     list_cases,
-    one_line,
     patient_of,
     read_manifest,
     save_case,

@@ -49,6 +49,7 @@ from sqlalchemy.exc import (
 )
 from tqdm.auto import tqdm
 
+from .basics import UserError, command, read_pt, write_atomic
 from .cases import TrainingData, open_data
 from diffx2ct.checkpoint import (
     MODEL_PATTERN,
@@ -66,19 +67,7 @@ from diffx2ct.checkpoint import (
     write_checksums,
 )
 from .commands import SHIPPED_MODEL, train_options
-from diffx2ct.data import (
-    SHIPPED,
-    Config,
-    UserError,
-    check_config,
-    command,
-    explain,
-    format_value,
-    load_config,
-    read_pt,
-    set_key,
-    write_atomic,
-)
+from .config import SHIPPED, Config, check_config, explain, format_value, load_config, set_key
 from .diffusion import AMP
 from .drr import geometry
 from .parallel import resolve_devices

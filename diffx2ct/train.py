@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .augment import add_nodules, add_photon_noise, augment, jitter_geometry, needs_new_views, random_gamma
+from .basics import UserError, write_atomic
 from .calibrate import Calibrator, CalibratorHeader, check_detector, film_views, load_calibrator
 from .cases import TrainingData, open_data
 from diffx2ct.checkpoint import (
@@ -52,18 +53,8 @@ from diffx2ct.checkpoint import (
     save_model,
     write_with_checksum,
 )
-from diffx2ct.data import (
-    Case,
-    Config,
-    CTPairs,
-    GeometryConfig,
-    UserError,
-    crop,
-    crop_origin,
-    density,
-    load_config,
-    write_atomic,
-)
+from .config import Config, GeometryConfig, load_config
+from .data import Case, CTPairs, crop, crop_origin, density
 from diffx2ct.diffusion import (
     AMP,
     NUM_BANDS,

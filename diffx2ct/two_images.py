@@ -51,24 +51,20 @@ from diffx2ct.align import (
     rank_image,
     recognise,
 )
-from .calibrate import Calibrator, CalibratorHeader, calibrate_films, mass_difference
-from .checkpoint import Model, load_model
-from .commands import reconstruct_options
-from diffx2ct.data import (
-    CAUTION,
-    WINDOWS,
-    DiffusionConfig,
+from diffx2ct.basics import (
     UserError,
     check_unpacked_size,
     check_writable,
     command,
-    density,
     load_tensor,
     one_line,
-    read_manifest,
-    to_hu,
     write_atomic,
 )
+from .calibrate import Calibrator, CalibratorHeader, calibrate_films, mass_difference
+from .checkpoint import Model, load_model
+from .commands import reconstruct_options
+from .config import DiffusionConfig
+from .data import CAUTION, WINDOWS, density, read_manifest, to_hu
 from .diffusion import Denoiser
 from .drr import Projector, to_display
 from .parallel import device_option

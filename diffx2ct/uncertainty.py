@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffx2ct
+from .basics import UserError, command
 from .calibrate import film_views
 from diffx2ct.checkpoint import (
     CALIBRATOR,
@@ -39,8 +40,9 @@ from diffx2ct.checkpoint import (
     write_with_checksum,
 )
 from .commands import uncertainty_options
+from .config import DiffusionConfig
 from .consistency import RESIDUAL_LIMIT, irreducible_residual
-from .data import CAUTION, Case, CTPairs, DiffusionConfig, UserError, command, density, to_hu
+from .data import CAUTION, Case, CTPairs, density, to_hu
 from .diffusion import AMP, Denoiser
 from .drr import Projector, coverage, ray_density
 from .evaluate import open_cases, trained_on

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from . import visualize
+from .basics import UserError, one_line
 from .checkpoint import Model, is_shipped, load_model, model_card
 from .commands import SHIPPED_MODEL
-from .data import CAUTION, DiffusionConfig, Layer, UserError, density, one_line, show_mpr, to_hu, to_unit
+from .config import DiffusionConfig
+from .data import CAUTION, Layer, density, show_mpr, to_hu, to_unit
 from .drr import Projector, to_display
 from .metrics import metrics
 from .reconstruct import draw_samples, finalize, prepare_views, settings_for_views

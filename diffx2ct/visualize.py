@@ -44,26 +44,23 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .basics import UserError, command, load_tensor, write_atomic
 from .checkpoint import Model, is_shipped, load_model, shipped_model
 from .commands import visualize_options
+from .config import DiffusionConfig
 from diffx2ct.data import (
     CAUTION,
     GENERATED,
     PLANES,
     WINDOWS,
     Case,
-    DiffusionConfig,
     Layer,
-    UserError,
     colour_map,
-    command,
     density,
-    load_tensor,
     mpr_planes,
     show_mpr,
     to_hu,
     to_unit,
-    write_atomic,
 )
 from .diffusion import AMP
 from .drr import to_display

@@ -19,7 +19,8 @@ from PIL import Image
 from test_browser import CHROMIUM, FLAGS, PATIENCE, SHOTS, free_port
 
 from diffx2ct.checkpoint import describe, save_model
-from diffx2ct.data import density, load_config, to_unit
+from diffx2ct.config import load_config
+from diffx2ct.data import density, to_unit
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom

@@ -14,7 +14,8 @@ import torch
 from conftest import BIN, run_cmd
 from safetensors.torch import save_file
 
-from diffx2ct.data import save_case, save_tensor, write_manifest
+from diffx2ct.basics import save_tensor
+from diffx2ct.data import save_case, write_manifest
 
 TINY = """
 EPOCHS: 1

@@ -11,9 +11,11 @@ import torch
 from conftest import run_cmd
 from safetensors import safe_open
 
+from diffx2ct.basics import UserError
 from diffx2ct.cases import make_phantoms, open_data
 from diffx2ct.checkpoint import FORMAT, load_model, save_model
-from diffx2ct.data import UserError, density, explain, load_config, read_manifest
+from diffx2ct.config import explain, load_config
+from diffx2ct.data import density, read_manifest
 from diffx2ct.drr import CHEST_CUBE_MM, Geometry, Projector, SidedGeometry, geometry
 from diffx2ct.evaluate import open_cases
 from diffx2ct.phantom import phantom

@@ -5,20 +5,9 @@ import os
 import pytest
 import torch
 
-from diffx2ct.data import (
-    UserError,
-    crop_origin,
-    density,
-    load_config,
-    load_tensor,
-    mpr_planes,
-    patient_of,
-    save_tensor,
-    show_mpr,
-    split_cases,
-    to_unit,
-    write_together,
-)
+from diffx2ct.basics import UserError, load_tensor, save_tensor, write_together
+from diffx2ct.config import load_config
+from diffx2ct.data import crop_origin, density, mpr_planes, patient_of, show_mpr, split_cases, to_unit
 from diffx2ct.drr import Projector, geometry
 
 CASES = [f"p{i:02d}.scan{k}" for i in range(20) for k in range(1 + i % 2)]  # every second patient has two scans

@@ -18,7 +18,7 @@ import hashlib, json, sys
 from pathlib import Path
 import torch
 from diffx2ct.checkpoint import load_model
-from diffx2ct.data import load_config
+from diffx2ct.config import load_config
 from diffx2ct.reconstruct import reconstruct
 from diffx2ct.cases import open_data
 from diffx2ct.train import batch_plan, train_run

@@ -9,7 +9,8 @@ import torch
 from pretended import CPU, Devices, MixedDevices
 
 from diffx2ct import train as T
-from diffx2ct.data import Case, crop, density, load_config
+from diffx2ct.config import load_config
+from diffx2ct.data import Case, crop, density
 from diffx2ct.diffusion import SAMPLERS, Diffusion, sampling_times
 from diffx2ct.drr import Projector, geometry
 from diffx2ct.parallel import DistributedUNet, named_blocks

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from conftest import run_cmd
 
-from diffx2ct.data import load_tensor, save_tensor
+from diffx2ct.basics import load_tensor, save_tensor
 from diffx2ct.evaluate import main
 
 TINY = [

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffx2ct.data import Case, load_config
+from diffx2ct.config import load_config
+from diffx2ct.data import Case
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom

@@ -36,19 +36,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffx2ct.basics import UserError, command, save_tensor
 from diffx2ct.checkpoint import CHECKSUM_FILE, describe, load_model, load_training, save_checkpoint
-from diffx2ct.data import (
-    CTPairs,
-    UserError,
-    command,
-    density,
-    load_config,
-    read_manifest,
-    save_case,
-    save_tensor,
-    to_unit,
-    write_manifest,
-)
+from diffx2ct.config import load_config
+from diffx2ct.data import CTPairs, density, read_manifest, save_case, to_unit, write_manifest
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.uncertainty import CALIBRATION_FILE

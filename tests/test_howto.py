@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from diffx2ct.data import UserError, load_config
+from diffx2ct.basics import UserError
+from diffx2ct.config import load_config
 
 PAGES = sorted((ROOT / "nbs/howto").glob("*.md"))
 MODULES = {

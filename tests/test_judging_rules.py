@@ -11,8 +11,10 @@ import torch
 from test_uncertainty import TINY
 
 import diffx2ct.evaluate as evaluation
+from diffx2ct.basics import UserError
 from diffx2ct.checkpoint import describe, load_model, save_model, write_with_checksum
-from diffx2ct.data import Case, UserError, density, load_config, to_unit
+from diffx2ct.config import load_config
+from diffx2ct.data import Case, density, to_unit
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.evaluate import check_same_data, evaluate, mean_intervals, score_volume, trained_on

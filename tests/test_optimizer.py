@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffx2ct.data import load_config
+from diffx2ct.config import load_config
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.optimizer import Muon, make_optimizer, orthogonalize

@@ -86,14 +86,14 @@ sys.argv = [{command!r}, *{args!r}]
 try:
     {module}.{function}()
 except SystemExit as e:
-    print([e.code, sorted({{"torch", "numpy", "optuna", "wandb", "matplotlib", "diffx2ct.data"}} & sys.modules.keys())])
+    print([e.code, sorted({{"torch", "numpy", "optuna", "wandb", "matplotlib", "diffx2ct.basics"}} & sys.modules.keys())])
 """
     p = run_cmd([sys.executable, "-c", code])
     assert p.stdout.endswith(f"[{0 if args == ['--help'] else 2}, []]\n"), p.stderr
 
 
 def test_every_setting_is_read_by_some_chapter():
-    from diffx2ct.data import Config, LossWeights, Section
+    from diffx2ct.config import Config, LossWeights, Section
 
     def leaves(section):
         for key, value in section:

@@ -19,7 +19,7 @@ def worker():
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-    from diffx2ct.data import load_config
+    from diffx2ct.config import load_config
     from diffx2ct.diffusion import build_denoiser
     from diffx2ct.drr import geometry
     from diffx2ct.parallel import block_bytes, named_blocks, original_partition

@@ -172,7 +172,8 @@ def test_manifest_and_last_line(cases):
     last = printed.strip().splitlines()[-1]
     assert f"DATA.PT_DATA_DIR={out}/volumes" in last and f"DATA.DRR_DIR={out}/drrs" in last
     assert (out / "pictures/lps.png").read_bytes()[:4] == b"\x89PNG"
-    from diffx2ct.data import CTPairs, load_config
+    from diffx2ct.config import load_config
+    from diffx2ct.data import CTPairs
 
     sets = re.findall(r"--set (\S+)", last)
     assert len(CTPairs(load_config(sets=sets).DATA)) == 8  # the printed options are right as they stand
@@ -326,12 +327,12 @@ def test_settings_are_taken_over(tmp_path, capfd):
 def test_a_case_is_never_half_new(tmp_path, monkeypatch):
     """A new version that cannot be written leaves the old one; stopped between the new views and the new volume, a
     case has no volume."""
-    from diffx2ct import data
+    from diffx2ct import basics, data
 
     old, new = (torch.zeros(8, 8, 8), torch.zeros(2, 8, 8)), (torch.ones(8, 8, 8), torch.ones(2, 8, 8))
     save = lambda case, pair: data.save_case(case, *pair, tmp_path / "volumes", tmp_path / "drrs")
     there = lambda: [
-        float(data.load_tensor(p, dims=d).mean())
+        float(basics.load_tensor(p, dims=d).mean())
         for p, d in ((tmp_path / "volumes/a.pt", 3), (tmp_path / "drrs/a/AP.pt", 2), (tmp_path / "drrs/a/LAT.pt", 2))
     ]
     files = lambda: sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
@@ -351,14 +352,14 @@ def test_a_case_is_never_half_new(tmp_path, monkeypatch):
             save("a", new)
     assert there() == [0, 0, 0] and files() == ["AP.pt", "LAT.pt", "a.pt"]
     with monkeypatch.context() as m:
-        replace = data.os.replace
+        replace = basics.os.replace
 
         def stopped(source, target):
             if target.name == "LAT.pt":
                 raise KeyboardInterrupt
             replace(source, target)
 
-        m.setattr(data.os, "replace", stopped)
+        m.setattr(basics.os, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             save("a", new)
     assert data.list_cases(tmp_path / "volumes") == [] and files() == ["AP.pt", "LAT.pt"]

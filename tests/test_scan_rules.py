@@ -6,8 +6,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from diffx2ct.basics import UserError
 from diffx2ct.commands import prepare_options
-from diffx2ct.data import UserError
 from diffx2ct.scans import (
     AIR_HU,
     Slice,

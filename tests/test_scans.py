@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from diffx2ct.data import UserError
+from diffx2ct.basics import UserError
 from diffx2ct.scans import find_scans, main, read_image
 
 pydicom = pytest.importorskip("pydicom")

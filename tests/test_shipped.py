@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, run_cmd
 
 from diffx2ct import checkpoint
+from diffx2ct.basics import UserError
 from diffx2ct.calibrate import Calibrator, CalibratorConfig, save_calibrator
 from diffx2ct.checkpoint import describe, load_model, model_file, save_model, save_shipped
-from diffx2ct.data import UserError, load_config
+from diffx2ct.config import load_config
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 

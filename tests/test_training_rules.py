@@ -14,7 +14,7 @@ import diffx2ct.checkpoint as checkpoint
 import diffx2ct.study as study_of
 import diffx2ct.train as train
 from diffx2ct.cases import open_data
-from diffx2ct.data import load_config
+from diffx2ct.config import load_config
 from diffx2ct.diffusion import Diffusion
 from diffx2ct.metrics import psnr
 

@@ -15,9 +15,11 @@ import torch
 from conftest import run_cmd
 from PIL import Image
 
+from diffx2ct.basics import UserError, save_tensor
 from diffx2ct.calibrate import Calibrator
 from diffx2ct.checkpoint import describe, load_model, save_model
-from diffx2ct.data import UserError, density, load_config, save_tensor, to_unit, write_manifest
+from diffx2ct.config import load_config
+from diffx2ct.data import density, to_unit, write_manifest
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom

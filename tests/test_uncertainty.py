@@ -25,7 +25,8 @@ TINY = [
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     from diffx2ct.checkpoint import describe, save_model
-    from diffx2ct.data import load_config, to_unit
+    from diffx2ct.config import load_config
+    from diffx2ct.data import to_unit
     from diffx2ct.diffusion import build_denoiser
     from diffx2ct.drr import geometry
     from diffx2ct.phantom import phantom

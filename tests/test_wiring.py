@@ -31,7 +31,9 @@ from diffx2ct import (
     unet,
 )
 from diffx2ct import ranks as groups
-from diffx2ct.data import AugmentConfig, UserError, density, load_config, to_hu
+from diffx2ct.basics import UserError
+from diffx2ct.config import AugmentConfig, load_config
+from diffx2ct.data import density, to_hu
 from diffx2ct.phantom import LABELS
 
 STORED = Path(__file__).with_name("wiring.json")

@@ -25,8 +25,9 @@ def main(argv: list[str]) -> None:
     a = p.parse_args(argv)
     import torch.nn.functional as F
 
+    from diffx2ct.basics import read_pt
     from diffx2ct.calibrate import CalibratorConfig, save_calibrator, train_calibrator
-    from diffx2ct.data import read_manifest, read_pt
+    from diffx2ct.data import read_manifest
     from diffx2ct.drr import Projector, geometry
     from diffx2ct.optimizer import muon
 

@@ -25,7 +25,7 @@ def filled(value) -> bool:
     if value is None or value == [] or value == {}:
         return False
     if isinstance(value, str):
-        from diffx2ct.data import UserError
+        from diffx2ct.basics import UserError
 
         if value.strip().lower() in EMPTY or value.strip().startswith("<"):
             raise UserError(f"{value!r} is a placeholder; write the value, or leave the entry out")
@@ -70,7 +70,7 @@ def figure(found: list | None, decimals: int, scale: float = 1) -> str | None:
 
 def scores(result: dict) -> list[str]:
     "Write a file of diffx2ct_evaluate as a table, one column per method."
-    from diffx2ct.data import UserError
+    from diffx2ct.basics import UserError
 
     s, means = result["settings"], result["means"]
     if s.get("trained_on"):
@@ -115,7 +115,7 @@ def tables(result: dict) -> list[str]:
 
 def read_json(path: Path) -> dict:
     "Read a result file."
-    from diffx2ct.data import UserError
+    from diffx2ct.basics import UserError
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -149,8 +149,9 @@ def calibration(path: Path) -> list[str]:
 
 def card(path: Path, results: list[Path], text: dict) -> str:
     "Write the card."
+    from diffx2ct.basics import UserError
     from diffx2ct.checkpoint import file_digest, read_header
-    from diffx2ct.data import CAUTION, GENERATED, UserError
+    from diffx2ct.data import CAUTION, GENERATED
 
     meta = read_header(path)
     out = [f"# Model card: {path.parent.name}", ""]
@@ -201,8 +202,8 @@ def card(path: Path, results: list[Path], text: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
+    from diffx2ct.basics import UserError, command, write_atomic
     from diffx2ct.checkpoint import model_file
-    from diffx2ct.data import UserError, command, write_atomic
 
     @command
     def body(argv):

@@ -108,8 +108,9 @@ def main(argv: list[str]) -> None:
     a = p.parse_args(argv)
     import json
 
+    from diffx2ct.basics import read_pt
     from diffx2ct.checkpoint import load_model
-    from diffx2ct.data import read_pt, to_unit
+    from diffx2ct.data import to_unit
     from diffx2ct.phantom import phantom
 
     model = load_model(a.checkpoint_dir)

@@ -28,7 +28,7 @@ def truth_of(
     window: tuple[float, float],  # HU of 0 and 1
 ):  # unit volume (D, H, W) and its views (2, P, P)
     "The patient of the picture on the grid of the model."
-    from diffx2ct.data import UserError
+    from diffx2ct.basics import UserError
     from diffx2ct.phantom import phantom
     from diffx2ct.scans import find_scans, prepare_volume
 

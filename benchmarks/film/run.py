@@ -234,9 +234,10 @@ def main(argv: list[str]) -> None:
     p.add_argument("--size", type=int, default=64, help="voxels and pixels without model and calibrator; default: 64")
     p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ beside this script")
     a = p.parse_args(argv)
+    from diffx2ct.basics import UserError
     from diffx2ct.calibrate import check_detector, load_calibrator
     from diffx2ct.checkpoint import load_model
-    from diffx2ct.data import UserError, density
+    from diffx2ct.data import density
     from diffx2ct.drr import CHEST_CUBE_MM, Projector, geometry
 
     if not (a.ct or a.xray):

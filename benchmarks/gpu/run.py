@@ -385,7 +385,7 @@ def main() -> None:
     p.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    from diffx2ct.data import command
+    from diffx2ct.basics import command
     from diffx2ct.parallel import device_option
 
     if a.part:

@@ -12,7 +12,26 @@ MODEL = '    save_model(folder / f"model_{step:06d}.safetensors", ema, meta, den
 
 
 MUTANTS = {
+    "basics": [
+        ("no fsync", "            os.fsync(f.fileno())\n", "            f.fileno()\n", "empty files after a power cut"),
+        ("NaN passes", "if not got.isfinite().all():", "if got.isnan().all():", "training on NaN"),
+    ],
+    "config": [
+        (
+            "profile over settings",
+            "merge(raw, profiles.get(name) or {})",
+            "merge(profiles.get(name) or {}, raw)",
+            "a profile without effect",
+        ),
+    ],
     "drr": [
+        (
+            "views exchanged when lifted",
+            "ap = self.ap_rows.to(f) @ f[:, 0]",
+            "ap = self.ap_rows.to(f) @ f[:, 1]",
+            "the core of the condition is wrong",
+            "drr",
+        ),
         ("detector inside", "and g.sdd_mm >= g.sad_mm + side_mm / 2", "", "rays end inside the patient"),
         ("source inside", "g.sad_mm > side_mm / 2", "g.sad_mm > 0", "rays begin inside the patient"),
         (
@@ -235,13 +254,6 @@ MUTANTS = {
             "views.flatten(0, 1)[:, None]",
             "views.flip(1).flatten(0, 1)[:, None]",
             "the core of the condition is wrong",
-        ),
-        (
-            "views exchanged when lifted",
-            "ap = self.ap_rows.to(f) @ f[:, 0]",
-            "ap = self.ap_rows.to(f) @ f[:, 1]",
-            "the core of the condition is wrong",
-            "drr",
         ),
         ("tokens without a place", "self.place, h.shape[-2:]", "0 * self.place, h.shape[-2:]", "dead weights"),
         ("one head for both views", "head(pair[:, i]) for i, head", "heads[0](pair[:, i]) for i, head", "dead weights"),
@@ -758,7 +770,6 @@ MUTANTS = {
             "random.Random(0).shuffle(patients)",
             "a setting without effect",
         ),
-        ("no fsync", "            os.fsync(f.fileno())\n", "            f.fileno()\n", "empty files after a power cut"),
         ("patients split", 're.split(r"\\.|__", case)[0]', "case", "leakage"),
         (
             "ratio of all patients",
@@ -780,13 +791,6 @@ MUTANTS = {
             "the last position is never seen; none where crops are whole",
         ),
         ("sagittal plane of another voxel", "volume[:, :, at[2]]", "volume[:, :, at[1]]", "what people look at"),
-        ("NaN passes", "if not got.isfinite().all():", "if got.isnan().all():", "training on NaN"),
-        (
-            "profile over settings",
-            "merge(raw, profiles.get(name) or {})",
-            "merge(profiles.get(name) or {}, raw)",
-            "a profile without effect",
-        ),
     ],
     "scans": [
         (

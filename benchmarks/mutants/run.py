@@ -61,6 +61,8 @@ CHECKS = {
     "pipeline": ["tests/test_wiring.py pipeline", "nbs/03c_pipeline.ipynb"],
     "checkpoint": ["tests/test_wiring.py checkpoint", "nbs/03b_checkpoint.ipynb"],
     "lesions": ["tests/test_wiring.py lesions", "nbs/04c_lesions.ipynb"],
+    "basics": ["tests/test_data_rules.py", "nbs/00_basics.ipynb"],
+    "config": ["tests/test_data_rules.py", "nbs/00_config.ipynb", "tests/test_wiring.py consistency"],
     "data": ["tests/test_data_rules.py", "nbs/00_data.ipynb", "tests/test_wiring.py consistency"],
     "scans": ["tests/test_scan_rules.py", "nbs/00b_scans.ipynb", "tests/test_prepare.py"],
     "phantom": ["tests/test_phantom.py", "nbs/00c_phantom.ipynb"],

@@ -206,7 +206,7 @@ def costs(T, plans: list) -> list[list[float]]:
 def shorten(T, c, ours, data, seconds: float, pace: Path) -> dict:
     """Epochs of every stage for a budget of CPU seconds: early stages are as long as those of ours, whose stages all
     get the same share of their settings' own, and the last one fills what is left."""
-    from diffx2ct.data import write_atomic
+    from diffx2ct.basics import write_atomic
 
     plan = T.training_stages(c, data)
     whole, *rest = costs(T, [plan, T.training_stages(ours, data)] if c != ours else [plan])
@@ -235,9 +235,10 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     import yaml
 
     import diffx2ct.train as T
+    from diffx2ct.basics import write_atomic
     from diffx2ct.cases import open_data
     from diffx2ct.checkpoint import load_model, newest_model
-    from diffx2ct.data import load_config, write_atomic
+    from diffx2ct.config import load_config
     from diffx2ct.diffusion import has_native_bf16
     from diffx2ct.evaluate import evaluate, open_cases
 

@@ -104,8 +104,8 @@ def main(argv):
     a = p.parse_args(argv)
     from tqdm import tqdm
 
+    from diffx2ct.basics import UserError
     from diffx2ct.checkpoint import load_model
-    from diffx2ct.data import UserError
     from diffx2ct.evaluate import open_cases
 
     model = load_model(a.checkpoint_dir)

@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffx2ct.augment import insert_lesion, lesion_shape
+from diffx2ct.basics import UserError, command, load_tensor, save_tensor, write_atomic
 from diffx2ct.checkpoint import file_digest, load_model
-from diffx2ct.data import UserError, command, density, load_tensor, save_tensor, show_mpr, to_hu, write_atomic
+from diffx2ct.data import density, show_mpr, to_hu
 from diffx2ct.drr import coverage
 from diffx2ct.evaluate import AMP, open_cases, trained_on
 from diffx2ct.lesions import (
