@@ -111,6 +111,9 @@ def test_speed_has_all_rows_in_both_precisions(tmp_path):
             r["network"] for r in rows if r["precision"] == precision
         }
     assert all(r["evaluation, CPU s"] > 0 and r["step, CPU s"] > 0 for r in rows)
+    rows = rows_of(tmp_path, "optimizers.json")
+    assert [(r["edge"], r["optimizer"]) for r in rows] == [(e, o) for e in (16, 32) for o in ("adamw", "muon")]
+    assert all(0 < r["optimizer alone, CPU s"] < r["step, CPU s"] for r in rows)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Less work for the same volume: CPU time of one network evaluation and of one training step, against the original's
 kind of network.
 
-python benchmarks/speed/run.py                    the table; about ten minutes
+python benchmarks/speed/run.py                    both tables; about fifteen minutes
+python benchmarks/speed/run.py --only optimizers  what Muon adds to a step of the demo network, at three sizes
 python benchmarks/speed/run.py --edge 16 --repeats 1 --out /tmp/speed   a rehearsal
 
 ours            the denoiser at width 32 with the channels 32, 64, 128, 256: the default U-Net (profile demo), the same
@@ -51,12 +52,9 @@ ROWS = {
 }
 
 
-def denoiser(sets: dict, edge: int, amp: str) -> tuple:
-    "Evaluation, step and parameters of a row made of settings."
-    import torch
-
+def prepared(sets: dict, edge: int, amp: str) -> tuple:
+    "Settings, network and a micro-batch of one whole case."
     import diffx2ct.train as T
-    from diffx2ct.diffusion import AMP
 
     c = config(
         "demo",
@@ -71,7 +69,16 @@ def denoiser(sets: dict, edge: int, amp: str) -> tuple:
         | sets,
     )
     net = network(c)
-    item = T.Crops(Whole(random_cases(1, net)), [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
+    return c, net, T.Crops(Whole(random_cases(1, net)), [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
+
+
+def denoiser(sets: dict, edge: int, amp: str) -> tuple:
+    "Evaluation, step and parameters of a row made of settings."
+    import torch
+
+    from diffx2ct.diffusion import AMP
+
+    c, net, item = prepared(sets, edge, amp)
     with torch.no_grad(), torch.autocast("cpu", AMP[amp], enabled=AMP[amp] is not None):
         base = net.prior(item[3], amp=AMP[amp])
         known = net.condition(base, net.encode(item[3]))
@@ -164,19 +171,60 @@ def measure(edge: int, amp: str, repeats: int) -> list[dict]:
     ]
 
 
+def optimizers(edge: int, repeats: int) -> list[dict]:
+    "CPU seconds of a whole training step, batch 1, and of the optimizer alone, at half, once and twice the edge."
+    import torch
+
+    from diffx2ct.optimizer import make_optimizer
+
+    rows = []
+    for size in (e for e in (edge // 2, edge, 2 * edge) if e >= 16):  # four levels need 16 voxels
+        work = {}
+        for name in ("adamw", "muon"):
+            c, net, item = prepared({"TRAINING.OPTIMIZER": name}, size, "bf16")
+            work[name, "step"] = partial(training_step(net, c), [item])
+            _, alone, _ = prepared({"TRAINING.OPTIMIZER": name}, size, "bf16")
+            for p in alone.parameters():
+                p.grad = torch.randn_like(p)
+            work[name, "optimizer"] = make_optimizer(alone, c).step
+        spent = cpu_seconds(work, repeats)
+        rows += [
+            {
+                "edge": size,
+                "optimizer": name,
+                "step, CPU s": spent[name, "step"],
+                "optimizer alone, CPU s": spent[name, "optimizer"],
+                "share of its step": spent[name, "optimizer"] / spent[name, "step"],
+            }
+            for name in ("adamw", "muon")
+        ]
+    return rows
+
+
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--edge", type=int, default=64, help="voxels along an edge (default: %(default)s)")
     p.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=HERE / "results", help="speed.json goes there (default: %(default)s)")
+    p.add_argument("--only", choices=("networks", "optimizers"), help="one of the two tables")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        help="speed.json and optimizers.json go there (default: %(default)s)",
+    )
     a = p.parse_args(argv)
     from diffx2ct.diffusion import has_native_bf16
 
     if not has_native_bf16():
         print("this machine has no bf16 units: both precisions are single", file=sys.stderr)
-    rows = [r for amp in ("bf16", "off") for r in measure(a.edge, amp, a.repeats)]
-    save(a.out / "speed.json", dict(edge=a.edge, repeats=a.repeats, differs=ROWS, rows=rows))
-    print(table(rows))
+    if a.only != "optimizers":
+        rows = [r for amp in ("bf16", "off") for r in measure(a.edge, amp, a.repeats)]
+        save(a.out / "speed.json", dict(edge=a.edge, repeats=a.repeats, differs=ROWS, rows=rows))
+        print(table(rows))
+    if a.only != "networks":
+        rows = optimizers(a.edge, a.repeats)
+        save(a.out / "optimizers.json", dict(edge=a.edge, repeats=a.repeats, rows=rows))
+        print(table(rows))
 
 
 if __name__ == "__main__":
