@@ -71,6 +71,7 @@ from .config import SHIPPED, Config, check_config, explain, format_value, load_c
 from .diffusion import AMP
 from .drr import geometry
 from .parallel import resolve_devices
+from .progress import case_table
 from diffx2ct.ranks import (
     check_same_on_ranks,
     is_lost_peer,
@@ -83,7 +84,8 @@ from diffx2ct.ranks import (
 )
 from .reconstruct import available_methods, reconstruct, show_reconstruction
 from .reporting import Reporter, folder_id, start_wandb, wandb_mode, wandb_reporter
-from .train import Diverged, Early, case_table, flatten_keys, train_devices, train_run, validate
+from .resume import Diverged, Early, flatten_keys, train_devices
+from .train import train_run, validate
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of what is used below
 

@@ -12,6 +12,7 @@ from conftest import run_cmd
 from safetensors import safe_open
 
 from diffx2ct.basics import UserError
+from diffx2ct.batches import phantom_config
 from diffx2ct.cases import make_phantoms, open_data
 from diffx2ct.checkpoint import FORMAT, load_model, save_model
 from diffx2ct.config import explain, load_config
@@ -22,7 +23,6 @@ from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import reconstruct
 from diffx2ct.scans import as_image
 from diffx2ct.study import compared_settings
-from diffx2ct.train import phantom_config
 from diffx2ct.two_images import check_same_geometry
 
 N, CUBE = 16, CHEST_CUBE_MM

@@ -21,7 +21,8 @@ from diffx2ct.checkpoint import load_model
 from diffx2ct.config import load_config
 from diffx2ct.reconstruct import reconstruct
 from diffx2ct.cases import open_data
-from diffx2ct.train import batch_plan, train_run
+from diffx2ct.batches import batch_plan
+from diffx2ct.train import train_run
 torch.set_num_threads(1)
 sha = lambda *blobs: hashlib.sha256(b"".join(blobs)).hexdigest()
 tiny = ["DATA.TARGET_VOLUME_SIZE=16", "DATA.TARGET_DRR_SIZE=16", "DATA.PHANTOMS=4", "TRAINING.PATCH_SIZE=16",

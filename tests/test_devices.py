@@ -8,10 +8,12 @@ import pytest
 import torch
 from pretended import CPU, Devices, MixedDevices
 
+from diffx2ct import batches, resume
 from diffx2ct import train as T
+from diffx2ct.cases import TrainingData
 from diffx2ct.config import load_config
 from diffx2ct.data import Case, crop, density
-from diffx2ct.diffusion import SAMPLERS, Diffusion, sampling_times
+from diffx2ct.diffusion import AMP, SAMPLERS, Diffusion, sampling_times
 from diffx2ct.drr import Projector, geometry
 from diffx2ct.parallel import DistributedUNet, named_blocks
 from diffx2ct.reconstruct import reconstruct
@@ -42,7 +44,7 @@ class Cases(list):
         return replace(self[i], volume=crop(self[i].volume, origin, patch))
 
 
-def data_of(edge: int, g=geometry("parallel", 320)) -> T.TrainingData:
+def data_of(edge: int, g=geometry("parallel", 320)) -> TrainingData:
     "Two cases to train on and one to validate: random cubes of eight voxels along an edge."
     A, rng, cases = Projector(g, edge, 320 / edge, edge), torch.Generator().manual_seed(0), []
     for name in ("a", "b", "c"):
@@ -50,16 +52,16 @@ def data_of(edge: int, g=geometry("parallel", 320)) -> T.TrainingData:
         for axis in (1, 2, 3):
             x = x.repeat_interleave(edge // 8, axis)
         cases.append(Case(name, x, A(density(x[None], (-1024, 1500)))[0]))
-    return T.TrainingData(Cases(cases[:2]), Cases(cases[2:]), g, 320 / edge, True)
+    return TrainingData(Cases(cases[:2]), Cases(cases[2:]), g, 320 / edge, True)
 
 
-def micro_batches(c, data: T.TrainingData, step: int = 0) -> list:
+def micro_batches(c, data: TrainingData, step: int = 0) -> list:
     "What the training loop reads for a step."
-    crops = T.Crops(data.train, T.batch_plan(c, len(data.train), step), c, data.line_integrals, data.mm)
+    crops = batches.Crops(data.train, batches.batch_plan(c, len(data.train), step), c, data.line_integrals, data.mm)
     return [crops[i] for i in range(len(crops))]
 
 
-def awake(r: T.TrainingState) -> None:
+def awake(r: resume.TrainingState) -> None:
     "Give zero-initialised layers weights, so that every path counts."
     for net in (r.denoiser, r.ema):
         rng = torch.Generator().manual_seed(1)
@@ -242,7 +244,7 @@ def test_no_copy_of_sampling_in_windows_can_be_left_out(small):
     def sample():
         r.ema.eval()
         r.ema.lifts.clear()
-        return reconstruct(r.ema, data.valid[0].views, "sample", c.DIFFUSION, patch=16, amp=T.AMP["bf16"])
+        return reconstruct(r.ema, data.valid[0].views, "sample", c.DIFFUSION, patch=16, amp=AMP["bf16"])
 
     with machine:
         around = [k for k in kinds_of(machine, sample) if not k.startswith("walk")]  # walk: as in training
@@ -267,7 +269,7 @@ def test_a_training_goes_on_where_its_blocks_are(small, tmp_path):
     if plan == "seed3":
         pytest.skip("once is enough")
     with machine:
-        T.write_checkpoint(r, c, tmp_path, 0, {"cases": T.case_split(data)})
+        resume.write_checkpoint(r, c, tmp_path, 0, {"cases": resume.case_split(data)})
         again = T.start_training(c, data, tmp_path)
         assert again.step == r.step
         for p, q in zip(r.denoiser.parameters(), again.denoiser.parameters(), strict=True):

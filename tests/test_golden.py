@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffx2ct.batches import BatchPlan
 from diffx2ct.config import load_config
 from diffx2ct.data import Case
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.phantom import phantom
 from diffx2ct.reconstruct import reconstruct
-from diffx2ct.train import BatchPlan, Loss
+from diffx2ct.train import Loss
 
 NUMBERS = Path(__file__).with_name("golden_outputs.json")
 TINY = [

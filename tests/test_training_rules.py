@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import diffx2ct.checkpoint as checkpoint
+import diffx2ct.resume as resume
 import diffx2ct.study as study_of
 import diffx2ct.train as train
+from diffx2ct.batches import BatchPlan, Crops, batch_plan, downsampled
 from diffx2ct.cases import open_data
 from diffx2ct.config import load_config
 from diffx2ct.diffusion import Diffusion
@@ -69,7 +71,7 @@ class Fit(nn.Module):
 def one_step(loss: nn.Module, batches: list, *sets: str, norms: list | None = None, lr=0.25):
     "One plain gradient step on micro-batches of rows; what it logged, and the optimizer."
     c = config(f"TRAINING.GRADIENT_ACCUMULATION_STEPS={len(batches)}", "TRAINING.LOSS_PHASE_EPOCHS=[9, 0]", *sets)
-    items = [(train.BatchPlan(tuple(range(len(rows))), (0, 0, 0), 0), None, rows, None, None) for rows in batches]
+    items = [(BatchPlan(tuple(range(len(rows))), (0, 0, 0), 0), None, rows, None, None) for rows in batches]
     optimizer = torch.optim.SGD(loss.parameters(), lr, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return train.train_step(loss, c, items, 0, optimizer, scaler, [] if norms is None else norms), optimizer
@@ -123,7 +125,7 @@ class Root(Fit):
 @pytest.mark.parametrize("loss, why", [(Root(), "gradient norm is inf"), (Fit(math.nan), "L2 loss is nan")])
 def test_what_is_not_finite_never_reaches_the_weights(loss, why):
     norms = [1.0] * 20
-    with pytest.raises(train.Diverged, match=why):
+    with pytest.raises(resume.Diverged, match=why):
         one_step(loss, [torch.ones(2, 3)], norms=norms)
     assert torch.equal(loss.w, torch.zeros(3)) and norms == [1.0] * 20
 
@@ -133,17 +135,17 @@ def test_a_step_left_out_changes_neither_weights_nor_averages(data):
     r = train.start_training(c, data, Path("bad_step"))
     r.loss = Root()
     weights = [p.clone() for p in (*r.denoiser.parameters(), *r.ema.parameters())]
-    item = (train.BatchPlan((0,), (0, 0, 0), 0), None, torch.ones(1, 3), None, None)
+    item = (BatchPlan((0,), (0, 0, 0), 0), None, torch.ones(1, 3), None, None)
     assert train.run_step(r, c, [item], 0, "x") == {"bad_steps": 1}
     assert all(torch.equal(p, q) for p, q in zip(weights, (*r.denoiser.parameters(), *r.ema.parameters())))
     assert int(r.average.n_averaged) == 0 and r.history["bad"] == [0] and not r.history["losses"]
-    with pytest.raises(train.Diverged):
+    with pytest.raises(resume.Diverged):
         train.run_step(r, c, [item], 0, "x")
 
 
 def an_item(c, data, planted=None):
-    d = train.batch_plan(c, len(data.train), 0)[0]
-    _, _, truth, views, _ = train.Crops(data.train, [d], c, True, data.mm)[0]
+    d = batch_plan(c, len(data.train), 0)[0]
+    _, _, truth, views, _ = Crops(data.train, [d], c, True, data.mm)[0]
     return d, None, truth, views, planted
 
 
@@ -151,7 +153,7 @@ def test_a_planted_voxel_counts_as_the_settings_say_and_any_other_once(data, mon
     c, got = config("TRAINING.AUGMENT.NODULE_WEIGHT=60"), []
     real = train.loss_terms
     monkeypatch.setattr(train, "loss_terms", lambda *a: (got.append(a[-1]), real(*a))[1])
-    loss = train.Loss(train.prepare_run(c, data), c)
+    loss = train.Loss(resume.prepare_run(c, data), c)
     planted = torch.zeros(2, 1, 16, 16, 16)
     planted[0, 0, 3, 4, 5], planted[1, 0, 8, 8, 8] = 1.0, 0.5
     terms = loss(an_item(c, data, planted), {"L2": 1.0})
@@ -166,17 +168,17 @@ def test_the_share_of_cases_at_full_noise(share, least, most, data, monkeypatch)
     monkeypatch.setattr(
         Diffusion, "add_noise", lambda self, x, e, t: (times.extend(t.tolist()), real(self, x, e, t))[1]
     )
-    loss = train.Loss(train.prepare_run(c, data), c)
+    loss = train.Loss(resume.prepare_run(c, data), c)
     _, *rest = an_item(c, data)
     with torch.no_grad():
         for seed in range(20):
-            loss((train.BatchPlan((0, 1), (0, 0, 0), seed), *rest), {"L2": 1.0})
+            loss((BatchPlan((0, 1), (0, 0, 0), seed), *rest), {"L2": 1.0})
     assert least <= sum(t == 1 for t in times) <= most and len(times) == 40
     assert all(0 <= t <= 1 for t in times) and len(set(times)) == 1 + sum(t != 1 for t in times) - (not least)
 
 
 def test_the_means_of_the_training_cases_are_taken_away(data):
-    net, given = train.prepare_run(config(), data), []
+    net, given = resume.prepare_run(config(), data), []
     views = torch.stack([data.train[i].views for i in range(len(data.train))])
     volumes = torch.stack([data.train[i].volume for i in range(len(data.train))])
     assert torch.allclose(net.usual, views.mean(0), atol=1e-3) and net.usual.abs().mean() > 1
@@ -217,7 +219,7 @@ def test_only_a_better_network_becomes_the_best_one(data, monkeypatch):
     assert kept == [("best.safetensors", v) for v in (20.0, 25.0, 26.0)]
     assert r.history["values"] == [[e, v] for e, v in enumerate(values, 1)] and r.history["best"] == 26.0
     monkeypatch.setattr(train, "validate", lambda *a: math.nan)
-    with pytest.raises(train.Diverged, match="validation PSNR is nan"):
+    with pytest.raises(resume.Diverged, match="validation PSNR is nan"):
         train.validate_and_keep_best(r, config(), data, Path("best_of"), 6, {})
 
 
@@ -278,7 +280,7 @@ def test_the_training_state_is_written_before_the_model(data, monkeypatch):
         checkpoint, "write_with_checksum", lambda path, write: (names.append(path.name), real(path, write))[1]
     )
     r.step = 1
-    train.write_checkpoint(r, c, folder, 1, {})
+    resume.write_checkpoint(r, c, folder, 1, {})
     assert names == ["training_000001.pt", "model_000001.safetensors"]
 
     def killed(path, write):
@@ -289,7 +291,7 @@ def test_the_training_state_is_written_before_the_model(data, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_with_checksum", killed)
     r.step = 2
     with pytest.raises(KeyboardInterrupt):
-        train.write_checkpoint(r, c, folder, 2, {})
+        resume.write_checkpoint(r, c, folder, 2, {})
     assert checkpoint.newest_model(folder).name == "model_000001.safetensors"
     assert train.start_training(c, data, folder).step == 1
     assert not os.path.exists(folder / "model_000002.safetensors")
@@ -298,7 +300,7 @@ def test_the_training_state_is_written_before_the_model(data, monkeypatch):
 def test_the_memory_of_the_average_grows_up_to_its_decay():
     for steps, kept in ((0, 0.1), (8, 0.5), (10_000, 0.9)):
         ema, now = [torch.ones(3)], [torch.zeros(3)]
-        train.ema_average(0.9)(ema, now, torch.tensor(steps))
+        resume.ema_average(0.9)(ema, now, torch.tensor(steps))
         assert torch.allclose(ema[0], torch.full((3,), kept)), steps
 
 
@@ -315,20 +317,20 @@ def test_the_average_follows_each_step(data, monkeypatch):
 
 def test_every_epoch_has_an_order_of_its_own():
     c = config("BATCH_SIZE=2", "TRAINING.GRADIENT_ACCUMULATION_STEPS=1")
-    epochs = [sum((d.cases for s in range(3) for d in train.batch_plan(c, 6, 3 * e + s)), ()) for e in range(5)]
+    epochs = [sum((d.cases for s in range(3) for d in batch_plan(c, 6, 3 * e + s)), ()) for e in range(5)]
     assert all(sorted(order) == list(range(6)) for order in epochs) and len(set(epochs)) > 3
 
 
 def test_a_crop_of_the_coarse_stage_is_a_crop_of_the_pooled_case(data):
-    coarse = train.downsampled(data).train
+    coarse = downsampled(data).train
     got, whole = coarse.part(0, (1, 2, 3), 4), coarse[0]
     assert torch.allclose(got.volume, whole.volume[:, 1:5, 2:6, 3:7], atol=1e-6)
     assert torch.allclose(got.views, whole.views)
 
 
 def test_changed_volumes_have_views_of_their_own(data):
-    net, c = train.prepare_run(config(), data), config("TRAINING.AUGMENT.PHOTONS=0")
+    net, c = resume.prepare_run(config(), data), config("TRAINING.AUGMENT.PHOTONS=0")
     stored, changed = data.train[0].views[None], data.train[1].volume[None]
-    d = train.BatchPlan((0,), (0, 0, 0), 5)
+    d = BatchPlan((0,), (0, 0, 0), 5)
     assert torch.allclose(train.render_views(net, stored, changed, d, [0], c), data.train[1].views[None], atol=0.5)
     assert torch.equal(train.render_views(net, stored, None, d, [0], c), stored)

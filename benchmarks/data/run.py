@@ -34,7 +34,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
     import numpy as np
     import torch
 
-    import diffx2ct.train as T
+    import diffx2ct.batches as B
     from diffx2ct.data import CTPairs, crop, crop_origin, save_case
 
     patch, still = edge // 2, {"TRAINING.AUGMENT.SHARE": 0.0, "TRAINING.FLIP_AXES": [], "BATCH_SIZE": 1}
@@ -50,7 +50,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
                     half,
                 )
         draws = [
-            T.BatchPlan((int(np.random.default_rng(i).integers(cases)),), crop_origin(edge, patch, (0, i)), i)
+            B.BatchPlan((int(np.random.default_rng(i).integers(cases)),), crop_origin(edge, patch, (0, i)), i)
             for i in range(100)
         ]
 
@@ -66,7 +66,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
                     "TRAINING.PATCH_SIZE": patch,
                 },
             )
-            return T.Crops(CTPairs(c.DATA), draws, c, True, c.DATA.CUBE_MM / c.DATA.TARGET_VOLUME_SIZE)
+            return B.Crops(CTPairs(c.DATA), draws, c, True, c.DATA.CUBE_MM / c.DATA.TARGET_VOLUME_SIZE)
 
         def load(i, **how):
             return crop(
@@ -112,7 +112,7 @@ def crops(edge: int, repeats: int, many: int = 10, cases: int = 8) -> list[dict]
         net, turn = network(trains), {name: itertools.cycle(range(len(draws))) for name in ways}
         step = partial(
             training_step(net, trains),
-            [T.Crops(random_cases(1, net), [T.BatchPlan((0,), (0, 0, 0), 0)], trains, True, net.A.mm)[0]],
+            [B.Crops(random_cases(1, net), [B.BatchPlan((0,), (0, 0, 0), 0)], trains, True, net.A.mm)[0]],
         )
 
         def read(name):
@@ -128,7 +128,7 @@ def views(edge: int, repeats: int) -> list[dict]:
     "Share of rendering and of warping in a training step."
     import numpy as np
 
-    import diffx2ct.train as T
+    import diffx2ct.batches as B
     from diffx2ct.augment import augment
     from diffx2ct.data import density
 
@@ -150,7 +150,7 @@ def views(edge: int, repeats: int) -> list[dict]:
             )
             net = network(c)
             case = random_cases(1, net)
-            item = T.Crops(case, [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
+            item = B.Crops(case, [B.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
             work[g, "step"] = partial(training_step(net, c), [item])
             work[g, "render"] = lambda net=net, item=item: net.A(density(item[1], net.window))
             work[g, "warp"] = lambda c=c, case=case: augment(

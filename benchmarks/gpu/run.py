@@ -95,6 +95,7 @@ def step_of(part: Part, c, place: Callable | None = None) -> tuple[Callable[[], 
     "A function that trains one step on random cases, and the network."
     import torch
 
+    import diffx2ct.batches as B
     import diffx2ct.train as T
     from diffx2ct.data import Case, crop
     from diffx2ct.optimizer import make_optimizer
@@ -106,8 +107,8 @@ def step_of(part: Part, c, place: Callable | None = None) -> tuple[Callable[[], 
 
     net = network(c)
     cases = Cases(random_cases(min(2, c.BATCH_SIZE), net))
-    draws = T.batch_plan(c, len(cases), 0)
-    crops = T.Crops(cases, draws, c, True, net.A.mm)
+    draws = B.batch_plan(c, len(cases), 0)
+    crops = B.Crops(cases, draws, c, True, net.A.mm)
     items = [crops[i] for i in range(len(draws))]
     net.to(part.device)
     if place:
@@ -229,10 +230,11 @@ def numerics(part: Part) -> None:
     "The device against the CPU, relative to the size of the numbers; TF32 is off."
     import torch
 
+    import diffx2ct.batches as B
     import diffx2ct.train as T
     from diffx2ct.consistency import alternating_projections
     from diffx2ct.data import density
-    from diffx2ct.optimizer import orthogonalize
+    from diffx2ct.optimizer import make_optimizer, orthogonalize
     from diffx2ct.reconstruct import reconstruct
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -290,8 +292,8 @@ def numerics(part: Part) -> None:
     check("a sample", lambda net, d: reconstruct(net.eval(), case.views, "sample", c.DIFFUSION), 1e-3)
 
     def trained(net, d):
-        optimizer, scaler = T.make_optimizer(net, c), torch.amp.GradScaler(d.type, enabled=False)
-        item = (T.BatchPlan((0,), (0, 0, 0), 0), None, volume("cpu"), views("cpu"), None)
+        optimizer, scaler = make_optimizer(net, c), torch.amp.GradScaler(d.type, enabled=False)
+        item = (B.BatchPlan((0,), (0, 0, 0), 0), None, volume("cpu"), views("cpu"), None)
         logs = [T.train_step(T.Loss(net.train(), c), c, [item], 0, optimizer, scaler, []) for _ in range(3)]
         return torch.tensor([v for log in logs for v in (log["loss"], log["grad_norm"])])
 

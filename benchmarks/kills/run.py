@@ -88,12 +88,14 @@ def places() -> dict[str, list[tuple]]:
     import torch
     import wandb
     from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite as sqlite
+    from torch.optim.swa_utils import AveragedModel
 
+    import diffx2ct.progress as progress
     import diffx2ct.train as T
 
     return {
-        "step": [(T.Loss, "forward"), (torch.optim.AdamW, "step"), (T.AveragedModel, "update_parameters")],
-        "validation": [(T, "reconstruct")],
+        "step": [(T.Loss, "forward"), (torch.optim.AdamW, "step"), (AveragedModel, "update_parameters")],
+        "validation": [(T, "reconstruct"), (progress, "reconstruct")],
         "file": [(os, "fsync"), (os, "replace"), (os, "unlink")],
         "study": [(sqlite, "do_execute"), (sqlite, "do_commit")],
         "W&B": [(wandb, "init"), (wandb.Run, "log"), (wandb.Run, "finish")],

@@ -79,8 +79,9 @@ def measure(name: str, profile: str, edge: int, sets: dict, out: Path) -> None:
 
     import torch
 
+    import diffx2ct.batches as B
     import diffx2ct.train as T
-    from diffx2ct.diffusion import AMP
+    from diffx2ct.diffusion import AMP, phase_weights
     from diffx2ct.unet import SavedBytes
 
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -90,14 +91,14 @@ def measure(name: str, profile: str, edge: int, sets: dict, out: Path) -> None:
     )
     before, net = peak(), network(c)
     net.train()
-    crops = T.Crops(random_cases(1, net), [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)
+    crops = B.Crops(random_cases(1, net), [B.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)
     optimizer, scaler = torch.optim.AdamW(net.parameters(), 1e-4), torch.amp.GradScaler("cpu", enabled=False)
     start = time.process_time()
     log = T.train_step(
         T.Loss(net, c), c, [crops[0]], c.EPOCHS - 1, optimizer, scaler, []
     )  # of the last phase, whose losses keep most
     seconds, top = time.process_time() - start, peak()
-    weights = T.phase_weights(c.EPOCHS - 1, c.TRAINING.LOSS_PHASE_EPOCHS, c.TRAINING.LOSS_WEIGHTS.model_dump())
+    weights = phase_weights(c.EPOCHS - 1, c.TRAINING.LOSS_PHASE_EPOCHS, c.TRAINING.LOSS_WEIGHTS.model_dump())
     with SavedBytes(net) as saved:
         T.Loss(net, c)(crops[0], weights)  # after the peak was read: it holds on to all it counts
     n = sum(p.numel() for p in net.parameters())

@@ -12,6 +12,40 @@ MODEL = '    save_model(folder / f"model_{step:06d}.safetensors", ema, meta, den
 
 
 MUTANTS = {
+    "resume": [
+        (
+            "average of no memory",
+            "min(decay, (1 + int(n)) / (10 + int(n)))",
+            "(1 + int(n)) / (10 + int(n))",
+            "EMA_DECAY without effect",
+        ),
+        (
+            "mean of the last case",
+            "denoiser.mean += case.volume[None] / len(cases)",
+            "denoiser.mean = case.volume[None] + 0 * denoiser.mean",
+            "a mean of one patient",
+        ),
+        (
+            "mean views not measured",
+            "denoiser.usual += case.views / len(cases)",
+            "denoiser.usual += 0 * case.views",
+            "the encoder's input",
+        ),
+    ],
+    "batches": [
+        (
+            "order the same each epoch",
+            "np.random.default_rng((c.SEED, 1, epoch))",
+            "np.random.default_rng((c.SEED, 1))",
+            "less variety",
+        ),
+        (
+            "stages of pooled volumes",
+            "(2 * d, 2 * h, 2 * w), 2 * patch",
+            "(d, h, w), 2 * patch",
+            "crops of another place",
+        ),
+    ],
     "basics": [
         ("no fsync", "            os.fsync(f.fileno())\n", "            f.fileno()\n", "empty files after a power cut"),
         ("NaN passes", "if not got.isfinite().all():", "if got.isnan().all():", "training on NaN"),
@@ -945,40 +979,10 @@ MUTANTS = {
             "the model that is used never learns",
         ),
         (
-            "average of no memory",
-            "min(decay, (1 + int(n)) / (10 + int(n)))",
-            "(1 + int(n)) / (10 + int(n))",
-            "EMA_DECAY without effect",
-        ),
-        (
-            "order the same each epoch",
-            "np.random.default_rng((c.SEED, 1, epoch))",
-            "np.random.default_rng((c.SEED, 1))",
-            "less variety",
-        ),
-        (
             "worst model kept",
             'if value > r.history["best"]:',
             'if value < r.history["best"] or not r.history["values"][1:]:',
             "best.safetensors is not the best",
-        ),
-        (
-            "mean of the last case",
-            "denoiser.mean += case.volume[None] / len(cases)",
-            "denoiser.mean = case.volume[None] + 0 * denoiser.mean",
-            "a mean of one patient",
-        ),
-        (
-            "mean views not measured",
-            "denoiser.usual += case.views / len(cases)",
-            "denoiser.usual += 0 * case.views",
-            "the encoder's input",
-        ),
-        (
-            "stages of pooled volumes",
-            "(2 * d, 2 * h, 2 * w), 2 * patch",
-            "(d, h, w), 2 * patch",
-            "crops of another place",
         ),
         (
             "views of the old volume",

@@ -72,12 +72,14 @@ CHECKS = {
         "nbs/02b_reconstruct.ipynb",
     ],
     "train": [
-        "tests/test_training_rules.py memory or average_follows or order_of or coarse_stage or views_of or "
-        "means or best_one",
+        "tests/test_training_rules.py average_follows or views_of or best_one",
         "tests/test_training_rules.py",
         "tests/test_determinism.py",
         "nbs/04_train_optuna.ipynb",
     ],
+    "batches": ["tests/test_training_rules.py order_of or coarse_stage", "nbs/03g_batches.ipynb"],
+    "resume": ["tests/test_training_rules.py memory or means or state_is", "nbs/03h_resume.ipynb"],
+    "progress": ["nbs/03i_progress.ipynb"],
     "commands": ["nbs/00_commands.ipynb", "tests/test_packaging.py heavy", "tests/test_evaluate.py"],
     "cases": ["nbs/03e_cases.ipynb", "tests/test_training_rules.py", "tests/test_chest.py"],
     "reporting": ["nbs/03f_reporting.ipynb", "tests/test_reporting.py"],

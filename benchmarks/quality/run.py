@@ -166,15 +166,18 @@ def prepare(ct: Path, work: Path, names: set[str]) -> dict[str, dict]:
 ROUNDS = 12  # of which the last ten count
 
 
-def pacer(T, c, data, still: bool):
+def pacer(c, data, still: bool):
     "A function that makes a training step of a throwaway network and says how many CPU seconds it took."
+    import diffx2ct.batches as B
+    from diffx2ct.diffusion import build_denoiser
+
     step, micro = (
-        training_step(T.build_denoiser(c, data.geometry, data.mm, data.line_integrals), c),
+        training_step(build_denoiser(c, data.geometry, data.mm, data.line_integrals), c),
         c.TRAINING.GRADIENT_ACCUMULATION_STEPS,
     )
-    crops = T.Crops(
+    crops = B.Crops(
         data.train,
-        [x for s in range(ROUNDS) for x in T.batch_plan(c, len(data.train), s)],
+        [x for s in range(ROUNDS) for x in B.batch_plan(c, len(data.train), s)],
         c,
         data.line_integrals,
         data.mm,
@@ -189,27 +192,30 @@ def pacer(T, c, data, still: bool):
     return pace
 
 
-def costs(T, plans: list) -> list[list[float]]:
+def costs(plans: list) -> list[list[float]]:
     """CPU seconds that each stage of each plan would take with its settings' own epochs. Steps are timed by turns, so
     that what else the machine does falls on all alike; a little is added for the averaging of weights."""
-    pacers = [[pacer(T, c, d, T.no_augmentation(plan[-1][1])) for _, c, d in plan] for plan in plans]
+    import diffx2ct.batches as B
+
+    pacers = [[pacer(c, d, B.no_augmentation(plan[-1][1])) for _, c, d in plan] for plan in plans]
     times = [[[f(s) for f in row] for row in pacers] for s in range(ROUNDS)]
     return [
         [
-            c.EPOCHS * T.steps_per_epoch(c, len(d.train)) * 1.03 * statistics.median(t[p][i] for t in times[2:])
+            c.EPOCHS * B.steps_per_epoch(c, len(d.train)) * 1.03 * statistics.median(t[p][i] for t in times[2:])
             for i, (_, c, d) in enumerate(plan)
         ]
         for p, plan in enumerate(plans)
     ]
 
 
-def shorten(T, c, ours, data, seconds: float, pace: Path) -> dict:
+def shorten(c, ours, data, seconds: float, pace: Path) -> dict:
     """Epochs of every stage for a budget of CPU seconds: early stages are as long as those of ours, whose stages all
     get the same share of their settings' own, and the last one fills what is left."""
+    import diffx2ct.batches as B
     from diffx2ct.basics import write_atomic
 
-    plan = T.training_stages(c, data)
-    whole, *rest = costs(T, [plan, T.training_stages(ours, data)] if c != ours else [plan])
+    plan = B.training_stages(c, data)
+    whole, *rest = costs([plan, B.training_stages(ours, data)] if c != ours else [plan])
     now = sum(rest[0] if rest else whole)
     if not pace.exists():
         write_atomic(
@@ -219,7 +225,7 @@ def shorten(T, c, ours, data, seconds: float, pace: Path) -> dict:
     early = [max(name == "coarse", round(s.EPOCHS * share)) for name, s, _ in plan[:-1]]
     of = lambda kind: [n for n, (name, _, _) in zip(early, plan) if name == kind]
     left = share * now - sum(n / s.EPOCHS * full for n, (_, s, _), full in zip(early, plan, whole))
-    per = T.steps_per_epoch(c, len(data.train))
+    per = B.steps_per_epoch(c, len(data.train))
     steps = left / whole[-1] * c.EPOCHS * per
     return dict(
         epochs=max(1, round(steps / per)),
@@ -234,6 +240,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     import torch
     import yaml
 
+    import diffx2ct.batches as B
     import diffx2ct.train as T
     from diffx2ct.basics import write_atomic
     from diffx2ct.cases import open_data
@@ -262,11 +269,12 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     plan = folder / "plan.json"
     if not plan.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        plan.write_text(json.dumps(shorten(T, c, config(plain), data, minutes * 60, work / f"pace_{row['data']}.json")))
+        plan.write_text(json.dumps(shorten(c, config(plain), data, minutes * 60, work / f"pace_{row['data']}.json")))
     plan = json.loads(plan.read_text())
     epochs = plan["epochs"]
     if plan.get("steps"):
-        T.steps_per_epoch = lambda c, n: plan["steps"]  # not even one pass over the cases: its beginning
+        # not even one pass over the cases: its beginning
+        B.steps_per_epoch = T.steps_per_epoch = lambda c, n: plan["steps"]
     c = config(
         sets
         | {

@@ -54,7 +54,7 @@ ROWS = {
 
 def prepared(sets: dict, edge: int, amp: str) -> tuple:
     "Settings, network and a micro-batch of one whole case."
-    import diffx2ct.train as T
+    import diffx2ct.batches as B
 
     c = config(
         "demo",
@@ -69,7 +69,7 @@ def prepared(sets: dict, edge: int, amp: str) -> tuple:
         | sets,
     )
     net = network(c)
-    return c, net, T.Crops(Whole(random_cases(1, net)), [T.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
+    return c, net, B.Crops(Whole(random_cases(1, net)), [B.BatchPlan((0,), (0, 0, 0), 0)], c, True, net.A.mm)[0]
 
 
 def denoiser(sets: dict, edge: int, amp: str) -> tuple:
