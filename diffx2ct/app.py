@@ -41,10 +41,12 @@ from .checkpoint import Model, load_model, model_file
 from .commands import SHIPPED_MODEL, app_options, view_options
 from .data import CAUTION, GENERATED
 from .reconstruct import prepare_views
+from .report import PAGE_COLOURS
 from .scans import file_suffix
 from .two_images import FoundFilms, View, mean_views, read_view, save_dicom
 from .verbs import Uncertainty, Views, locate_films, uncertainty, view, views_of
-from .visualize import PAGE_COLOURS, package_text, phantom_case, save_nifti
+from .viewer import package_text
+from .volumes import phantom_case, save_nifti
 
 # %% ../nbs/05c_app.ipynb #2b96c2bf
 MAX_FILM_MB = 100  # MB, largest film

@@ -66,6 +66,7 @@ from .commands import reconstruct_options
 from .config import DiffusionConfig
 from .data import CAUTION, WINDOWS, density, read_manifest, to_hu
 from .diffusion import Denoiser
+from .drawing import NOTES, dtype_of
 from .drr import Projector, to_display
 from .parallel import device_option
 from .reconstruct import available_methods, draw_samples, finalize, reconstruct, settings_for_views
@@ -88,7 +89,7 @@ from diffx2ct.scans import (
     whole_nifti,
 )
 from .uncertainty import assess, run_settings
-from .visualize import NOTES, dtype_of, save_nifti
+from .volumes import save_nifti
 
 # %% ../nbs/05a_two_images.ipynb #19d3d7b3
 @dataclass

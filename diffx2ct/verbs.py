@@ -18,20 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import visualize
 from .basics import UserError, one_line
 from .checkpoint import Model, is_shipped, load_model, model_card
 from .commands import SHIPPED_MODEL
 from .config import DiffusionConfig
-from .data import CAUTION, Layer, density, show_mpr, to_hu, to_unit
+from .data import CAUTION, GENERATED, Layer, density, show_mpr, to_hu, to_unit
+from .drawing import LABELS, limits_of, method_label, volume_kind
 from .drr import Projector, to_display
 from .metrics import metrics
+from .phantom import phantom as make_phantom
 from .reconstruct import draw_samples, finalize, prepare_views, settings_for_views
 from .reconstruct import reconstruct as reconstruct_views
-from .scans import find_scans, prepare_volume
+from .scans import as_tensor, find_scans, prepare_volume
 from .two_images import FilmOptions, FoundFilms, View, find_films, read_view, save_dicom, views_of_films
 from .uncertainty import assess, run_settings
-from .visualize import Viewer, is_generated, phantom_case, read_volume, save_nifti
+from .viewer import Viewer
+from .viewer import view as view_volumes
+from .volumes import UNSEEN, cubic, is_generated, phantom_case, read_volume, save_nifti
 
 # %% ../nbs/05b_python.ipynb #4c955159
 @dataclass
@@ -137,20 +140,20 @@ def read_ct(
     scan, made = scans[0], str(path).endswith((".nii", ".nii.gz")) and is_generated("", path)
     facts: dict[str, Any] = dict(name=scan.case, generated=made, measured=not made)
     if model is None:
-        image, mm = visualize.cubic(scan.read())
-        return CT(visualize.as_tensor(image).float(), mm, **facts)
+        image, mm = cubic(scan.read())
+        return CT(as_tensor(image).float(), mm, **facts)
     A, window = model_projector(model), model.denoiser.window
     unit, _, _ = prepare_volume(scan.read(), A, window, half=False)
     return CT(to_hu(unit, window), A.mm, **facts)
 
 
 def phantom(
-    seed: int = visualize.UNSEEN,  # the patient, 0 or more
+    seed: int = UNSEEN,  # the patient, 0 or more
     model: Model | None = None,  # on its grid; None: 64^3 voxels of 5 mm
 ) -> CT:
     "Make a synthetic patient."
     if model is None:
-        return CT(visualize.phantom(seed)[0], 5.0, f"phantom {seed}")
+        return CT(make_phantom(seed)[0], 5.0, f"phantom {seed}")
     return CT(
         to_hu(phantom_case(model, seed).volume[0], model.denoiser.window), model_projector(model).mm, f"phantom {seed}"
     )
@@ -265,7 +268,7 @@ def reconstruct(
     v = check_views(model, views)
     c = settings_for(model, v, steps)
     unit = reconstruct_views(model.denoiser, v.values, method, c, k=k, seed=seed, **run_settings(model))
-    return to_ct(model, unit, visualize.method_label(method, k))
+    return to_ct(model, unit, method_label(method, k))
 
 # %% ../nbs/05b_python.ipynb #f0350b16
 @dataclass
@@ -345,7 +348,7 @@ def layers_for(
             "volumes to be compared need one grid, these have voxels of "
             f"{', '.join(f'{e:g}' for e in sorted(edges))} mm"
         )
-    return {n: Layer(v.hu, visualize.volume_kind(n).kind, v.generated) for n, v in cts.items()}, edges.pop(), labels
+    return {n: Layer(v.hu, volume_kind(n).kind, v.generated) for n, v in cts.items()}, edges.pop(), labels
 
 
 def view(
@@ -355,9 +358,9 @@ def view(
 ) -> Viewer:
     "Show the three-plane viewer, in a notebook."
     if isinstance(volume, (str, Path)):
-        return visualize.view(volume, window=window, mm=mm)
+        return view_volumes(volume, window=window, mm=mm)
     layers, edge, labels = layers_for(volume)
-    return visualize.view(layers, window=window, mm=mm or edge, labels=labels)
+    return view_volumes(layers, window=window, mm=mm or edge, labels=labels)
 
 
 def show(
@@ -367,9 +370,9 @@ def show(
 ):  # a matplotlib figure
     "Draw three planes of each volume."
     layers, mm, labels = layers_for(as_ct(volume) if isinstance(volume, (str, Path)) else volume)
-    names = {name: labels.get(name, visualize.LABELS.get(name, name)) for name in layers}
+    names = {name: labels.get(name, LABELS.get(name, name)) for name in layers}
     shown = {names[name]: layer for name, layer in layers.items() if not name.startswith("sample_")}
-    return show_mpr(shown, visualize.limits_of(window), path=path, mm=mm)
+    return show_mpr(shown, limits_of(window), path=path, mm=mm)
 
 
 def save(
@@ -381,7 +384,7 @@ def save(
     if not isinstance(volume, CT) and mm is None:
         raise UserError("an array has no voxel edge; give it with mm=")
     ct, path = as_ct(volume, mm), Path(path)
-    note = f"{visualize.GENERATED}; {CAUTION}" if ct.generated else CAUTION
+    note = f"{GENERATED}; {CAUTION}" if ct.generated else CAUTION
     if path.name.endswith((".nii", ".nii.gz")):
         return save_nifti(ct.hu, ct.mm, path, note=note)
     if path.suffix.lower() in (".gz", ".nrrd", ".mha", ".mhd", ".dcm", ".png", ".npy", ".pt"):

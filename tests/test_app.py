@@ -153,7 +153,7 @@ def test_two_films_become_a_volume(page, case):
 @pytest.mark.slow
 def test_the_files_can_be_taken_home_and_nothing_is_kept(page, case, tmp_path):
     from diffx2ct.scans import find_scans
-    from diffx2ct.visualize import load_nifti
+    from diffx2ct.volumes import load_nifti
 
     if not page.locator(".dxa-link").count():
         pytest.skip("the volume was not made")

@@ -23,7 +23,7 @@ FLAGS = (
 CELL = """
 import numpy as np
 from diffx2ct.phantom import phantom
-from diffx2ct.visualize import view
+from diffx2ct.viewer import view
 hu, _, info = phantom(0, size=48)
 truth = hu.numpy()
 generated = (truth + np.roll(truth, 1, 0) + np.roll(truth, 1, 2)) / 3
@@ -386,7 +386,7 @@ def test_the_cloud_shows_bones(tmp_path, driver):
     from PIL import Image
 
     from diffx2ct.phantom import phantom
-    from diffx2ct.visualize import view_3d
+    from diffx2ct.viewer import view_3d
 
     hu, _, info = phantom(0, size=32)
     plot = view_3d(hu, mm=info["mm"])

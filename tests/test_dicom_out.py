@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from diffx2ct.two_images import save_dicom
-from diffx2ct.visualize import save_nifti
+from diffx2ct.volumes import save_nifti
 
 pydicom = pytest.importorskip("pydicom")
 N = 12

@@ -718,7 +718,7 @@ def test_one_enhanced_file_and_one_slice(tmp_path):
 
 def test_every_reader_of_a_volume_obeys_the_header(tmp_path):
     "The viewer's reader too: a slope of 0 is no scaling, two affines that differ are refused."
-    from diffx2ct.visualize import read_volume
+    from diffx2ct.volumes import read_volume
 
     volume, mm = read_volume(nifti(tmp_path / "a.nii", fields=[(112, "<2f", 0, -1024)]))
     np.testing.assert_array_equal(volume[::-1], body())

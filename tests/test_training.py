@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from diffx2ct.phantom import phantom
-from diffx2ct.visualize import save_nifti
+from diffx2ct.volumes import save_nifti
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 TINY = """

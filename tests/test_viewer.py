@@ -13,8 +13,20 @@ import SimpleITK as sitk
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffx2ct import visualize as V
 from diffx2ct.data import CAUTION, COLOUR_MAPS, GENERATED, WINDOWS, Case, Layer
+from diffx2ct.drawing import (
+    MARGIN,
+    PLANE_COLOURS,
+    VOLUME_KINDS,
+    draw_slice,
+    layer,
+    patient_position,
+    scale_bar,
+    slice_box,
+)
+from diffx2ct.report import report_figure, save_report
+from diffx2ct.viewer import POINTER_AT_REST, Viewer, value_at, view
+from diffx2ct.volumes import case_volumes, layers_of, name_samples, read_volumes
 
 SIDES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # at left, right, top, bottom
 AXES = {"axial": (1, 2), "coronal": (0, 2), "sagittal": (0, 1)}  # rows and columns of each picture
@@ -42,8 +54,8 @@ def images(fig) -> dict:
 @pytest.mark.parametrize("plane", SIDES)
 def test_each_letter_stands_at_its_side(plane):
     "Every letter is drawn alone and looked for at each side: it matches at its own and nowhere else."
-    picture = pixels(V.draw_slice(V.layer("truth", volume(-2000)), plane, (4, 4, 4), PIXELS, cross=False)).max(-1)
-    margin = V.MARGIN
+    picture = pixels(draw_slice(layer("truth", volume(-2000)), plane, (4, 4, 4), PIXELS, cross=False)).max(-1)
+    margin = MARGIN
     spots = (margin / 2, PIXELS / 2), (PIXELS - margin / 2, PIXELS / 2), (PIXELS / 2, margin / 2)
     spots = (*spots, (PIXELS / 2, PIXELS - margin / 2))
     found = []
@@ -63,10 +75,10 @@ def test_each_letter_stands_at_its_side(plane):
 def test_the_cross_hair_crosses_at_row_and_column_in_the_colours_of_the_other_planes(plane):
     at = (2, 9, 5)
     axis = list(SIDES).index(plane)
-    top, left, height, width = V.slice_box(SHAPE, axis, PIXELS)
-    picture = pixels(V.draw_slice(V.layer("truth", volume(-2000, SHAPE)), plane, at, PIXELS))
+    top, left, height, width = slice_box(SHAPE, axis, PIXELS)
+    picture = pixels(draw_slice(layer("truth", volume(-2000, SHAPE)), plane, at, PIXELS))
     rows, columns = AXES[plane]
-    ink = lambda k: (np.array(matplotlib.colors.to_rgb(V.PLANE_COLOURS[list(SIDES)[k]])) * 255).round()
+    ink = lambda k: (np.array(matplotlib.colors.to_rgb(PLANE_COLOURS[list(SIDES)[k]])) * 255).round()
     across = np.flatnonzero((np.abs(picture - ink(rows)).max(-1) < 2).sum(1) > width / 2)
     down = np.flatnonzero((np.abs(picture - ink(columns)).max(-1) < 2).sum(0) > height / 2)
     assert [list(across), list(down)] == [
@@ -81,18 +93,18 @@ def test_a_bright_voxel_is_drawn_where_it_lies(plane):
     hu = volume(-1000, SHAPE)
     hu[at] = 1500
     axis = list(SIDES).index(plane)
-    picture = pixels(V.draw_slice(V.layer("truth", hu), plane, at, PIXELS, cross=False, smooth=False)).sum(-1)
-    top, left, height, width = V.slice_box(SHAPE, axis, PIXELS)
+    picture = pixels(draw_slice(layer("truth", hu), plane, at, PIXELS, cross=False, smooth=False)).sum(-1)
+    top, left, height, width = slice_box(SHAPE, axis, PIXELS)
     bright = picture[top : top + height, left : left + width] > 600
     middle = (np.argwhere(bright).mean(0) + 0.5) / bright.shape * [SHAPE[k] for k in AXES[plane]]
     assert middle == pytest.approx([at[k] + 0.5 for k in AXES[plane]], abs=0.1)
 
 
-def several(count: int = 3) -> V.Viewer:
+def several(count: int = 3) -> Viewer:
     "A viewer whose samples are 100, 200, ... HU, its estimate 50 and its truth 20 HU."
     samples = [volume(100.0 * k) for k in range(1, count + 1)]
     volumes = {"truth": volume(20), "generated": volume(50), "samples": samples}
-    return V.view(volumes, pixels=100)
+    return view(volumes, pixels=100)
 
 
 @pytest.mark.parametrize("chosen, hu", [(0, 50), (1, 100), (2, 200), (3, 300), (1, 100)])
@@ -116,9 +128,9 @@ def test_the_slider_shows_the_sample_that_it_names(chosen, hu):
 
 def test_samples_are_numbered_from_one_in_their_order():
     many = torch.stack([torch.full((1, 2, 2, 2), k / 4) for k in range(3)])
-    made = V.name_samples(many, (0.0, 400.0))
+    made = name_samples(many, (0.0, 400.0))
     assert {n: float(v.mean()) for n, v in made.items()} == {"sample_1": 0, "sample_2": 100, "sample_3": 200}
-    layers, drawn = V.layers_of(V.read_volumes(made)[0], (-1000, 1000))
+    layers, drawn = layers_of(read_volumes(made)[0], (-1000, 1000))
     assert [float(v.mean()) for v in drawn] == [0, 100, 200]
     assert {v.name: float(v[:].mean()) for v in layers} == {"generated": 100, "spread": 100}
 
@@ -134,7 +146,7 @@ def test_each_preset_lights_up_and_draws_its_window(name):
     assert viewer.preset.value == name
     viewer.levels.value = (low - 5, high)
     assert viewer.preset.value is None
-    assert V.view(volume(), window=name, pixels=100).preset.value == name  # at the start as well
+    assert view(volume(), window=name, pixels=100).preset.value == name  # at the start as well
 
 
 def test_compared_with_each_layer_and_with_nothing():
@@ -144,9 +156,9 @@ def test_compared_with_each_layer_and_with_nothing():
     for name in viewer.layers:
         viewer.other.value = name
         assert [i.layout.display for i in viewer.images2.values()] == [None] * 3
-        expected = V.draw_slice(viewer.layers[name], "coronal", viewer.at, 100, cross=False)
+        expected = draw_slice(viewer.layers[name], "coronal", viewer.at, 100, cross=False)
         assert viewer.images2["coronal"].value == expected
-        assert viewer.images["coronal"].value == V.draw_slice(viewer.layers["truth"], "coronal", viewer.at, 100, False)
+        assert viewer.images["coronal"].value == draw_slice(viewer.layers["truth"], "coronal", viewer.at, 100, False)
         assert ">truth<" in viewer.bar.value and f">{viewer.layers[name].label}<" in viewer.bar.value
     viewer.other.value = ""
     assert viewer.other.label == "nothing" and viewer.images2["axial"].layout.display == "none"
@@ -154,7 +166,7 @@ def test_compared_with_each_layer_and_with_nothing():
 
 
 def mouse(viewer, **what):
-    viewer.mouse.value = json.dumps(dict(id=1, over=None) | V.POINTER_AT_REST | what)
+    viewer.mouse.value = json.dumps(dict(id=1, over=None) | POINTER_AT_REST | what)
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -186,10 +198,10 @@ def test_a_drag_to_the_right_widens_and_up_lowers_the_window_of_the_picture_it_i
 
 def test_the_readout_of_the_mouse_is_of_the_voxel_under_it():
     hu = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
-    viewer = V.view(hu, pixels=PIXELS, mm=2.0)
+    viewer = view(hu, pixels=PIXELS, mm=2.0)
     for axis, plane in enumerate(SIDES):
         point = (6, 2, 13)
-        top, left, height, width = V.slice_box(SHAPE, axis, PIXELS)
+        top, left, height, width = slice_box(SHAPE, axis, PIXELS)
         rows, columns = AXES[plane]
         x = (left + (point[columns] + 0.5) * width / SHAPE[columns]) / PIXELS
         y = (top + (point[rows] + 0.5) * height / SHAPE[rows]) / PIXELS
@@ -198,51 +210,51 @@ def test_the_readout_of_the_mouse_is_of_the_voxel_under_it():
         assert viewer.over == expected
         row = viewer.readout.value.split("<tr>")[3]
         assert f"voxel {expected}" in row and f"{hu[expected]:.0f} HU" in row
-        assert V.patient_position(expected, SHAPE, 2.0) in row
+        assert patient_position(expected, SHAPE, 2.0) in row
 
 
 def test_the_place_of_a_voxel_in_the_patient():
-    assert V.patient_position((0, 0, 0), (5, 5, 5), 10.0) == "R 20.0 mm, A 20.0 mm, H 20.0 mm"
-    assert V.patient_position((3, 4, 4), (5, 5, 5), 10.0) == "L 20.0 mm, P 20.0 mm, F 10.0 mm"
+    assert patient_position((0, 0, 0), (5, 5, 5), 10.0) == "R 20.0 mm, A 20.0 mm, H 20.0 mm"
+    assert patient_position((3, 4, 4), (5, 5, 5), 10.0) == "L 20.0 mm, P 20.0 mm, F 10.0 mm"
 
 
 def test_values_in_words():
-    beams = [V.value_at(V.layer("coverage", volume(k)), (0, 0, 0)) for k in range(3)]
+    beams = [value_at(layer("coverage", volume(k)), (0, 0, 0)) for k in range(3)]
     assert beams == ["no beam: prior only", "one beam", "both beams"]
-    assert V.value_at(V.layer("path_density", volume(1.25)), (0, 0, 0)) == "1.2 rays"
-    difference = V.layer("difference", volume(120), less=volume(20))
-    assert V.value_at(difference, (0, 0, 0)) == "+100 HU"
-    assert V.value_at(V.layer("difference", volume(-30)), (0, 0, 0)) == "-30 HU"
-    assert V.value_at(V.layer("truth", volume(-30)), (0, 0, 0)) == "-30 HU"
+    assert value_at(layer("path_density", volume(1.25)), (0, 0, 0)) == "1.2 rays"
+    difference = layer("difference", volume(120), less=volume(20))
+    assert value_at(difference, (0, 0, 0)) == "+100 HU"
+    assert value_at(layer("difference", volume(-30)), (0, 0, 0)) == "-30 HU"
+    assert value_at(layer("truth", volume(-30)), (0, 0, 0)) == "-30 HU"
 
 
 def test_colours_and_the_caution_follow_the_layer_whatever_its_name():
     below, zero, above = (
-        pixels(V.draw_slice(V.layer("a", Layer(volume(v), "difference", limits=(-100, 100))), "axial", (4, 4, 4), 100))
+        pixels(draw_slice(layer("a", Layer(volume(v), "difference", limits=(-100, 100))), "axial", (4, 4, 4), 100))
         for v in (-80, 0, 80)
     )
     at = 30, 30
     assert below[at][2] > below[at][0] and above[at][0] > above[at][2] and zero[at].max() < 60
-    grey = pixels(V.draw_slice(V.layer("difference of opinion", volume(80)), "axial", (4, 4, 4), 100))[at]
+    grey = pixels(draw_slice(layer("difference of opinion", volume(80)), "axial", (4, 4, 4), 100))[at]
     assert len(set(grey)) == 1  # HU, for nothing else was stated
     for generated in (False, True):
-        bar = V.scale_bar(V.layer("anything", Layer(volume(), generated=generated), (-160, 240)))
+        bar = scale_bar(layer("anything", Layer(volume(), generated=generated), (-160, 240)))
         assert (GENERATED in bar) == generated
         assert bar.index("-160") < bar.index("linear-gradient") < bar.index("240 HU")
-    viewer = V.view({"truth": volume(), "mine": Layer(volume(), generated=True)}, pixels=100)
+    viewer = view({"truth": volume(), "mine": Layer(volume(), generated=True)}, pixels=100)
     small = {}
     for shown in viewer.layers:
         viewer.show.value = shown
         strip = np.asarray(Image.open(io.BytesIO(viewer.snapshot())).convert("RGB")).astype(int)[-14:]
         small[shown] = np.flatnonzero((strip[..., 0] - strip[..., 2] > 60).any(0)).max()  # amber letters end there
     assert small["mine"] > 1.5 * small["truth"] > 0
-    assert set(COLOUR_MAPS) == {v.kind for v in V.VOLUME_KINDS.values()}
+    assert set(COLOUR_MAPS) == {v.kind for v in VOLUME_KINDS.values()}
 
 
 def report(**how):
     truth = np.random.default_rng(0).normal(0, 300, (8, 8, 8)).astype(np.float32)
     views = np.full((2, 8, 8), 100.0)
-    return V.report_figure(truth, {"g": truth + 100}, views, reprojected=views + 30, **how), truth
+    return report_figure(truth, {"g": truth + 100}, views, reprojected=views + 30, **how), truth
 
 
 def test_a_difference_is_generated_less_truth_and_red_where_too_dense():
@@ -255,10 +267,10 @@ def test_a_difference_is_generated_less_truth_and_red_where_too_dense():
         red, _, blue, _ = image.cmap(image.norm(image.get_array()))[0, 0]
         assert red > blue
         assert drawn[f"truth, {plane}"].get_cmap().name == "gray"
-    for view in ("AP", "LAT"):
-        title = next(t for t in drawn if t.startswith(f"{view} difference"))
-        assert title == f"{view} difference, rms 30 mm" and (drawn[title].get_array() == 30).all()
-        assert (drawn[f"g, re-projected, {view}"].get_array() == 130).all()
+    for side in ("AP", "LAT"):
+        title = next(t for t in drawn if t.startswith(f"{side} difference"))
+        assert title == f"{side} difference, rms 30 mm" and (drawn[title].get_array() == 30).all()
+        assert (drawn[f"g, re-projected, {side}"].get_array() == 130).all()
     assert (drawn["truth, coronal"].get_array() == truth[:, 4]).all()
 
 
@@ -291,7 +303,7 @@ def test_what_lies_in_no_beam_is_marked_off_in_generated_volumes_only():
     assert {"g, axial", "g, coronal", "g - truth, axial"} <= marked
     assert not any(t.startswith(("truth", "input")) for t in marked)
     assert any("in no beam: 25.0 %" in w for w in words(fig))
-    named = V.report_figure(None, {"truth": truth}, np.ones((2, 8, 8)), coverage=coverage)  # a title decides nothing
+    named = report_figure(None, {"truth": truth}, np.ones((2, 8, 8)), coverage=coverage)  # a title decides nothing
     assert any(len(a.collections) for a in named.axes if a.get_title(loc="left") == "truth, axial")
     assert any(CAUTION.capitalize() in w and GENERATED in w.lower() for w in words(named))
 
@@ -302,11 +314,11 @@ def test_files_of_a_case_have_the_right_sign_and_state_what_is_generated(tmp_pat
     def look(volumes, window, views, path, mm):
         seen.update(volumes=volumes, window=window)
 
-    monkeypatch.setattr(V, "show_mpr", look)
+    monkeypatch.setattr("diffx2ct.report.show_mpr", look)
     truth = volume(10)
     sample = {"sample_1": truth + 40, "spread_95": volume(7), "coverage": volume(2)}
     trust = dict(report="NOT ASSESSED", calibration="calibrated on 9 held-out cases")
-    V.save_report(
+    save_report(
         tmp_path,
         {"truth": truth, "generated": truth + 100} | sample,
         np.ones((2, 8, 8)),
@@ -331,19 +343,20 @@ def test_files_of_a_case_have_the_right_sign_and_state_what_is_generated(tmp_pat
         "spread_95": "calibrated on 9 held-out cases; half of the 95 % interval about the mean",
     }
     (tmp_path / "generated.nii.gz").rename(tmp_path / "renamed.nii.gz")  # the fact is in the file
-    assert V.view(tmp_path / "renamed.nii.gz", pixels=100).layers["renamed"].generated
-    viewer = V.view(tmp_path, pixels=100)
+    assert view(tmp_path / "renamed.nii.gz", pixels=100).layers["renamed"].generated
+    viewer = view(tmp_path, pixels=100)
     kinds = {n: (v.kind, v.generated) for n, v in viewer.layers.items()}
     assert kinds["coverage"] == ("coverage", False) and kinds["spread_95"] == ("deviation", True)
     assert kinds["renamed"] == ("hu", True) and kinds["truth"] == ("hu", False)
 
 
 def test_the_views_of_a_case_are_those_of_the_volume_that_is_shown(monkeypatch):
-    monkeypatch.setattr(V, "compare", lambda x, truth, *how: dict(error=float((x - truth).mean()), how=how))
+    compared = lambda x, truth, *how: dict(error=float((x - truth).mean()), how=how)
+    monkeypatch.setattr("diffx2ct.volumes.compare", compared)
     shown = torch.full((1, 8, 8, 8), 0.5)
     case = Case("p", torch.zeros(1, 8, 8, 8), torch.zeros(2, 8, 8))
     projector = lambda rho: torch.stack([rho[0, 0].sum(1), rho[0, 0].sum(2)])[None]
-    volumes, again, figures = V.case_volumes(case, shown, {}, projector, (-1000.0, 1000.0))
+    volumes, again, figures = case_volumes(case, shown, {}, projector, (-1000.0, 1000.0))
     assert again.eq(8).all()  # through water; the truth is air
     assert figures == dict(error=0.5, how=((-1000.0, 1000.0), "unit"))
     assert {n: float(v.mean()) for n, v in volumes.items()} == {"generated": 0, "truth": -1000}

@@ -1209,7 +1209,7 @@ MUTANTS = {
         ),
         ("rescale intercept", '"0028|1052": "-1024"', '"0028|1052": "-1000"', "HU off by 24"),
     ],
-    "visualize": [
+    "drawing": [
         (
             "cross-hair at (column, row)",
             "y, x = top + int((at[a] + 0.5) * height / shape[a]), left + int((at[b] + 0.5) * width / shape[b])",
@@ -1221,18 +1221,6 @@ MUTANTS = {
             "spots = (edge, middle), (pixels - edge, middle),",
             "spots = (pixels - edge, middle), (edge, middle),",
             "left and right",
-        ),
-        (
-            "another sample",
-            "layer.values = self.answers[change.new]",
-            "layer.values = self.answers[-change.new]",
-            "another sample than the slider says",
-        ),
-        (
-            "sign of the difference",
-            "Layer(hu - truth,",
-            "Layer(truth - hu,",
-            "too bright where it is too dark",
         ),
         (
             "sign of the layer's difference",
@@ -1247,22 +1235,27 @@ MUTANTS = {
             "left and right",
         ),
         (
-            "letters of the report's views",
-            '(("R", "L", "H", "F"), ("A", "P", "H", "F"))',
-            '(("L", "R", "H", "F"), ("A", "P", "H", "F"))',
-            "left and right",
-        ),
-        (
             "voxel under the mouse",
             "int(down * n) if k == a else int(along * n) if k == b",
             "int(along * n) if k == a else int(down * n) if k == b",
             "another voxel is read",
         ),
+    ],
+    "volumes": [
         (
             "caution out of the file",
             'image.SetMetaData("ITK_FileNotes", note[:79])',
             'image.SetMetaData("ITK_FileNotes", "")',
             "a synthetic CT without a word",
+        ),
+        ("spread of the population", "np.std(drawn, 0, ddof=1)", "np.std(drawn, 0, ddof=0)", "spread too small"),
+    ],
+    "viewer": [
+        (
+            "another sample",
+            "layer.values = self.answers[change.new]",
+            "layer.values = self.answers[-change.new]",
+            "another sample than the slider says",
         ),
         (
             "wheel reversed",
@@ -1270,8 +1263,35 @@ MUTANTS = {
             "i - n + o for i, n, o in zip(self.at",
             "walking backwards",
         ),
-        ("spread of the population", "np.std(drawn, 0, ddof=1)", "np.std(drawn, 0, ddof=0)", "spread too small"),
+    ],
+    "report": [
+        (
+            "sign of the difference",
+            "Layer(hu - truth,",
+            "Layer(truth - hu,",
+            "too bright where it is too dark",
+        ),
+        (
+            "letters of the report's views",
+            '(("R", "L", "H", "F"), ("A", "P", "H", "F"))',
+            '(("L", "R", "H", "F"), ("A", "P", "H", "F"))',
+            "left and right",
+        ),
         ("residual of the views' sign", "again - views, True", "views - again, True", "sign of the difference"),
+    ],
+    "visualize": [
+        (
+            "estimate written as a sample",
+            "many[: min(a.samples, SLIDER)]",
+            "many[:SLIDER]",
+            "without samples the slider shows the estimate as one",
+        ),
+        (
+            "views of display images",
+            "again = to_display(again)[0]",
+            "pass",
+            "a residual between two units",
+        ),
     ],
     "verbs": [
         (
