@@ -30,7 +30,6 @@ from typing import Any
 
 import ipywidgets as W
 import matplotlib.pyplot as plt
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
@@ -40,11 +39,10 @@ from .basics import UserError, command
 from .checkpoint import Model, load_model, model_file
 from .commands import SHIPPED_MODEL, app_options, view_options
 from .data import CAUTION, GENERATED
-from .reconstruct import prepare_views
 from .report import PAGE_COLOURS
 from .scans import file_suffix
 from .two_images import FoundFilms, View, mean_views, read_view, save_dicom
-from .verbs import Uncertainty, Views, locate_films, uncertainty, view, views_of
+from .verbs import Uncertainty, Views, locate_films, stored_views, uncertainty, view, views_for_model, views_of
 from .viewer import package_text
 from .volumes import phantom_case, save_nifti
 
@@ -302,10 +300,9 @@ def forget(self: Page):
 def look(self: Page, found: bool = False):
     "Find the alignment of the films; `found`: also the facing of the patient."
     views = self.read["AP"], self.read["LAT"]
-    if views[0].stored != views[1].stored:
-        raise UserError(f"{views[0].name} and {views[1].name} are a stored view and a film; give two of one kind")
-    if views[0].stored:
-        self.views = Views(prepare_views(self.model.denoiser, torch.stack([v.grey for v in views]), strict=True).cpu())
+    stored = stored_views(views, self.model)
+    if stored is not None:
+        self.views = views_for_model(self.model, stored)
         self.notes.value = "stored views, taken as they are"
         return
     self.notes.value = "aligning the films ..."

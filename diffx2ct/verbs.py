@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CT', 'Views', 'as_ct', 'model_projector', 'on_grid', 'load', 'read_ct', 'phantom', 'render', 'locate_films',
-           'views_of', 'read_films', 'settings_for', 'check_model', 'check_views', 'to_ct', 'reconstruct',
-           'Uncertainty', 'uncertainty', 'layers_for', 'view', 'show', 'save', 'score', 'card']
+           'views_of', 'stored_views', 'read_films', 'settings_for', 'check_model', 'views_for_model', 'to_ct',
+           'reconstruct', 'Uncertainty', 'uncertainty', 'layers_for', 'view', 'show', 'save', 'score', 'card']
 
 # %% ../nbs/05b_python.ipynb #d3cd4d61
 from collections.abc import Mapping
@@ -30,7 +30,16 @@ from .phantom import phantom as make_phantom
 from .reconstruct import draw_samples, finalize, prepare_views, settings_for_views
 from .reconstruct import reconstruct as reconstruct_views
 from .scans import as_tensor, find_scans, prepare_volume
-from .two_images import FilmOptions, FoundFilms, View, find_films, read_view, save_dicom, views_of_films
+from diffx2ct.two_images import (
+    FilmOptions,
+    FoundFilms,
+    View,
+    find_films,
+    read_view,
+    save_dicom,
+    to_film,
+    views_of_films,
+)
 from .uncertainty import assess, run_settings
 from .viewer import Viewer
 from .viewer import view as view_volumes
@@ -198,6 +207,19 @@ def views_of(
     return Views(y, True, notes, warnings, facts)
 
 
+def stored_views(
+    views: tuple[View, View],  # as `read_view` gives them
+    model: Model,
+) -> Views | None:  # None: both are films
+    "Take two stored views as they are; refuse a stored view with a film."
+    if views[0].stored != views[1].stored:
+        raise UserError(f"{views[0].name} and {views[1].name} are a stored view and a film; give two of one kind")
+    if not views[0].stored:
+        return None
+    grey = [to_film(v, model.denoiser.A).grey for v in views]
+    return Views(prepare_views(model.denoiser, torch.stack(grey)).cpu())
+
+
 def read_films(
     frontal: str | Path,  # PNG, JPEG, TIFF, DICOM, NIfTI; or a stored view, .pt
     lateral: str | Path,
@@ -206,10 +228,9 @@ def read_films(
 ) -> Views:
     "Read two X-ray films as two views, and print notes and warnings."
     views = read_view(frontal, "AP"), read_view(lateral, "LAT")
-    if views[0].stored != views[1].stored:
-        raise UserError(f"{frontal} and {lateral} are a stored view and a film; give two of one kind")
-    if views[0].stored:
-        return Views(prepare_views(model.denoiser, torch.stack([v.grey for v in views])).cpu())
+    stored = stored_views(views, model)
+    if stored is not None:
+        return stored
     made = views_of(locate_films(views, model, facing), model)
     for note in made.notes:
         print(f"note: {one_line(note)}")
@@ -237,7 +258,7 @@ def check_model(model: Any) -> None:
         raise UserError(f"the model is a {type(model).__name__}; give what load returns")
 
 
-def check_views(
+def views_for_model(
     model: Model,
     views: Any,  # `Views`, array or tensor
 ) -> Views:
@@ -265,7 +286,7 @@ def reconstruct(
     steps: int | None = None,  # of each sample; None: the checkpoint's own
 ) -> CT:  # generated, on the model's grid
     "Reconstruct one volume from two views."
-    v = check_views(model, views)
+    v = views_for_model(model, views)
     c = settings_for(model, v, steps)
     unit = reconstruct_views(model.denoiser, v.values, method, c, k=k, seed=seed, **run_settings(model))
     return to_ct(model, unit, method_label(method, k))
@@ -298,7 +319,7 @@ def uncertainty(
     "Draw samples and compute their standard deviation and the report of the case."
     if k < 2:
         raise UserError(f"k is {k}, but a standard deviation needs 2 samples or more")
-    v = check_views(model, views)
+    v = views_for_model(model, views)
     c = settings_for(model, v, steps)
     expected = to_ct(
         model, reconstruct_views(model.denoiser, v.values, "expected", c, **run_settings(model)), "expected"
