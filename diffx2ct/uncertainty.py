@@ -8,13 +8,15 @@ __all__ = ['TISSUES', 'TISSUE_EDGES_HU', 'VOXEL_CLASSES', 'MIN_DEVIATION_HU', 'C
            'z_score', 'conformal_factors', 'gaussian_factors', 'interval_coverage', 'plot_reliability', 'half_width',
            'rotate_patient', 'perturbation_tests', 'denoising_error', 'ood_scores', 'score_limits', 'ood_report',
            'calibration_settings', 'run_settings', 'record_errors', 'measure_bounds', 'calibrate_uncertainty',
-           'load_calibration', 'measure_report', 'assess', 'calibration_folder', 'write_calibration', 'main']
+           'Calibration', 'load_calibration', 'measure_report', 'assess', 'calibration_folder', 'write_calibration',
+           'main']
 
 # %% ../nbs/04b_uncertainty.ipynb #65614af6
 import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
@@ -400,66 +402,69 @@ def calibrate_uncertainty(
     )
 
 # %% ../nbs/04b_uncertainty.ipynb #6ace0f01
+@dataclass(frozen=True)
+class Calibration:
+    "What the held-out cases of a model say about one way to reconstruct."
+
+    text: str  # if it is calibrated, or why it is not
+    factors: Tensor = field(default_factory=gaussian_factors)  # (len(VOXEL_CLASSES), len(CONFIDENCE_LEVELS))
+    limits: dict[str, float] | None = None  # threshold of each score; None: no valid calibration
+    bounds: dict[str, float] = field(default_factory=dict)  # bound of the error of each measure, in its unit
+
+
 def load_calibration(
     model: Model,
     c: DiffusionConfig,  # the settings a case is reconstructed with
     k: int,  # samples of it
-) -> tuple[
-    Tensor, dict[str, float] | None, str
-]:  # factors (len(VOXEL_CLASSES), len(CONFIDENCE_LEVELS)), thresholds, and a sentence on the calibration
+) -> Calibration:
     "Read the calibration of a model; without a valid one, return the factors of the normal distribution."
     path = model.path.parent / CALIBRATION_FILE
     if not path.exists():
-        return gaussian_factors(), None, f"not calibrated: no {CALIBRATION_FILE}, see diffx2ct_uncertainty"
-    damaged = gaussian_factors(), None, f"not calibrated: {CALIBRATION_FILE} is damaged, run diffx2ct_uncertainty again"
+        return Calibration(f"not calibrated: no {CALIBRATION_FILE}, see diffx2ct_uncertainty")
+    damaged = Calibration(f"not calibrated: {CALIBRATION_FILE} is damaged, run diffx2ct_uncertainty again")
     if verify_checksum(path):
         return damaged
     try:
         d = json.loads(path.read_text())
-        q, usual, of, drawn, cases = (
-            {int(n): torch.tensor(v) for n, v in d["factors"].items()},
-            d["limits"],
-            d["model"],
-            {n: d[n] for n in calibration_settings(c)},
-            len(d["cases"]),
-        )
+        q = {int(n): torch.tensor(v) for n, v in d["factors"].items()}
+        limits, of, cases = d["limits"], d["model"], len(d["cases"])
+        drawn = {n: d[n] for n in calibration_settings(c)}
+        films = d.get("films") or {}
+        film_limits = films["limits"] if films else None
+        bounds = (d if drawn["consistency"] == c.CONSISTENCY else films).get("measures", {})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return damaged
     if of != file_digest(model.path):
-        return gaussian_factors(), None, f"not calibrated: {CALIBRATION_FILE} is of another model"
-    if c.CONSISTENCY == "soft" and drawn["consistency"] != "soft" and d.get("films"):
-        return gaussian_factors(), d["films"]["limits"], "spread not calibrated for films"
+        return Calibration(f"not calibrated: {CALIBRATION_FILE} is of another model")
+    if c.CONSISTENCY == "soft" and drawn["consistency"] != "soft" and films:
+        return Calibration("spread not calibrated for films", limits=film_limits, bounds=bounds)
     other = [f"{n} {drawn[n]}, not {v}" for n, v in calibration_settings(c).items() if drawn[n] != v]
     if other or k not in q:
-        return gaussian_factors(), usual, "not calibrated: fitted for " + (", ".join(other) or f"2 to {max(q)} samples")
-    return q[k], usual, f"calibrated on {cases} held-out cases"
+        text = "not calibrated: fitted for " + (", ".join(other) or f"2 to {max(q)} samples")
+        return Calibration(text, limits=limits, bounds=bounds)
+    return Calibration(f"calibrated on {cases} held-out cases", q[k], limits, bounds)
 
 # %% ../nbs/04b_uncertainty.ipynb #681f08f6
 def measure_report(
     model: Model,
     x: Tensor,  # (1, D, H, W) unit volume
-    c: DiffusionConfig,  # the settings it was made with
-    usual: dict[str, float] | None,  # of `load_calibration`; None: no valid calibration
+    bounds: dict[str, float],  # of `load_calibration`
 ) -> tuple[dict[str, dict[str, float | None]], list[str]]:  # name -> value and bound; and a line for each
     "Report lung volume, cardiothoracic ratio and bend of the spine with their bounds."
-    kept = {}
-    if usual is not None:
-        d = json.loads((model.path.parent / CALIBRATION_FILE).read_text())
-        kept = (d if d["consistency"] == c.CONSISTENCY else d.get("films") or {}).get("measures", {})
     found = measure_chest(to_hu(x[0].float().cpu(), model.denoiser.window), model.denoiser.A.mm)
     found = {k: v for k, v in found.items() if math.isfinite(v) and v > 0}
     lines = []
     for name, value in found.items():
         _, unit, form = MEASURES[name]
-        bound = kept.get(name, math.inf)
-        if name in kept and bound >= value:
+        bound = bounds.get(name, math.inf)
+        if name in bounds and bound >= value:
             lines.append(f"- {name}: not known, the error in held-out patients is up to {bound:{form}} {unit}".rstrip())
             continue
         interval, level = f" +- {bound:{form}}", f"the interval held for {BOUND_LEVEL:.0%} of held-out patients"
-        if name not in kept:
+        if name not in bounds:
             interval, level = "", "no interval available"
         lines.append(f"- {name} {value:{form}}{interval} {unit}".rstrip() + f" ({level})")
-    return {k: dict(value=v, bound=kept.get(k)) for k, v in found.items()}, lines
+    return {k: dict(value=v, bound=bounds.get(k)) for k, v in found.items()}, lines
 
 
 def assess(
@@ -471,28 +476,27 @@ def assess(
     dict[str, Tensor], dict
 ]:  # maps (D, H, W), in HU, beams or rays; and the report: signs (scores), limits, beyond, calibration, report
     "Compute the maps and the report of one reconstruction."
-    net, (q, usual, said) = model.denoiser, load_calibration(model, c, len(many))
+    net, calibration = model.denoiser, load_calibration(model, c, len(many))
     found = ood_scores(net, views, many, c, **run_settings(model))
-    beyond, text = ood_report(found, usual)
-    measures, lines = measure_report(model, many.float().mean(0), c, usual)
+    beyond, text = ood_report(found, calibration.limits)
+    measures, lines = measure_report(model, many.float().mean(0), calibration.bounds)
     *before, caution = text.split("\n")
     text = "\n".join([*before, *lines, caution])
     seen, many = coverage(net.A.geometry, net.A.size, net.A.mm)[0], many.float().cpu()
     maps = {"coverage": seen[0], "path_density": ray_density(net.A)[0, 0].cpu()}
     if len(many) > 1:
         mean, deviation = many.mean(0), many.std(0)
+        q = calibration.factors[:, CONFIDENCE_LEVELS.index(0.95)]
         maps |= {
             "mean": to_hu(mean[0], net.window),
             "spread": deviation[0] * (net.window[1] - net.window[0]),
-            "spread_95": half_width(
-                deviation, voxel_classes(mean, seen, net.window), q[:, CONFIDENCE_LEVELS.index(0.95)], net.window
-            )[0],
+            "spread_95": half_width(deviation, voxel_classes(mean, seen, net.window), q, net.window)[0],
         }
     return maps, dict(
         signs=found,
-        limits=usual,
+        limits=calibration.limits,
         beyond=beyond,
-        calibration="no spread: fewer than two samples" if len(many) < 2 and usual else said,
+        calibration="no spread: fewer than two samples" if len(many) < 2 and calibration.limits else calibration.text,
         measures=measures,
         report=text,
     )

@@ -213,12 +213,14 @@ def test_what_was_fitted_holds_for_its_model_and_settings_only(model):
     kept |= calibration_settings(c)
     try:
         write_with_checksum(path, lambda p: p.write_text(json.dumps(kept)))
-        found, usual, said = load_calibration(model, c, 2)
-        assert torch.equal(found, q) and usual == dict(spread=1.0) and said == "calibrated on 2 held-out cases"
-        assert load_calibration(model, c, 3)[2].startswith("not calibrated")
+        found = load_calibration(model, c, 2)
+        assert torch.equal(found.factors, q) and found.limits == dict(spread=1.0)
+        assert found.text == "calibrated on 2 held-out cases"
+        assert load_calibration(model, c, 3).text.startswith("not calibrated")
         write_with_checksum(path, lambda p: p.write_text(json.dumps(kept | dict(model="0" * 64))))
-        found, usual, said = load_calibration(model, c, 2)
-        assert torch.equal(found, gaussian_factors()) and usual is None and "of another model" in said
+        found = load_calibration(model, c, 2)
+        assert torch.equal(found.factors, gaussian_factors()) and found.limits is None
+        assert "of another model" in found.text
     finally:
         for file in path.parent.glob(CALIBRATION_FILE + "*"):
             file.unlink()
