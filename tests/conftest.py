@@ -5,6 +5,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +56,41 @@ def run_cmd(
         errors="replace",
         timeout=timeout,
     )
+
+
+PATIENCE = 300  # seconds: a bound for a busy machine, not a measure
+
+
+@contextmanager
+def served(
+    args: list,  # a command and its arguments
+    probe: str,  # an address that the server answers once it is up
+    log: Path,  # its stdout and stderr
+    env: dict[str, str],  # all variables of the server
+) -> Iterator[None]:
+    "Run a server until the block ends; the block begins when the server answers."
+    with open(log, "w") as out:
+        server = subprocess.Popen(args, env=env, stdout=out, stderr=subprocess.STDOUT)
+    end = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(probe, timeout=2).close()
+                break
+            except urllib.error.HTTPError:
+                break  # it answers
+            except OSError:
+                if server.poll() is not None or time.monotonic() > end:
+                    pytest.fail(f"the server did not start:\n{log.read_text()[-2000:]}")
+                time.sleep(0.1)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def real_data(name: str, what: str) -> Path:

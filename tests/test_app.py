@@ -4,19 +4,15 @@ machine."""
 import io
 import os
 import shutil
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 import zipfile
 from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, served
 from PIL import Image
-from test_browser import CHROMIUM, FLAGS, PATIENCE, SHOTS, free_port
+from test_browser import CHROMIUM, FLAGS, SHOTS, free_port
 
 from diffx2ct.checkpoint import describe, save_model
 from diffx2ct.config import load_config
@@ -60,32 +56,13 @@ def address(case):
         pytest.skip("voila is not installed: pip install 'diffx2ct[app]'")
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")
-    port, log = free_port(), case / "log"
+    port = free_port()
     folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     env = os.environ | {k: str(case / k) for k in folders} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = f"--checkpoint_dir {case / 'model'} --port {port} --no_browser".split()
-    with open(log, "w") as said:
-        code = "from diffx2ct.app import main; main()"
-        server = subprocess.Popen([sys.executable, "-c", code, *line], env=env, stdout=said, stderr=subprocess.STDOUT)
-    end = time.monotonic() + PATIENCE
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/voila/static/", timeout=2).close()
-                break
-            except urllib.error.HTTPError:
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
-                time.sleep(0.2)
+    command = [sys.executable, "-c", "from diffx2ct.app import main; main()", *line]
+    with served(command, f"http://127.0.0.1:{port}/voila/static/", case / "log", env):
         yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 @pytest.fixture(scope="module")

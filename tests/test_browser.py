@@ -4,15 +4,13 @@ key or a drag."""
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, served
 
 SHOTS = Path(os.environ.get("DIFFX2CT_ARTIFACTS", ROOT / "artifacts"))  # screenshots, which CI keeps
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -79,34 +77,9 @@ def lab(tmp_path_factory):
         f"--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --port={port} "
         f"--ServerApp.port_retries=0 --ServerApp.root_dir={work} --IdentityProvider.token="
     )
-    with open(tmp / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options.split()], env=env, stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        yield wait_for(f"http://127.0.0.1:{port}/", server, tmp / "log")
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-PATIENCE = 300  # seconds: a bound for a busy machine, not a measure
-
-
-def wait_for(address, server, log, seconds=PATIENCE):
-    "The address, as soon as the server answers there."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            urllib.request.urlopen(address + "api", timeout=2).close()
-            return address
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+    command, address = [sys.executable, "-m", "jupyterlab", *options.split()], f"http://127.0.0.1:{port}/"
+    with served(command, address + "api", tmp / "log", env):
+        yield address
 
 
 @pytest.fixture(scope="module")
