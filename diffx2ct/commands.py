@@ -353,7 +353,8 @@ What was done to each image is printed. Not for clinical use.""",
   diffx2ct_reconstruct AP.png LAT.png --checkpoint_dir checkpoints/best --out case.nii.gz --pixel_mm 0.14 0.14
   diffx2ct_reconstruct IM1.dcm IM2.dcm --checkpoint_dir checkpoints/best --dicom case_series
   diffx2ct_reconstruct AP.dcm LAT.dcm --checkpoint_dir checkpoints/best --out case.nii.gz --samples 8 --seed 3
-  diffx2ct_reconstruct data/drrs/p1/AP.pt data/drrs/p1/LAT.pt --checkpoint_dir checkpoints/best --out p1.nii.gz --method consistent_mean
+  diffx2ct_reconstruct data/drrs/p1/AP.pt data/drrs/p1/LAT.pt --checkpoint_dir checkpoints/best --out p1.nii.gz \
+--method consistent_mean
 
 Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel
 (where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json,

@@ -753,7 +753,8 @@ def perspective_warning(
     factor = (g.sad_mm + HEART_MM) / (g.sad_mm - HEART_MM)
     more = f"{factor - 1:.0%} too wide" if g.frontal == "pa" else f"{1 - 1 / factor:.0%} too narrow"
     return (
-        f"{view.name} was taken {side.upper()}, the model was trained with {g.frontal.upper()} films; it was not mirrored, "
+        f"{view.name} was taken {side.upper()}, the model was trained with {g.frontal.upper()} films; "
+        "it was not mirrored, "
         f"since both are hung with the patient's right at the left, but what lies {HEART_MM:g} mm before the "
         f"middle, as the heart does, comes out {more}"
     )

@@ -9,9 +9,6 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
-LONG = """01b_align
-05a_two_images""".split()  # chapters that still have longer lines; take a name out when it has none
-
 
 def clean(text: str) -> str:
     "A notebook through the git filter."
@@ -53,7 +50,7 @@ def test_readme_is_short_and_begins_with_its_commands():
         assert f"({link})" in text and (ROOT / link).is_file(), link
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in LONG], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_no_line_is_longer_than_120(path):
     "Strings included, which the formatter leaves alone."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -1,6 +1,7 @@
 """Train the calibration network of the shipped chest model, first at half of the pixels.
 
-python benchmarks/chest/calibrator.py --data data/chest --real lidc_idri_0001 lidc_idri_0005 c3n_00249 cmb_crc_msb_01068 --out data/chest/calibrator.safetensors
+python benchmarks/chest/calibrator.py --data data/chest --real lidc_idri_0001 lidc_idri_0005 \
+c3n_00249 cmb_crc_msb_01068 --out data/chest/calibrator.safetensors
 
 Weights are moved by Muon (chapter 03d). The same command resumes an interrupted training."""
 

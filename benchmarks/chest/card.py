@@ -1,5 +1,5 @@
-"""Write MODEL_CARD.md of a trained model from its header, its doubt.json and result files. A value that was not measured
-has no row."""
+"""Write MODEL_CARD.md of a trained model from its header, its doubt.json and result files. A value that was not
+measured has no row."""
 
 import argparse
 import json

@@ -1,7 +1,8 @@
 """Figures of the shipped chest model: every method, exact views and calibrated films, phantoms and real chests apart.
 
 python benchmarks/chest/evaluate.py --checkpoint_dir chest --data data/chest --out benchmarks/chest/results
-python benchmarks/chest/evaluate.py --checkpoint_dir chest --phantoms 40      phantoms of new seeds alone, no data needed
+python benchmarks/chest/evaluate.py --checkpoint_dir chest --phantoms 40      \
+phantoms of new seeds alone, no data needed
 
 Real chests are those of `--data` that the header names as held out. Films are simulated from the volume that is judged,
 with random settings

@@ -255,14 +255,9 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
     differs = (METHODS if row["table"] == "main" else ABLATIONS).get(row["method"], {})
     plain = d["sets"] | paths | {"SEED": row["seed"], "DEVICES": "cpu"}
     sets = plain | differs
+    flow = lambda v: yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("...")
     config = lambda sets: load_config(
-        HERE.parents[1] / "config.yml",
-        d.get("profile"),
-        [
-            f"{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix(chr(10)).removesuffix('...').strip()}"
-            for k, v in sets.items()
-        ]
-        + over,
+        HERE.parents[1] / "config.yml", d.get("profile"), [f"{k}={flow(v).strip()}" for k, v in sets.items()] + over
     )
     c = config(sets)
     data = open_data(c)
