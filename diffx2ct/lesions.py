@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['between_sides', 'lesion_region', 'lesion_centres', 'correlate', 'lesion_template', 'auc', 'lesion_metrics',
-           'outside_beams', 'enclosed_voxels', 'spine_centres', 'cardiothoracic', 'organ_masks', 'organ_labels', 'dice',
+           'outside_beams', 'enclosed_voxels', 'spine_centres', 'shadow_ratio', 'organ_masks', 'organ_labels', 'dice',
            'organ_metrics']
 
 # %% ../nbs/04c_lesions.ipynb #b78ab6d3
@@ -166,7 +166,7 @@ def spine_centres(
     return torch.stack([(weight * v).sum((1, 2)) / weight.sum((1, 2)) for v in (h, w)], 1)
 
 # %% ../nbs/04c_lesions.ipynb #b7d9f922
-def cardiothoracic(
+def shadow_ratio(
     lung: Tensor,  # (D, H, W) bool
 ) -> float:  # NaN without lungs
     "Width of the shadow of the heart divided by the width of the thorax."
@@ -188,11 +188,11 @@ def organ_masks(
     x: Tensor,  # (1, D, H, W) unit volume
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> dict:  # masks `body` and `lung` (D, H, W), `spine` (D, 2), `ratio`
-    "Masks of body and lung, centres of the spine, and cardiothoracic ratio."
+    "Masks of body and lung, centres of the spine, and shadow ratio of the heart."
     hu = to_hu(x[0].float(), window)
     body = enclosed_voxels(hu > -400)
     lung = body & (hu < -400)
-    return dict(body=body, lung=lung, spine=spine_centres(hu, body), ratio=cardiothoracic(lung))
+    return dict(body=body, lung=lung, spine=spine_centres(hu, body), ratio=shadow_ratio(lung))
 
 # %% ../nbs/04c_lesions.ipynb #bb4538f7
 def organ_labels(

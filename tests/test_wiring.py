@@ -1667,7 +1667,7 @@ def test_lesions_heart_and_thorax():
     lung[7, :, 16:] = False  # narrower further down
     lung[6, 1:, 7:13] = False  # a heart of 6, through most of the depth, low down
     lung[1, :, 6:15] = False  # a wider one high up does not count
-    assert lesions.cardiothoracic(lung) == pytest.approx(6 / 18)
+    assert lesions.shadow_ratio(lung) == pytest.approx(6 / 18)
 
 
 if __name__ == "__main__":
