@@ -8,7 +8,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,27 +35,36 @@ for name, value in {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "MPLBACKEN
     os.environ.setdefault(name, value)
 
 
-def run_cmd(
+def command(
     args: list,  # a command and its arguments; an installed command by its name, such as `diffx2ct_train`
+    env: dict[str, str | None],  # variables set for this command; None takes one away
+) -> dict:
+    "What `subprocess` is told of a command without standard input."
+    args = [str(a) for a in args]
+    if (BIN / args[0]).exists():
+        args[0] = str(BIN / args[0])
+    merged = {k: v for k, v in (os.environ | env).items() if v is not None}
+    return dict(args=args, env=merged, stdin=subprocess.DEVNULL, encoding="utf-8", errors="replace")
+
+
+def run_cmd(
+    args: list,  # as for `command`
     cwd: Path | str | None = None,  # working folder
     timeout: float = 300,  # seconds
     **env: str | None,  # variables set for this command; None takes one away
 ) -> subprocess.CompletedProcess:
     "Run a command without standard input; `.returncode`, `.stdout` and `.stderr` of the result are what it did."
-    args = [str(a) for a in args]
-    if (BIN / args[0]).exists():
-        args[0] = str(BIN / args[0])
-    merged = {k: v for k, v in (os.environ | env).items() if v is not None}
-    return subprocess.run(
-        args,
-        cwd=cwd,
-        env=merged,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=timeout,
-    )
+    return subprocess.run(**command(args, env), cwd=cwd, capture_output=True, timeout=timeout)
+
+
+def start_cmd(
+    args: list,  # as for `command`
+    cwd: Path | str | None = None,  # working folder
+    **env: str | None,  # variables set for this command; None takes one away
+) -> subprocess.Popen:
+    "Start a command in a process group of its own, as a terminal does; its output goes to pipes."
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(**command(args, env), **pipes, cwd=cwd, start_new_session=True)
 
 
 PATIENCE = 300  # seconds: a bound for a busy machine, not a measure
@@ -91,6 +100,37 @@ def served(
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def write_slices(
+    image,  # SimpleITK image of HU
+    folder: Path,  # made if it does not exist
+    name: Callable[[int], str],  # slice -> name of its file
+    tags: dict[str, str],  # DICOM tags of all slices, such as 0020|000e; modality CT if it is not among them
+    skip: Iterable[int] = (),  # slices that are left out
+) -> None:
+    "Write a volume as a DICOM series, one file per slice."
+    import SimpleITK as sitk
+
+    folder.mkdir(parents=True, exist_ok=True)
+    turn = "\\".join(f"{image.GetDirection()[i]:g}" for i in (0, 3, 6, 1, 4, 7))
+    for k in set(range(image.GetDepth())) - set(skip):
+        s = sitk.JoinSeries([image[:, :, k]])
+        s.SetSpacing(image.GetSpacing())
+        own = {
+            "0008|0060": "CT",
+            "0020|0032": "\\".join(f"{v:.6g}" for v in image.TransformIndexToPhysicalPoint((0, 0, k))),
+            "0020|0037": turn,
+            "0020|0013": str(k + 1),
+            "0028|1052": "-1024",
+            "0028|1053": "1",
+        }
+        for key, value in (own | tags).items():
+            s.SetMetaData(key, value)
+        w = sitk.ImageFileWriter()
+        w.KeepOriginalImageUIDOn()
+        w.SetFileName(str(folder / name(k)))
+        w.Execute(s)
 
 
 def real_data(name: str, what: str) -> Path:

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, run_cmd
+from conftest import ROOT, run_cmd, write_slices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -246,28 +246,6 @@ def scan(hu, mm=MM):
     return img
 
 
-def slices(img, folder):
-    folder.mkdir(parents=True)
-    for k in range(img.GetDepth()):
-        s = sitk.JoinSeries([img[:, :, k]])
-        s.SetSpacing(img.GetSpacing())
-        for key, value in {
-            "0008|0060": "CT",
-            "0020|000e": "1.2.3.1",
-            "0020|000d": "1.2.3.9",
-            "0020|0032": "\\".join(f"{v:.6g}" for v in img.TransformIndexToPhysicalPoint((0, 0, k))),
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0020|0013": str(k + 1),
-            "0028|1052": "-1024",
-            "0028|1053": "1",
-        }.items():
-            s.SetMetaData(key, value)
-        w = sitk.ImageFileWriter()
-        w.KeepOriginalImageUIDOn()
-        w.SetFileName(str(folder / f"s{k:02d}.dcm"))
-        w.Execute(s)
-
-
 @pytest.fixture(scope="module")
 def good(reader):
     "A folder with one good file of every kind."
@@ -276,7 +254,8 @@ def good(reader):
     hu, rng = patient(), np.random.default_rng(1)
     for name in ("a.nii", "a.nii.gz", "a.nrrd", "a.mha"):
         sitk.WriteImage(scan(hu), str(at / name))
-    slices(scan(patient(32), 10.0), at / "dicom")
+    study = {"0020|000e": "1.2.3.1", "0020|000d": "1.2.3.9"}
+    write_slices(scan(patient(32), 10.0), at / "dicom", lambda k: f"s{k:02d}.dcm", study)
     with h5py.File(at / "a.h5", "w") as f:
         f["ct"] = hu + 1024
     np.savez(at / "a.npz", volumes_hu_zyx=hu[None], ids=["P1"], spacing_mm=MM)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import write_slices
 
 from diffx2ct.scans import fingerprint, main
 
@@ -70,31 +71,17 @@ def image(hu, mm=10.0):
 
 
 def write_dicom(img, folder, modality="CT", uid="1.2.826.0.1.3680043.2.1125.1", skip=(), prefix="s"):
-    folder.mkdir(parents=True, exist_ok=True)
-    d = img.GetDirection()
-    for k in set(range(img.GetDepth())) - set(skip):
-        s = sitk.JoinSeries([img[:, :, k]])
-        s.SetSpacing(img.GetSpacing())
-        for key, value in {
-            "0008|0060": modality,
-            "0010|0010": "DOE^JANE",
-            "0010|0020": "MRN12345",
-            "0008|0020": "20010203",
-            "0008|103e": "Jane chest",
-            "0020|000e": uid,
-            "0020|000d": "1.2.826.0.1.3680043.2.1125.9",
-            "0020|0032": "\\".join(f"{v:.6g}" for v in img.TransformIndexToPhysicalPoint((0, 0, k))),
-            "0020|0037": "\\".join(f"{d[i]:g}" for i in (0, 3, 6, 1, 4, 7)),
-            "0018|0050": f"{img.GetSpacing()[2]:g}",
-            "0020|0013": str(k + 1),
-            "0028|1052": "-1024",
-            "0028|1053": "1",
-        }.items():
-            s.SetMetaData(key, value)
-        w = sitk.ImageFileWriter()
-        w.KeepOriginalImageUIDOn()
-        w.SetFileName(str(folder / f"{prefix}{900 - k}.dcm"))
-        w.Execute(s)
+    tags = {
+        "0008|0060": modality,
+        "0010|0010": "DOE^JANE",
+        "0010|0020": "MRN12345",
+        "0008|0020": "20010203",
+        "0008|103e": "Jane chest",
+        "0020|000e": uid,
+        "0020|000d": "1.2.826.0.1.3680043.2.1125.9",
+        "0018|0050": f"{img.GetSpacing()[2]:g}",
+    }
+    write_slices(img, folder, lambda k: f"{prefix}{900 - k}.dcm", tags, skip)
 
 
 def hu_of(out, case):

@@ -1,17 +1,15 @@
 "Several processes train one network: losses, weights and checkpoints are those of one."
 
-import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, ROOT, run_cmd
+from conftest import ROOT, run_cmd, start_cmd
 from safetensors.torch import load_file
-from test_training import MINUTES, TINY, at_file, signal_at_file, states
+from test_training import MINUTES, TINY, at_file, signal_at_file, start, states
 
 sys.path.append(str(ROOT / "benchmarks"))
 from common import postgres
@@ -71,29 +69,9 @@ def test_a_run_changes_its_number_of_ranks(place):
     """Two ranks begin, are stopped by a signal, one goes on and is stopped, three with slices end it: losses of a run
     that was left in peace."""
     go(place, "peace", 1)
-    command = lambda n, *more: [
-        BIN / "diffx2ct_train",
-        "--config",
-        "tiny.yml",
-        "--study_name",
-        "moved",
-        *STILL,
-        "--nproc_per_node",
-        str(n),
-        *more,
-    ]
     for n, steps in ((2, "[1-9]"), (1, "[3-9]")):  # Ctrl-C in a terminal reaches all of them
         hook = signal_at_file(place, f"/moved/single/model_00000{steps}.safetensors", signal.SIGINT)
-        p = subprocess.Popen(
-            command(n),
-            cwd=place,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env=os.environ | hook,
-            start_new_session=True,
-        )
+        p = start(place, "--study_name", "moved", *STILL, "--nproc_per_node", n, **hook)
         out, err = p.communicate(timeout=MINUTES)
         assert p.returncode == 130 and "Traceback" not in err, (p.returncode, out, err)
     go(place, "moved", 3, "--set", "PARALLEL=fsdp")
@@ -118,31 +96,8 @@ def test_a_rank_that_dies(place):
         "/trial_0/model_*.safetensors",
         f"exec(open({str(place / 'kill.py')!r}).read(), dict(os=os, signal=signal))",
     )
-    p = subprocess.Popen(
-        [
-            BIN / "diffx2ct_train",
-            "--config",
-            "tiny.yml",
-            "--study_name",
-            "dies",
-            *STILL[1:],
-            "--n_trials",
-            "1",
-            "--nproc_per_node",
-            "2",
-            "--set",
-            "EPOCHS=500",
-            "--set",
-            "TRAINING.VALIDATION_FREQ=100",
-        ],
-        cwd=place,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=os.environ | hook,
-        start_new_session=True,
-    )
+    search = ["--study_name", "dies", *STILL[1:], "--n_trials", "1", "--nproc_per_node", "2"]
+    p = start(place, *search, "--set", "EPOCHS=500", "--set", "TRAINING.VALIDATION_FREQ=100", **hook)
     folder = place / "checkpoints" / "dies" / "trial_0"
     out, err = p.communicate(timeout=MINUTES)
     assert p.returncode == 2 and "Traceback" not in err and "another process has stopped" in err, (
@@ -169,34 +124,9 @@ def test_ranks_with_other_settings(place):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    run = lambda r: subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "diffx2ct.study",
-            "--config",
-            "tiny.yml",
-            "--study_name",
-            "other",
-            *STILL,
-            "--set",
-            f"TRAINING.LEARNING_RATE=0.00{r + 1}",
-        ],
-        cwd=place,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=os.environ
-        | dict(
-            RANK=str(r),
-            WORLD_SIZE="2",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        ),
-    )
+    study = [sys.executable, "-m", "diffx2ct.study", "--config", "tiny.yml", "--study_name", "other", *STILL]
+    one = dict(WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run = lambda r: start_cmd([*study, "--set", f"TRAINING.LEARNING_RATE=0.00{r + 1}"], place, RANK=str(r), **one)
     for p in [run(0), run(1)]:
         out, err = p.communicate(timeout=MINUTES)
         assert (
@@ -228,29 +158,9 @@ def share_a_study(tmp_path: Path, storage: str):
         wait = f"import glob, time; [time.sleep(0.1) for _ in range(10 * {MINUTES}) if not glob.glob({other!r})]"
         return at_file(tmp_path, "/shared/trial_*/model_*.safetensors", wait)
 
-    run = lambda name: subprocess.Popen(
-        [
-            BIN / "diffx2ct_train",
-            "--config",
-            "tiny.yml",
-            "--study_name",
-            "shared",
-            "--n_trials",
-            "6",
-            "--set",
-            f"OPTUNA.STORAGE={storage}",
-            "--set",
-            "EPOCHS=4",
-            "--set",
-            "DEVICES=cpu",
-        ],
-        cwd=tmp_path / name,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=os.environ | met(name),
-    )
+    sets = (f"OPTUNA.STORAGE={storage}", "EPOCHS=4", "DEVICES=cpu")
+    search = ["--study_name", "shared", "--n_trials", "6", *(x for s in sets for x in ("--set", s))]
+    run = lambda name: start(tmp_path / name, *search, **met(name))
     for p in [run("a"), run("b")]:
         out, err = p.communicate(timeout=MINUTES)
         assert p.returncode == 0 and "Traceback" not in err and "best trial" in out, (out, err)

@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 import pytest
 import SimpleITK as sitk
-from conftest import BIN, ROOT, run_cmd
+from conftest import ROOT, run_cmd, start_cmd
 from PIL import Image
 from safetensors import safe_open
 
@@ -56,16 +56,7 @@ def train(cwd: Path, *args, **how) -> str:
 
 def start(cwd: Path, *args, **env: str) -> subprocess.Popen:
     "Start training in a process group of its own, as a terminal does."
-    return subprocess.Popen(
-        [BIN / "diffx2ct_train", "--config", "tiny.yml", *args],
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=os.environ | env,
-        start_new_session=True,
-    )
+    return start_cmd(["diffx2ct_train", "--config", "tiny.yml", *args], cwd, **env)
 
 
 HOOK = """
