@@ -15,6 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDTH32 = {"MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256]}  # the demo at the width of the original project
+ORIGINAL = WIDTH32 | {  # the same in its style
+    "MODEL.BASE": "none",
+    "MODEL.CONDITIONING_ENCODER.LIFT": "none",
+    "MODEL.UNET.HALF_RESOLUTION": False,
+    "MODEL.UNET.PLANAR_LEVELS": 0,
+    "MODEL.UNET.NUM_RES_BLOCKS": 2,
+    "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True],
+    "DIFFUSION.CONSISTENCY": "off",
+}
 
 
 def one_thread(main: Callable[[list[str]], None]) -> None:

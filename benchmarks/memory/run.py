@@ -24,18 +24,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import config, network, one_thread, random_cases, save, table
+from common import ORIGINAL, WIDTH32, config, network, one_thread, random_cases, save, table
 
-WIDTH32 = {"MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256]}
-ORIGINAL = WIDTH32 | {
-    "MODEL.BASE": "none",
-    "MODEL.CONDITIONING_ENCODER.LIFT": "none",
-    "MODEL.UNET.HALF_RESOLUTION": False,
-    "MODEL.UNET.PLANAR_LEVELS": 0,
-    "MODEL.UNET.NUM_RES_BLOCKS": 2,
-    "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True],
-    "DIFFUSION.CONSISTENCY": "off",
-}
 ONE = {
     "BATCH_SIZE": 1,
     "TRAINING.GRADIENT_ACCUMULATION_STEPS": 1,

@@ -30,22 +30,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import config, cpu_seconds, network, one_thread, random_cases, save, table, training_step
+from common import ORIGINAL, WIDTH32, config, cpu_seconds, network, one_thread, random_cases, save, table, training_step
 
-WIDTH32 = {"MODEL.UNET.NUM_CHANNELS": [32, 64, 128, 256]}
-ORIGINAL = WIDTH32 | {
-    "MODEL.BASE": "none",
-    "MODEL.CONDITIONING_ENCODER.LIFT": "none",
-    "MODEL.UNET.HALF_RESOLUTION": False,
-    "MODEL.UNET.PLANAR_LEVELS": 0,
-    "MODEL.UNET.NUM_RES_BLOCKS": 2,
-    "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True],
-    "TRAINING.COARSE_EPOCHS": [],
-    "DIFFUSION.CONSISTENCY": "off",
-    "TRAINING.AUGMENT.SHARE": 0.0,
-}
 ROWS = {
-    "original style": ORIGINAL,
+    "original style": ORIGINAL | {"TRAINING.COARSE_EPOCHS": [], "TRAINING.AUGMENT.SHARE": 0.0},
     "ours, width 32": WIDTH32,
     "ours, width 32, two blocks a level": WIDTH32 | {"MODEL.UNET.NUM_RES_BLOCKS": 2},
     "ours, demo as shipped": {},
