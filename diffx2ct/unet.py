@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['haar_matrix', 'haar', 'unhaar', 'TimeEmbedding', 'conv3', 'convolve', 'ResBlock', 'Attention', 'Stage', 'UNet',
-           'prepare_input', 'finalize_output', 'SavedBytes']
+           'prepare_input', 'finalize_output', 'randomise_zero_layers', 'SavedBytes']
 
 # %% ../nbs/02_unet.ipynb #5b9b0a57
 import math
@@ -291,6 +291,14 @@ def forward(
     for stage in self.stages.values():
         h, skips = stage(h, skips, emb, lifted[stage.level] if lifted else None, tokens)
     return finalize_output(self.last(h), self.at_half)
+
+# %% ../nbs/02_unet.ipynb #e90d4c18
+def randomise_zero_layers(net: nn.Module) -> nn.Module:
+    "Give parameters that are zero random values, so that a check sees every path."
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return net
 
 # %% ../nbs/02_unet.ipynb #8a0d5a22
 class SavedBytes:

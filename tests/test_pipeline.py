@@ -24,6 +24,7 @@ def worker():
     from diffx2ct.drr import geometry
     from diffx2ct.parallel import block_bytes, named_blocks, original_partition
     from diffx2ct.pipeline import line_plan, partition_model
+    from diffx2ct.unet import randomise_zero_layers
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -40,10 +41,7 @@ def worker():
         "MODEL.CONDITIONING_ENCODER.OUTPUT_DIM=8",
     ]
     torch.manual_seed(0)
-    denoiser = build_denoiser(load_config(sets=sets), geometry("parallel", 320), 20.0)
-    for p in denoiser.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)  # zero-initialised layers would hide what lies before them
+    denoiser = randomise_zero_layers(build_denoiser(load_config(sets=sets), geometry("parallel", 320), 20.0))
     unet, encoder = denoiser.unet, denoiser.encoder
     lift = lambda maps: denoiser.condition(denoiser.mean, (maps, None)).lifted
     loss_fn = lambda out, truth: (out - truth).square().mean()
