@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from diffx2ct import commands
 from diffx2ct.basics import UserError
 from diffx2ct.config import load_config
 
@@ -64,6 +65,30 @@ def changed(tmp_path_factory) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", [p.stem for p in PAGES if blocks(p, "python")])
 def test_the_change_of_a_page_works(name, changed):
     assert f"ok {name}\n" in changed.stdout, changed.stderr
+
+
+DOCS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")] + PAGES
+OPTIONS = {name.removesuffix("_options"): make for name, make in vars(commands).items() if name.endswith("_options")}
+PARSERS = {f"diffx2ct_{name}": make for name, make in OPTIONS.items() if name != "page"}
+PARSERS |= {name: commands.train_options for name in ("./run_training.sh", "-m diffx2ct.study")}
+PARSERS["./run_visualize.sh"] = commands.visualize_options
+CALL = rf"({'|'.join(map(re.escape, PARSERS))})\b([^|`\n]*)"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.stem)
+def test_what_a_page_names_exists(page):
+    "Links, scripts, modules, commands and their options."
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"(?:\./|\.ci/|tests/|benchmarks/)[\w/]+\.(?:sh|py|md)\b", text):
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+    for name in re.findall(r"-m diffx2ct\.(\w+)", text):
+        assert '__name__ == "__main__"' in (ROOT / f"diffx2ct/{name}.py").read_text(), name
+    for command, words in re.findall(CALL, text):
+        known = {*PARSERS[command]()._option_string_actions, "--docker", "--dry_run"}
+        assert set(re.findall(r"(?<!\S)--\w+", words)) <= known, (command, words)
+    assert set(re.findall(r"\bdiffx2ct_\w+", text)) - {"diffx2ct_doubt"} <= PARSERS.keys()  # an old name
 
 
 def test_a_check_fails_without_its_change():
