@@ -139,7 +139,7 @@ def plot_reliability(
     ax.plot([0, 1], [0, 1], "--", color="grey", lw=1)
     for i, (name, (levels, shares)) in enumerate(lines.items()):
         ax.plot(levels, shares, "o-" if i < 10 else "s--", ms=3, lw=1, label=name)  # there are ten colours
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="stated", ylabel="inside", aspect="equal")
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="stated level", ylabel="share inside", aspect="equal")
     ax.grid(alpha=0.3)
 
 # %% ../nbs/04b_uncertainty.ipynb #532682f6
