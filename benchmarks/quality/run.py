@@ -333,6 +333,7 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         coarse_seconds=round(sum(spent[:-1])),
         parameters=sum(p.numel() for p in model.denoiser.parameters()),
         differs=differs | dict(s.split("=", 1) for s in over),
+        optimizer=c.TRAINING.OPTIMIZER,
         curve=[[e, round(v, 3)] for e, v in history["values"]],
         scores=scores,
         cases=cases,
