@@ -187,7 +187,7 @@ def show_mpr(
         style = dict(cmap=colour_map(layer.kind), vmin=low, vmax=high)
         for ax, (plane, letters), image in zip(row, PLANES.items(), mpr_planes(layer.values, (d, h, w))):
             draw_plane(ax, image, plane, letters, **style)
-        ends = f"   {low:g} to {high:g} HU" if layer.kind in ("difference", "deviation") else ""
+        ends = f"   {low:.0f} to {high:.0f} HU" if layer.kind in ("difference", "deviation") else ""
         row[0].text(0, 1.12, title + ends, color="white", fontsize=9, va="bottom", transform=row[0].transAxes)
         if mm:
             draw_bar(row[0], mm)
@@ -208,7 +208,7 @@ def mark_generated(fig: plt.Figure) -> plt.Figure:
     "Write into the lower edge of any figure that it shows what a model generated."
     light = sum(to_rgb(fig.get_facecolor())) > 1.5
     text = f"{GENERATED}; {CAUTION}"
-    fig.text(0.995, 0.004, text, color="#8a5a00" if light else AMBER, fontsize=6, ha="right", va="bottom")
+    fig.text(0.995, 0.004, text, color="#8a5a00" if light else AMBER, fontsize=8, ha="right", va="bottom")
     return fig
 
 # %% ../nbs/00_data.ipynb #734db48a
