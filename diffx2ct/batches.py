@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Item', 'Downsampled', 'downsampled', 'phantom_config', 'training_stages', 'no_augmentation', 'BatchPlan',
-           'steps_per_epoch', 'batch_plan', 'Crops', 'worker_init_fn']
+           'steps_per_epoch', 'batch_plan', 'Crops', 'worker_init_fn', 'batch_loader']
 
 # %% ../nbs/03g_batches.ipynb #087dbe6b
 import math
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from .augment import add_nodules, augment, needs_new_views
 from .basics import UserError
@@ -61,20 +61,11 @@ def phantom_config(c: Config, data: TrainingData) -> Config:
         raise UserError("TRAINING.PHANTOM_EPOCHS needs line-integral views; set it to 0 for display images")
     c = c.model_copy(deep=True)
     d, t, g = c.DATA, c.TRAINING, data.geometry
-    c.EPOCHS, c.VALIDATION_SPLIT, t.PHANTOM_EPOCHS, t.LOSS_PHASE_EPOCHS = (
-        t.PHANTOM_EPOCHS,
-        0.05,
-        0,
-        [t.PHANTOM_EPOCHS, 0],
-    )
+    c.EPOCHS, c.VALIDATION_SPLIT = t.PHANTOM_EPOCHS, 0.05
+    t.PHANTOM_EPOCHS, t.LOSS_PHASE_EPOCHS = 0, [c.EPOCHS, 0]
     t.VALIDATION_FREQ, t.CHECKPOINT_FREQ = max(1, c.EPOCHS // 4), max(1, c.EPOCHS // 10)
-    d.PT_DATA_DIR, d.DRR_DIR, d.VALIDATION_CASES, d.DATA_RATIO, d.CUBE_MM = (
-        None,
-        None,
-        [],
-        1.0,
-        data.mm * d.TARGET_VOLUME_SIZE,
-    )
+    d.PT_DATA_DIR, d.DRR_DIR, d.VALIDATION_CASES, d.DATA_RATIO = None, None, [], 1.0
+    d.CUBE_MM = data.mm * d.TARGET_VOLUME_SIZE
     d.GEOMETRY = "parallel" if g.kind == "parallel" else GeometryConfig(**{k.upper(): v for k, v in asdict(g).items()})
     return c
 
@@ -123,19 +114,12 @@ def batch_plan(
     t, per = c.TRAINING, steps_per_epoch(c, cases)
     epoch, within = divmod(step, per)
     size = c.BATCH_SIZE * t.GRADIENT_ACCUMULATION_STEPS
-    order = np.resize(np.random.default_rng((c.SEED, 1, epoch)).permutation(cases), per * size)[
-        within * size : (within + 1) * size
-    ]
+    order = np.resize(np.random.default_rng((c.SEED, 1, epoch)).permutation(cases), per * size)
     plans = []
-    for i, batch in enumerate(order.reshape(-1, c.BATCH_SIZE)):
+    for i, batch in enumerate(order[within * size : (within + 1) * size].reshape(-1, c.BATCH_SIZE)):
+        origin = crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i))
         seed = int(np.random.default_rng((c.SEED, 2, step, i)).integers(2**62))
-        plans.append(
-            BatchPlan(
-                tuple(int(b) for b in batch),
-                crop_origin(c.DATA.TARGET_VOLUME_SIZE, t.PATCH_SIZE, (c.SEED, 3, step, i)),
-                seed,
-            )
-        )
+        plans.append(BatchPlan(tuple(int(b) for b in batch), origin, seed))
     return plans
 
 # %% ../nbs/03g_batches.ipynb #26a2f013
@@ -154,13 +138,8 @@ class Crops(Dataset):
         mm: float,  # voxel edge
         unaugmented: bool = False,  # leave every case as it was scanned, even if SHARE is above 0
     ):
-        self.pairs, self.plans, self.patch, self.t, self.mine = (
-            pairs,
-            plans,
-            c.TRAINING.PATCH_SIZE,
-            c.TRAINING,
-            rank_share(c.BATCH_SIZE),
-        )
+        self.pairs, self.plans, self.mine = pairs, plans, rank_share(c.BATCH_SIZE)
+        self.t, self.patch = c.TRAINING, c.TRAINING.PATCH_SIZE
         self.mm, self.window = mm, (c.DATA.HU_MIN, c.DATA.HU_MAX)
         self.a = self.t.AUGMENT.model_copy(update={"SHARE": 0.0} if unaugmented else {})
         self.renders = line_integrals and needs_new_views(self.a, self.t.FLIP_AXES)  # display images cannot be rendered
@@ -176,27 +155,32 @@ class Crops(Dataset):
         nodules added to the crops (None without NODULES)."""
         d = self.plans[i]
         if not self.renders:
-            parts, truth = (
-                [self.pairs.part(d.cases[n], d.origin, self.patch) for n in self.mine],
-                torch.empty(len(self.mine), 1, *(self.patch,) * 3),
-            )
+            parts = [self.pairs.part(d.cases[n], d.origin, self.patch) for n in self.mine]
+            truth = torch.empty(len(self.mine), 1, *(self.patch,) * 3)
             for place, k in zip(truth, parts):
                 place.copy_(k.volume)  # read, converted and put into the batch in one pass
             return d, None, truth, torch.stack([k.views for k in parts]), None
         cases = [(n, self.pairs[d.cases[n]]) for n in self.mine]
-        volumes, planted = map(
-            torch.stack, zip(*[self.another(k.volume, np.random.default_rng((d.seed, n))) for n, k in cases])
-        )
+        changed = [self.another(k.volume, np.random.default_rng((d.seed, n))) for n, k in cases]
+        volumes, planted = map(torch.stack, zip(*changed))
         cut = lambda x: crop(x, d.origin, self.patch).contiguous()
-        return (
-            d,
-            volumes,
-            cut(volumes),
-            torch.stack([k.views for _, k in cases]),
-            cut(planted) if self.a.NODULES else None,
-        )
+        views = torch.stack([k.views for _, k in cases])
+        return d, volumes, cut(volumes), views, cut(planted) if self.a.NODULES else None
 
 # %% ../nbs/03g_batches.ipynb #24ae026b
 def worker_init_fn(worker: int) -> None:
     "Move a data worker to its own process group: Ctrl-C must not end it before the current step is done."
     os.setpgrp()
+
+# %% ../nbs/03g_batches.ipynb #4438b6a1
+def batch_loader(
+    c: Config,
+    data: TrainingData,
+    start: int,  # first step
+    stop: int,  # the step after the last
+    unaugmented: bool = False,  # as of `Crops`
+) -> DataLoader:  # of `Item`s, in the order of the steps
+    "Return a loader of the micro-batches of a range of steps, read by NUM_WORKERS processes."
+    plans = [d for step in range(start, stop) for d in batch_plan(c, len(data.train), step)]
+    crops = Crops(data.train, plans, c, data.line_integrals, data.mm, unaugmented)
+    return DataLoader(crops, batch_size=None, num_workers=c.NUM_WORKERS, worker_init_fn=worker_init_fn)

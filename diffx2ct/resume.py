@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CHANGEABLE_KEYS', 'train_devices', 'measure', 'prepare_run', 'ema_average', 'TrainingState', 'model_header',
            'write_checkpoint', 'keep_calibrator', 'flatten_keys', 'fixed_settings', 'case_split', 'check_resumable',
-           'Early', 'Diverged', 'StopSignal']
+           'start_models', 'restore', 'prepare_folder', 'Early', 'Diverged', 'StopSignal']
 
 # %% ../nbs/03h_resume.ipynb #ac26f885
+import math
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +31,11 @@ from .cases import TrainingData
 from diffx2ct.checkpoint import (
     CALIBRATOR,
     describe,
+    load_training,
     load_weights,
     model_file,
     newest_model,
+    prune_checkpoints,
     read_header,
     read_weights,
     save_checkpoint,
@@ -41,8 +44,18 @@ from diffx2ct.checkpoint import (
 from .config import Config
 from .data import CTPairs
 from .diffusion import NUM_BANDS, Denoiser, band_rms, build_denoiser
-from .parallel import resolve_devices
-from .ranks import full_state, local_devices, local_ranks, on_rank_zero, rank, world_size
+from .parallel import distribute, resolve_devices
+from diffx2ct.ranks import (
+    check_same_on_ranks,
+    full_state,
+    local_devices,
+    local_ranks,
+    on_rank_zero,
+    rank,
+    shard,
+    sharded_state,
+    world_size,
+)
 
 # %% ../nbs/03h_resume.ipynb #e53371f4
 def train_devices(c: Config) -> list[torch.device]:
@@ -121,8 +134,11 @@ class TrainingState:
     loss: nn.Module  # with the denoiser in it, as `wrap_loss` returns it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    history: dict[str, Any]  # norms, thresholds and losses of the steps, validation values, skipped steps, best value
-    step: int  # optimizer steps made
+    # norms, thresholds and losses of the steps; validation values, skipped steps, best value
+    history: dict[str, Any] = field(
+        default_factory=lambda: dict(norms=[], thresholds=[], losses=[], values=[], bad=[], best=-math.inf)
+    )
+    step: int = 0  # optimizer steps made
 
     @property
     def ema(self) -> Denoiser:
@@ -215,6 +231,62 @@ def check_resumable(folder: Path, step: int, c: Config, data: TrainingData) -> N
                 f"{folder} was trained with {k}={was.get(k)}, not {now.get(k)}; set it back, choose another "
                 f"--study_name, or move {folder} away to start again"
             )
+
+# %% ../nbs/03h_resume.ipynb #16a97a5c
+def start_models(
+    c: Config,
+    data: TrainingData,
+    folder: Path,  # of the checkpoints
+    devices: list[torch.device],  # of this process
+    earlier: Path | None = None,  # as of `prepare_run`
+) -> tuple[Denoiser, AveragedModel, dict[str, Any] | None]:  # the rest of the checkpoint; None: a new run
+    "Build the network and its average, or load those of the folder's checkpoint, and put them on the devices."
+    denoiser = prepare_run(c, data, earlier)
+    average = AveragedModel(denoiser, multi_avg_fn=ema_average(c.MODEL.EMA_DECAY))
+    ema = cast(Denoiser, average.module.requires_grad_(False))
+    saved = load_training(folder, denoiser, ema)
+    check_same_on_ranks({"the step to go on from": saved["step"] if saved else 0})
+    if saved:
+        check_resumable(folder, saved["step"], c, data)
+    for model in (denoiser, ema):
+        distribute(model, devices, c.PLAN, c.TRAINING.PATCH_SIZE)
+        if c.PARALLEL == "fsdp" and world_size() > 1:
+            shard(model)
+    average.n_averaged = average.n_averaged.to(devices[0])
+    return denoiser, average, saved
+
+# %% ../nbs/03h_resume.ipynb #84b9bc40
+def restore(
+    r: TrainingState,  # with the weights of the checkpoint
+    saved: dict[str, Any],  # the rest of it, from `start_models`
+) -> None:
+    "Restore optimizer, loss scaler, age of the average, history and step."
+    params = [p for group in r.optimizer.param_groups for p in group["params"]]
+    r.optimizer.load_state_dict(sharded_state(saved["optimizer"], params))
+    r.scaler.load_state_dict(saved["scaler"])
+    r.average.n_averaged.fill_(saved["averaged"])
+    r.history, r.step = r.history | saved["history"], saved["step"]
+
+
+def prepare_folder(
+    folder: Path,  # of the checkpoints
+    start: int,  # step of its checkpoint, or 0
+    steps: int,  # of the whole run
+    c: Config,
+    title: str,
+) -> None:
+    "Check that the run in a folder can go on, print from where, and keep its calibration network there."
+    if start > steps:
+        raise UserError(
+            f"{folder} has been trained for {start} steps already, more than the {steps} of "
+            f"EPOCHS={c.EPOCHS}; raise EPOCHS or use another --study_name"
+        )
+    if start == steps and rank() == 0:
+        prune_checkpoints(folder, c.TRAINING.CHECKPOINTS_KEPT)  # killed after the last checkpoint, before pruning
+    if 0 < start < steps:
+        print(f"{title}: going on from step {start} of {steps}")
+    if c.TRAINING.CALIBRATOR:
+        keep_calibrator(Path(c.TRAINING.CALIBRATOR), folder)
 
 # %% ../nbs/03h_resume.ipynb #f17f63e5
 class Early(Exception):
