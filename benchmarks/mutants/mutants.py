@@ -14,6 +14,36 @@ MODEL = '    save_model(folder / f"model_{step:06d}.safetensors", ema, meta, den
 MUTANTS = {
     "resume": [
         (
+            "other cases allowed",
+            "or case_split(data)) != case_split(data):",
+            "or case_split(data)) is None:",
+            "an evaluation includes training patients",
+        ),
+        (
+            "momenta not restored",
+            'r.optimizer.load_state_dict(sharded_state(saved["optimizer"], params))',
+            'sharded_state(saved["optimizer"], params)',
+            "a resumed run differs",
+        ),
+        (
+            "age of the average lost",
+            'r.average.n_averaged.fill_(saved["averaged"])',
+            "r.average.n_averaged.fill_(0)",
+            "the average is replaced by the next weights",
+        ),
+        (
+            "second signal without effect",
+            "if self.asked and (time.monotonic() < self.since + 1 or self.extra):",
+            "if self.asked:",
+            "only kill -9 ends a step that hangs",
+        ),
+        (
+            "any calibration network",
+            "if kept.exists() and kept.read_bytes() != content:",
+            "if kept.exists() and not content:",
+            "films are read with another network",
+        ),
+        (
             "average of no memory",
             "min(decay, (1 + int(n)) / (10 + int(n)))",
             "(1 + int(n)) / (10 + int(n))",
@@ -34,6 +64,36 @@ MUTANTS = {
     ],
     "batches": [
         (
+            "crop the same in each step",
+            "t.PATCH_SIZE, (c.SEED, 3, step, i))",
+            "t.PATCH_SIZE, (c.SEED, 3, i))",
+            "one corner is trained",
+        ),
+        (
+            "noise the same in each step",
+            "np.random.default_rng((c.SEED, 2, step, i))",
+            "np.random.default_rng((c.SEED, 2, i))",
+            "one noise is learned by heart",
+        ),
+        (
+            "augmentation by place in the rank",
+            "np.random.default_rng((d.seed, n))",
+            "np.random.default_rng((d.seed, self.mine.index(n)))",
+            "two ranks train otherwise than one",
+        ),
+        (
+            "phantoms of another cube",
+            "d.CUBE_MM = data.mm * d.TARGET_VOLUME_SIZE",
+            "d.CUBE_MM = data.mm * 16",
+            "bodies of another size",
+        ),
+        (
+            "passes of the last stage alone",
+            "sum(c.TRAINING.COARSE_EPOCHS) + c.EPOCHS < ",
+            "c.EPOCHS < ",
+            "long runs overfit",
+        ),
+        (
             "order the same each epoch",
             "np.random.default_rng((c.SEED, 1, epoch))",
             "np.random.default_rng((c.SEED, 1))",
@@ -44,6 +104,24 @@ MUTANTS = {
             "(2 * d, 2 * h, 2 * w), 2 * patch",
             "(d, h, w), 2 * patch",
             "crops of another place",
+        ),
+    ],
+    "progress": [
+        (
+            "voxels of one micro-batch",
+            "c.TRAINING.GRADIENT_ACCUMULATION_STEPS * c.BATCH_SIZE",
+            "c.BATCH_SIZE",
+            "the logged speed is too low",
+        ),
+        ("steps of a stage from zero", "else before + step", "else step", "stages overlap in the curve"),
+        ("stages without a name", 'f"{stage}/{k}" if stage else k:', "k:", "losses of stages are mixed"),
+        ("pictures after each step", "if done or epoch %", "if epoch %", "a training of pictures"),
+        ("no pictures at the end", " and epoch != c.EPOCHS", "", "the final network is not drawn"),
+        (
+            "the baseline is the model",
+            'for m in ("expected", baseline)',
+            'for m in ("expected", "expected")',
+            "no gain over the baseline",
         ),
     ],
     "basics": [
@@ -968,8 +1046,8 @@ MUTANTS = {
         ("cosine rises", "0.5 * (1 + math.cos(math.pi", "0.5 * (1 - math.cos(math.pi", "schedule reversed"),
         (
             "full noise never",
-            "< c.TRAINING.FULL_NOISE_RATIO, 1.0, t)",
-            "> c.TRAINING.FULL_NOISE_RATIO, 1.0, t)",
+            "< ratio, 1.0, t)",
+            "> ratio, 1.0, t)",
             "a setting reversed",
         ),
         (
