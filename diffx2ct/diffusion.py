@@ -481,8 +481,8 @@ def sampling_times(steps: int) -> list[float]:
 
 def ddim(
     denoise: Callable[[Tensor, float], Tensor],  # (x_t, t) -> clean residual
-    x: Tensor,  # (B, 1, d, h, w) standard Gaussian noise
-    times: Sequence[float],  # descending, from 1 to 0
+    x: Tensor,  # (B, 1, d, h, w) x_t at the first time; at t = 1 standard Gaussian noise
+    times: Sequence[float],  # descending, from 1 or less to 0
     d: Diffusion,
     generator: torch.Generator | None = None,  # source of fresh noise, for `ddpm`
     eta: float = 0.0,  # 0: deterministic DDIM; 1: ancestral DDPM
@@ -539,7 +539,8 @@ def dpm(denoise, x, times, d, generator=None) -> Tensor:
     a, s = d.alpha_sigma(torch.tensor(times, dtype=torch.float64).clamp(max=0.999))
     solver.sigmas = (s / a).float()
     root = (a**2 + s**2).sqrt().float()
-    x = x * s[0].float() / root[0]
+    first = d.alpha_sigma(torch.tensor(times[0], dtype=torch.float64))[1]  # sigma of x, before the clamp
+    x = x * (s[0] / first).float() / root[0]
     for i, (step, t) in enumerate(zip(solver.timesteps, times)):
         x = solver.step(denoise(x * root[i], t), step, x).prev_sample
     return x
