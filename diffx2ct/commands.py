@@ -112,8 +112,8 @@ def evaluate_options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="diffx2ct_evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, residual of the views, "
-        "seconds.",
+        description="Score a checkpoint on cases with a known volume: PSNR, SSIM, error in HU, "
+        "finest-band power, residual of the views, seconds.",
         epilog="""examples:
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0                     its own validation cases, all methods
   diffx2ct_evaluate --checkpoint_dir checkpoints/trial_0 --data data/test    all cases of a folder of diffx2ct_prepare
@@ -123,6 +123,7 @@ def evaluate_options() -> argparse.ArgumentParser:
 methods:  mean             the mean training volume, without the views
           consistent_mean  the mean made consistent with the views, without a network: the baseline
           expected         the network's estimate of the mean volume for these views, best in PSNR
+          sharp            the expected volume with generated texture; seeds are no measure of uncertainty
           sample           one volume that matches the views, with generated detail
           mean_of_k        the average of K samples
 protocols: unit (the HU window of the settings, range 1), x2ct (HU -1024 to 1476, peak 4095), psct (the same, peak
@@ -308,7 +309,10 @@ def visualize_options() -> argparse.ArgumentParser:
     p.add_argument("--lat", help="lateral view of a new patient, .pt (P, P) in mm of water")
     p.add_argument("--name", default="new", help="name of the new patient")
     p.add_argument(
-        "--method", default="expected", choices=METHODS, help="method of the volume shown; default: expected"
+        "--method",
+        default="expected",
+        choices=METHODS,
+        help=f"method of the volume shown; sharp: {SHARP_NOTE}; default: expected",
     )
     p.add_argument(
         "--samples",
@@ -376,7 +380,7 @@ run on the checkpoint; for pictures (consistency soft) it is not. The trust repo
     )
     p.add_argument("--out", metavar="FILE", help="the volume in HU, .nii.gz or .nii")
     p.add_argument("--dicom", metavar="DIR", help="the volume as a DICOM CT series in a new folder")
-    p.add_argument("--method", default="expected", choices=METHODS, help="default: expected")
+    p.add_argument("--method", default="expected", choices=METHODS, help=f"sharp: {SHARP_NOTE}; default: expected")
     p.add_argument(
         "--samples",
         type=int,

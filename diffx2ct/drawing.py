@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLANE_COLOURS', 'GREY_LEVELS', 'BEAM_LABELS', 'SAMPLE', 'VOLUME_KINDS', 'NOTES', 'LABELS', 'MARGIN',
            'patient_position', 'slice_words', 'limits_of', 'palette', 'VolumeKind', 'volume_kind', 'dtype_of',
-           'method_label', 'NamedLayer', 'layer', 'coverage_words', 'scale_bar', 'resize_image', 'margin',
-           'letter_frame', 'slice_box', 'voxel_at', 'encode_png', 'draw_slice', 'draw_cross']
+           'method_label', 'method_note', 'NamedLayer', 'layer', 'coverage_words', 'scale_bar', 'resize_image',
+           'margin', 'letter_frame', 'slice_box', 'voxel_at', 'encode_png', 'draw_slice', 'draw_cross']
 
 # %% ../nbs/04e_drawing.ipynb #b795852b
 import html
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .basics import UserError
+from .commands import SHARP_NOTE
 from .data import CAUTION, GENERATED, PLANES, WINDOWS, Layer, colour_map, mpr_planes
 
 # %% ../nbs/04e_drawing.ipynb #4cc801f1
@@ -120,9 +121,16 @@ LABELS = {"spread": "deviation", "spread_95": "half of the 95 % interval", "path
 def method_label(
     method: str,  # of METHODS
     k: int = 4,  # samples of mean_of_k
-) -> str:  # "expected", "sample", "mean of 4", ...
+) -> str:  # "expected", "sharp", "sample", "mean of 4", ...
     "Label of a volume in pictures, by its method."
     return f"mean of {k}" if method == "mean_of_k" else method.replace("_", " ")
+
+
+def method_note(
+    label: str,  # from `method_label`
+) -> str:  # empty for most
+    "Remark on a method for captions."
+    return f"sharp: {SHARP_NOTE}" if label == "sharp" else ""
 
 
 @dataclass

@@ -30,7 +30,7 @@ from .consistency import irreducible_residual, mass_litres, projection_residual
 from .data import Case, CTPairs, list_cases, patient_of, read_manifest, split_cases
 from .diffusion import AMP, Denoiser
 from .drr import geometry
-from .metrics import PROTOCOLS, bootstrap, metrics
+from .metrics import PROTOCOLS, band_power, bootstrap, metrics
 from .parallel import device_option
 from .reconstruct import available_methods, reconstruct, settings_for_views
 from .reporting import start_wandb, wandb_reporter
@@ -46,6 +46,7 @@ METRICS = {  # name: label in tables, format of the number
     "ssim_sagittal": ("  sagittal", ".3f"),
     "mae_hu": ("MAE, cube (HU)", ".1f"),
     "mae_hu_body": ("MAE, body (HU)", ".1f"),
+    "fine_power": ("finest-band power (dB)", ".1f"),
     "residual": ("residual of the views", ".1%"),
     "seconds": ("seconds", ".2f"),
 }
@@ -66,7 +67,8 @@ def score_volume(
         if net.line_integrals
         else math.nan
     )
-    return {k: v if math.isfinite(v) else None for k, v in (found | dict(residual=left)).items() if k in METRICS}
+    found |= dict(fine_power=band_power(x[0], case.volume[0])[0], residual=left)
+    return {k: v if math.isfinite(v) else None for k, v in found.items() if k in METRICS}
 
 # %% ../nbs/04a_evaluate.ipynb #b5c78e98
 def check_same_data(

@@ -66,7 +66,7 @@ from .commands import reconstruct_options
 from .config import DiffusionConfig
 from .data import CAUTION, WINDOWS, density, read_manifest, to_hu
 from .diffusion import Denoiser
-from .drawing import NOTES, dtype_of
+from .drawing import NOTES, dtype_of, method_note
 from .drr import Projector, to_display
 from .parallel import device_option
 from .reconstruct import available_methods, draw_samples, finalize, reconstruct, settings_for_views
@@ -1227,7 +1227,7 @@ def main(argv: list[str]):
     c, line = choose_consistency(net, views, c, a.consistency)
     wish = FilmOptions(a.facing, a.bone, a.keep_order, a.frontal)
     y, done, doubts, films = calibrate_views(net, views, model.calibrator, model.calibrator_header, wish)
-    for text in filter(None, [*done, line]):
+    for text in filter(None, [*done, line, method_note(a.method)]):
         print(f"note: {text}")
     for text in doubts:
         print(f"diffx2ct: warning: {one_line(text)}", file=sys.stderr)

@@ -280,12 +280,15 @@ def to_ct(
 def reconstruct(
     model: Model,  # of `load`
     views: Views | np.ndarray | Tensor,  # (2, P, P), of `render` or `read_films`
-    method: str = "expected",  # "expected", "sample", "mean_of_k", "mean" or "consistent_mean"
+    method: str = "expected",  # "expected", "sharp", "sample", "mean_of_k", "mean" or "consistent_mean"
     k: int = 4,  # samples of "mean_of_k"
     seed: int = 0,  # of the first sample
     steps: int | None = None,  # of each sample; None: the checkpoint's own
 ) -> CT:  # generated, on the model's grid
-    "Reconstruct one volume from two views."
+    """Reconstruct one volume from two views.
+
+    "sharp" is the expected volume with generated fine texture. Its seeds differ too little to be a measure of
+    uncertainty; use `uncertainty`, which draws samples."""
     v = views_for_model(model, views)
     c = settings_for(model, v, steps)
     unit = reconstruct_views(model.denoiser, v.values, method, c, k=k, seed=seed, **run_settings(model))

@@ -32,6 +32,7 @@ from diffx2ct.drawing import (
     draw_slice,
     limits_of,
     margin,
+    method_note,
     patient_position,
     scale_bar,
     slice_words,
@@ -243,7 +244,9 @@ def write(
         "".join(f'<div style="white-space:normal;line-height:1.5">{scale_bar(self.layers[n])}</div>' for n in names),
         self.read(),
     )
-    guess = f"{GENERATED}; " if any(self.layers[n].generated for n in names) else ""
+    generated = [n for n in names if self.layers[n].generated]
+    remarks = dict.fromkeys(filter(None, (method_note(self.title_of(n)) for n in generated)))
+    guess = "".join(f"{text}; " for text in ([GENERATED, *remarks] if generated else []))
     zoomed = f"zoom {self.look[0]:.1f}, 0 for the whole &nbsp; " if self.look[0] > 1 else ""
     self.caution.value = f'{zoomed}<span style="color:#e3b341">{guess}{CAUTION}</span>'
 

@@ -18,7 +18,7 @@ from .basics import UserError, command, load_tensor
 from .checkpoint import Model, is_shipped, load_model
 from .commands import visualize_options
 from .data import Case
-from .drawing import limits_of, method_label
+from .drawing import limits_of, method_label, method_note
 from .drr import to_display
 from .parallel import device_option
 from .report import save_report
@@ -44,6 +44,10 @@ def run_case(
     volumes, again, figures = case_volumes(case, shown, maps, deepcopy(net.A).cpu(), net.window, a.protocol)
     if not net.line_integrals:
         again = to_display(again)[0]
+    made = (
+        f"{model.path.parent.name}/{model.path.name}, step {model.meta.get('step', 'unknown')}; seed "
+        f"{a.seed}, {a.samples} samples of {c.STEPS} steps; {date.today()}"
+    )
     save_report(
         out,
         volumes | name_samples(many[: min(a.samples, SLIDER)], net.window),
@@ -56,8 +60,7 @@ def run_case(
         unit="mm" if net.line_integrals else "",
         title=f"{case.name}, {label}",
         method=label,
-        made=f"{model.path.parent.name}/{model.path.name}, step {model.meta.get('step', 'unknown')}; seed "
-        f"{a.seed}, {a.samples} samples of {c.STEPS} steps; {date.today()}",
+        made="; ".join(filter(None, [made, method_note(label)])),
     )
     print(
         f"{case.name}, {a.method}: {out}/mpr.png, report.png, generated.nii.gz",

@@ -27,7 +27,7 @@ TINY = [
     "TRAINING.AMP=bf16",
     "MODEL.EMA_DECAY=0.8",
 ]
-METHODS = ["mean", "consistent_mean", "expected", "sample", "mean_of_k"]
+METHODS = ["mean", "consistent_mean", "expected", "sharp", "sample", "mean_of_k"]
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,12 @@ import torch
 from test_uncertainty import TINY
 
 import diffx2ct.evaluate as evaluation
+import diffx2ct.visualize as viewer
 from diffx2ct.basics import UserError
 from diffx2ct.checkpoint import describe, load_model, save_model, write_with_checksum
+from diffx2ct.commands import SHARP_NOTE, visualize_options
 from diffx2ct.config import load_config
-from diffx2ct.data import Case, density, to_unit
+from diffx2ct.data import Case, density, to_hu, to_unit
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.evaluate import check_same_data, evaluate, mean_intervals, score_volume, trained_on
@@ -86,6 +88,39 @@ def noises(model, case, monkeypatch, seed: int) -> list[tuple[torch.Tensor, torc
 def test_each_sample_begins_with_the_noise_of_its_seed(model, case, monkeypatch):
     starts = [start for start, _ in noises(model, case, monkeypatch, 7)]
     assert all(torch.equal(v, reconstruction.seeded_noise((1, 16, 16, 16), 7 + k)) for k, v in enumerate(starts))
+
+
+def test_sharp_begins_at_the_expected_volume_with_noise(model, case, monkeypatch):
+    "The expected volume is made once; signal and noise at half time are those of the schedule."
+    d, net = model.config.DIFFUSION, model.denoiser
+    begun = []
+
+    def sampler(denoise, x, times, diffusion, generator):
+        begun.append((x, times))
+        return x
+
+    monkeypatch.setitem(reconstruction.SAMPLERS, d.SAMPLER, sampler)
+    asked = []
+    clean = torch.full((1, 1, 16, 16, 16), 0.3)
+    monkeypatch.setattr(reconstruction, "consistent_denoiser", lambda *a: lambda x, t: (asked.append((x, t)), clean)[1])
+    reconstruction.reconstruct(model, case.views, "sharp", seed=7)
+    ((zero, t),), ((x, times),) = asked, begun
+    assert t == 1 and not zero.any() and times == pytest.approx(torch.linspace(0.5, 0, d.STEPS + 1).tolist())
+    alpha, sigma = (float(v) for v in net.diffusion.alpha_sigma(torch.tensor(0.5)))
+    assert torch.allclose(x, alpha * clean + sigma * reconstruction.seeded_noise((1, 16, 16, 16), 7), atol=1e-6)
+
+
+def test_a_report_of_sharp_says_what_it_is_and_has_true_samples(model, case, tmp_path, monkeypatch):
+    pages = {}
+    monkeypatch.setattr(viewer, "save_report", lambda folder, volumes, *a, **k: pages.update(k, volumes=volumes))
+    a = visualize_options().parse_args("--method sharp --samples 2 --steps 2 --seed 5".split())
+    viewer.run_case(model, case, a, tmp_path, (-1000, 600))
+    assert pages["method"] == "sharp" and pages["made"].endswith(SHARP_NOTE)
+    d = model.config.DIFFUSION.model_copy(update=dict(STEPS=2))
+    samples = reconstruction.draw_samples(model, case.views, [5, 6], d)
+    for k, x in enumerate(samples, 1):
+        assert torch.equal(pages["volumes"][f"sample_{k}"], to_hu(x[0], WINDOW))
+    assert not torch.equal(pages["volumes"]["generated"], pages["volumes"]["sample_1"])
 
 
 def test_fresh_noise_is_not_that_of_the_start(model, case, monkeypatch):

@@ -18,6 +18,7 @@ from PIL import Image
 from diffx2ct.basics import UserError, save_tensor
 from diffx2ct.calibrate import Calibrator
 from diffx2ct.checkpoint import describe, load_model, save_model
+from diffx2ct.commands import SHARP_NOTE
 from diffx2ct.config import load_config
 from diffx2ct.data import density, to_unit, write_manifest
 from diffx2ct.diffusion import build_denoiser
@@ -347,6 +348,11 @@ def test_samples_mean_and_spread(here, say, tmp_path):
     )
     say("--out", tmp_path / "m.nii.gz", "--method", "mean_of_k", "--samples", 3, "--steps", 2, "--seed", 3)
     assert (read("m.nii.gz") == read("m_mean.nii.gz")).all() and (read("m.nii.gz") == read("a_mean.nii.gz")).all()
+    out, _ = say("--out", tmp_path / "s.nii.gz", "--method", "sharp", "--samples", 3, "--steps", 2, "--seed", 3)
+    assert f"note: sharp: {SHARP_NOTE}" in out and "sharp, seed 3" in note("s.nii.gz")
+    assert (read("s.nii.gz") != read("a.nii.gz")).any()
+    for k in ("_mean", "_spread", "_spread_95"):  # of true samples, whatever the method of the volume
+        assert (read(f"s{k}.nii.gz") == read(f"a{k}.nii.gz")).all()
 
 
 # what goes in

@@ -13,6 +13,7 @@ import SimpleITK as sitk
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffx2ct.commands import SHARP_NOTE
 from diffx2ct.data import CAUTION, COLOUR_MAPS, GENERATED, WINDOWS, Case, Layer
 from diffx2ct.drawing import (
     MARGIN,
@@ -20,6 +21,8 @@ from diffx2ct.drawing import (
     VOLUME_KINDS,
     draw_slice,
     layer,
+    method_label,
+    method_note,
     patient_position,
     scale_bar,
     slice_box,
@@ -249,6 +252,17 @@ def test_colours_and_the_caution_follow_the_layer_whatever_its_name():
         small[shown] = np.flatnonzero((strip[..., 0] - strip[..., 2] > 60).any(0)).max()  # amber letters end there
     assert small["mine"] > 1.5 * small["truth"] > 0
     assert set(COLOUR_MAPS) == {v.kind for v in VOLUME_KINDS.values()}
+
+
+def test_the_caption_of_sharp_denies_that_it_is_a_measure_of_uncertainty():
+    volumes = {"truth": volume(), "generated": Layer(volume(), generated=True), "samples": [volume(1), volume(2)]}
+    viewer = view(volumes, pixels=100, labels={"generated": method_label("sharp")})
+    noted = {}
+    for shown, sample in (("truth", 0), ("generated", 0), ("generated", 1)):
+        viewer.show.value, viewer.sample.value = shown, sample
+        noted[shown, sample] = SHARP_NOTE in viewer.caution.value
+    assert noted == {("truth", 0): False, ("generated", 0): True, ("generated", 1): False}
+    assert "generated" in SHARP_NOTE and "uncertainty" in SHARP_NOTE and method_note("sample") == ""
 
 
 def report(**how):

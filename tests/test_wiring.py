@@ -217,7 +217,7 @@ ANSWERS = (
     }
     | {
         f"reconstruct {m} {how}": partial(sampled, f"DIFFUSION.CONSISTENCY={how}", method=m, kind="near")
-        for m in ("expected", "sample", "mean_of_k")
+        for m in ("expected", "sharp", "sample", "mean_of_k")
         for how in ("on", "soft", "off")
     }
     | {
@@ -526,6 +526,20 @@ def test_metrics_of_one_volume():
     shifted = truth + torch.arange(12.0).view(-1, 1, 1) * 40  # slices along D that differ in their error
     u = metrics.metrics(unit(shifted), unit(truth), WINDOW)
     assert u["ssim_axial"] != pytest.approx(u["ssim_sagittal"], abs=1e-3) and u["psnr_slices"] > u["psnr"] + 0.1
+
+
+def test_metrics_power_per_band_in_numpy():
+    "One band after the other, by loops over the frequencies of a cube that is not a cube."
+    shape = (12, 10, 8)
+    x, y = uniform(*shape), uniform(*shape, seed=1) ** 2
+    taper = np.einsum("i,j,k->ijk", *(np.hanning(n) for n in shape))
+    power = [np.abs(np.fft.fftn((v.double().numpy() - v.double().numpy().mean()) * taper)) ** 2 for v in (x, y)]
+    sums = np.zeros((2, 3))
+    for at in itertools.product(*map(range, shape)):
+        f = math.hypot(*(min(k, n - k) / n for k, n in zip(at, shape)))
+        sums[:, 0 if f > 1 / 4 else 1 if f > 1 / 8 else 2] += [p[at] for p in power]
+    assert metrics.band_power(x, y, 3) == pytest.approx(10 * np.log10(sums[0] / sums[1]), abs=1e-6)
+    assert len(metrics.band_power(x, y)) == 4 and metrics.band_power(x * 0, x * 0) == [0] * 4
 
 
 def test_metrics_bootstrap_is_a_95_percent_interval():

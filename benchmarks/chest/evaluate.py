@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import one_thread, save, table
 
-METHODS = ("mean", "consistent_mean", "expected", "sample", "mean_of_k")
+METHODS = ("mean", "consistent_mean", "expected", "sharp", "sample", "mean_of_k")
 
 
 def case_rows(model, name: str, population: str, x, seed: int, methods, bounds: dict) -> list[dict]:

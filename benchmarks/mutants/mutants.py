@@ -304,6 +304,14 @@ MUTANTS = {
         ),
         ("signed error", "error = (hu - true).abs()", "error = hu - true", "errors cancel"),
         ("mean of squares of the mean", "(a - b).double().square()", "(a - b).double().abs()", "PSNR of another error"),
+        ("bands of the wrong octave", ".floor().clamp(1, bands)", ".ceil().clamp(1, bands)", "texture of another size"),
+        (
+            "power of the error",
+            "for v in (x.double(), truth.double())]",
+            "for v in ((x - truth).double(), truth.double())]",
+            "an error counts as texture",
+        ),
+        ("no taper", "((v - v.mean()) * taper)", "(v - v.mean())", "opposite faces count as fine detail"),
         (
             "resamples of a quarter",
             "torch.randint(len(v), (draws, len(v)),",
@@ -597,6 +605,12 @@ MUTANTS = {
             "max(0, u.PLANAR_LEVELS - 1)",
             "max(0, u.PLANAR_LEVELS)",
             "old checkpoints are silently wrong",
+        ),
+        (
+            "dpm++ shrinks a late start",
+            "x * (s[0] / first).float() / root[0]",
+            "x * s[0].float() / root[0]",
+            "half of the expected volume is lost",
         ),
     ],
     "parallel": [
@@ -1002,7 +1016,25 @@ MUTANTS = {
             "settings without effect",
         ),
         ("steps ignored", "sampling_times(c.STEPS)", "sampling_times(8)", "a setting without effect"),
-        ("one sample for many", '(1 if method == "sample" else k)', "1", "no mean of k"),
+        ("one sample for many", '(k if method == "mean_of_k" else 1)', "1", "no mean of k"),
+        (
+            "sharp starts as a sample",
+            'SHARP_START if method == "sharp" else 1.0',
+            "1.0",
+            "two methods are one",
+        ),
+        (
+            "noise on no expected volume",
+            "clean = denoise(zero, 1.0) if start < 1 else zero",
+            "clean = zero",
+            "sharp forgets the expected volume",
+        ),
+        (
+            "less noise, all times",
+            "times = [start * t for t in sampling_times(c.STEPS)]",
+            "times = sampling_times(c.STEPS)",
+            "the sampler takes the start for pure noise",
+        ),
         (
             "consistency at the end only",
             "denoiser.enforce_consistency(denoiser.to_volume(state, prior), views, c.CONSISTENCY)",
@@ -1081,8 +1113,8 @@ MUTANTS = {
         ("stopped looks like done", "sys.exit(130)", "sys.exit(0)", "a script goes on"),
         (
             "a method too few",
-            '("mean", "consistent_mean", "expected", "sample", "mean_of_k")',
-            '("mean", "consistent_mean", "expected", "sample")',
+            '("mean", "consistent_mean", "expected", "sharp", "sample", "mean_of_k")',
+            '("mean", "consistent_mean", "expected", "sharp", "sample")',
             "a way to answer that cannot be asked for",
         ),
     ],
@@ -1189,6 +1221,12 @@ MUTANTS = {
             "an option without effect",
         ),
         ("infinite figures", "v if math.isfinite(v) else None for", "v for", "JSON that is none"),
+        (
+            "power of the coarsest band",
+            "fine_power=band_power(x[0], case.volume[0])[0]",
+            "fine_power=band_power(x[0], case.volume[0])[-1]",
+            "a smooth volume passes for a sharp one",
+        ),
         ("geometry not compared", '"geometry": astuple(net.A.geometry)[:4],', "", "figures of another machine"),
         (
             "sides not compared",

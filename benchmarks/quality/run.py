@@ -310,7 +310,10 @@ def train_row(row: dict, minutes: float, paths: dict, over: list[str], out: Path
         held, passes = held.only(held.cases[:FEW]), {"off": ["mean", "consistent_mean", "sample"]}
     else:
         passes = {
-            "on": ["mean", "consistent_mean", "expected", "sample", *(["mean_of_k"] if row["table"] == "main" else [])],
+            "on": [
+                *("mean", "consistent_mean", "expected", "sharp", "sample"),
+                *(["mean_of_k"] if row["table"] == "main" else []),
+            ],
             "off": ["expected", "sample"],
         }
     for consistency, methods in passes.items():
@@ -368,7 +371,7 @@ def summary(out: Path) -> str:
                 f"| {block[0]['scores'][m]['mae_hu'][0]:.0f} |"
             )
         for r in block:
-            for m in ("expected", "expected (off)", "sample", "sample (off)", "mean_of_k"):
+            for m in ("expected", "expected (off)", "sharp", "sample", "sample (off)", "mean_of_k"):
                 if s := r["scores"].get(m):
                     said.append(
                         f"| {r['method'].replace('_', ' ')} | {len(r['cases'])} | "
