@@ -1365,6 +1365,24 @@ MUTANTS = {
             "a synthetic CT without a word",
         ),
         ("spread of the population", "np.std(drawn, 0, ddof=1)", "np.std(drawn, 0, ddof=0)", "spread too small"),
+        (
+            "position of the scan mirrored",
+            "o + float(c) for o, c in zip(",
+            "o - float(c) for o, c in zip(",
+            "another place",
+        ),
+        (
+            "a renamed file as measured",
+            'header.GetMetaData("descrip").startswith(GENERATED)',
+            'header.GetMetaData("descrip").startswith(CAUTION)',
+            "a synthetic CT without a word",
+        ),
+        (
+            "seed ignored",
+            "seeds = list(range(seed, seed + count))",
+            "seeds = list(range(count))",
+            "the same samples again",
+        ),
     ],
     "viewer": [
         (
@@ -1377,6 +1395,14 @@ MUTANTS = {
             "wheel reversed",
             "i + n - o for i, n, o in zip(self.at",
             "i - n + o for i, n, o in zip(self.at",
+            "walking backwards",
+        ),
+        ("brighter is darker", "- up * (high - low)", "+ up * (high - low)", "the window moves the other way"),
+        ("zoom away from the mouse", "(1 / old - 1 / new)", "(1 / new - 1 / old)", "the point under the mouse is lost"),
+        (
+            "End leads to the start",
+            "last * (n - 1) if k == axis",
+            "(1 - last) * (n - 1) if k == axis",
             "walking backwards",
         ),
     ],
@@ -1394,6 +1420,13 @@ MUTANTS = {
             "left and right",
         ),
         ("residual of the views' sign", "again - views, True", "views - again, True", "sign of the difference"),
+        (
+            "difference of the files",
+            'volumes["difference"] = generated - truth',
+            'volumes["difference"] = truth - generated',
+            "too bright where it is too dark",
+        ),
+        ("files of an earlier run", "for name in ours - volumes.keys():", "for name in ():", "maps of another volume"),
     ],
     "visualize": [
         (
@@ -1402,12 +1435,15 @@ MUTANTS = {
             "many[:SLIDER]",
             "without samples the slider shows the estimate as one",
         ),
+        ("one view is enough", "if bool(a.ap) != bool(a.lat):", "if False:", "no sentence where a view is missing"),
+        ("views of another size", "if single.shape != (net.A.pixels,) * 2:", "if False:", "another patient's scale"),
         (
-            "views of display images",
-            "again = to_display(again)[0]",
-            "pass",
-            "a residual between two units",
+            "one folder for all cases",
+            "top / case.name if len(cases) > 1 else top",
+            "top",
+            "each case replaces the last",
         ),
+        ("no case at all", "if a.cases < 1 or", "if a.cases < 0 or", "nothing is written, without a word"),
     ],
     "verbs": [
         (
