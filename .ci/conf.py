@@ -19,6 +19,9 @@ extensions = ["myst_nb"]
 root_doc = "index"
 exclude_patterns = ["**.ipynb_checkpoints", "_*"]
 nb_execution_mode, nb_ipywidgets_js = "off", {}
+nb_mime_priority_overrides = [
+    ("html", "application/vnd.jupyter.widget-view+json", None)
+]  # no kernel: the still picture
 myst_enable_extensions, myst_heading_anchors = ["dollarmath", "amsmath"], 3
 html_theme, html_title, html_math_renderer = "furo", "diffx2ct", "mathml"
 SIDEBAR = {"Chapters": "0*", "How to": "howto/*", "API": "api"}
