@@ -299,7 +299,10 @@ def answers(good, tmp_path_factory, request) -> dict[str, Future]:
         }
 
 
-@pytest.mark.parametrize("name", BAD)
+QUICK = {"volume is a zip with code", "checkpoint of another program"}  # each command takes 5 s to load its packages
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BAD])
 def test_is_refused_in_one_sentence(answers, name):
     p, before, after, folders = answers[name].result()
     assert p.returncode == 2 and "Traceback" not in p.stdout + p.stderr, (p.returncode, p.stdout, p.stderr)
@@ -307,6 +310,7 @@ def test_is_refused_in_one_sentence(answers, name):
     assert after == before and "pwned" not in folders and "wandb" not in folders
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_whole(good, tmp_path):
     here = tmp_path / "work"
     shutil.copytree(good, here, symlinks=True)

@@ -68,6 +68,7 @@ def test_a_rehearsal_is_scored_and_not_repeated(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.json")}
 
 
+@pytest.mark.slow
 def test_rows_without_their_data_are_left_out(tmp_path):
     got = run_cmd(
         [sys.executable, RUN, "--only", "sarcoma_cone", "--out", tmp_path / "out", "--ct", tmp_path], cwd=tmp_path

@@ -167,6 +167,7 @@ def spot(page, plane, x, y):
     return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_controls(page):
     SHOTS.mkdir(exist_ok=True)
@@ -234,6 +235,7 @@ def test_controls(page):
     changed(page, before[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_mouse_and_keys(page):
     """A click moves the cross-hair, a move reads out, the wheel and keys walk, a drag with the right button or shift
@@ -303,6 +305,7 @@ def test_mouse_and_keys(page):
     shoot(page, "window")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_zoom_pan_ends_and_save(page, tmp_path):
     "Home and End, ctrl and the wheel, ctrl and a drag, width and level as typed, the saved picture, the full screen."
@@ -352,6 +355,7 @@ def test_zoom_pan_ends_and_save(page, tmp_path):
     page.wait_for_function("!document.fullscreenElement")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_cloud_shows_bones(tmp_path, driver):
     "A phantom's bones, at low resolution, are bright against the dark ground."

@@ -89,6 +89,7 @@ def with_geometry(source, target, g):
     return target
 
 
+@pytest.mark.slow
 def test_prepare_keeps_the_sides(inside):
     m = read_manifest("mine/drrs")
     assert m["mm"] == CUBE / N and m["geometry"] == asdict(CHEST) and len(m["geometry"]) == 6
@@ -100,6 +101,7 @@ def test_prepare_keeps_the_sides(inside):
     assert (of(CHEST) - other)[: N * N].abs().max() > 5 and torch.equal(of(CHEST)[N * N :], other[N * N :])
 
 
+@pytest.mark.slow
 def test_prepare_goes_on_with_the_folders_settings(inside):
     before = read_manifest("mine/drrs")
     for more in ([], ["--geometry", "chest"]):
@@ -109,6 +111,7 @@ def test_prepare_goes_on_with_the_folders_settings(inside):
     assert "prepared with geometry cone 1608 1800 430 pa left, not parallel" in said
 
 
+@pytest.mark.slow
 def test_prepare_with_another_cube(inside):
     one = ["scans/p0.nii.gz", "--size", N, "--geometry", "chest"]
     go(inside, "diffx2ct_prepare", *one, "--mm", 20, "--out", "small")
@@ -121,6 +124,7 @@ def test_prepare_with_another_cube(inside):
     assert "384/N for --geometry chest" in said and "in a cube of 384 mm unless --mm gives another size" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_the_sides(model):
     assert model.denoiser.A.geometry == CHEST and model.meta["geometry"] == asdict(CHEST)
     assert load_model(save_model("again.safetensors", model.denoiser, model.meta)).denoiser.A.geometry == CHEST
@@ -135,6 +139,7 @@ def test_a_checkpoint_keeps_the_sides(model):
     assert miss(CHEST) < 0.05 and miss(Geometry("cone", 1608.0, 1800.0, 430.0)) > 1.2 * miss(CHEST)
 
 
+@pytest.mark.slow
 def test_the_phantoms_before_it_have_the_same_geometry(inside):
     name = "phantoms_16_16_cone-1608-1800-430-pa-left_384mm_-1024_1500"
     assert (inside / "data" / name / "drrs/manifest.json").is_file()  # the training has made it
@@ -149,6 +154,7 @@ def test_the_phantoms_before_it_have_the_same_geometry(inside):
     assert make_phantoms(four).name == "phantoms_16_16_cone-541-949-500_320mm_-1024_1500"
 
 
+@pytest.mark.slow
 def test_phantoms_by_the_name_of_the_preset(inside):
     c = load_config(sets=[*TINY, *PHANTOMS, "DATA.GEOMETRY=chest", "DATA.CUBE_MM=384"])
     data = open_data(c)
@@ -157,6 +163,7 @@ def test_phantoms_by_the_name_of_the_preset(inside):
     assert read_manifest(folder / "drrs")["geometry"] == asdict(CHEST)
 
 
+@pytest.mark.slow
 def test_old_manifests_and_checkpoints_have_four_numbers(inside, model):
     old = geometry(FOUR, CUBE)
     assert type(old) is Geometry and asdict(old) == FOUR
@@ -175,6 +182,7 @@ def test_old_manifests_and_checkpoints_have_four_numbers(inside, model):
     assert compared_settings(c, open_data(c))[kind] == "cone 1608 1800 430 pa left, voxels of 24 mm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(frontal="ap"), dict(lateral="right"), dict(frontal=None)])
 def test_other_sides_are_another_geometry(inside, model, tmp_path, change):
     other = with_geometry(inside / "mine", tmp_path / "other", asdict(CHEST) | change)
@@ -189,6 +197,7 @@ def test_other_sides_are_another_geometry(inside, model, tmp_path, change):
     check_same_geometry(same / "drrs/p0/AP.pt", model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [dict(frontal="back"), dict(lateral=1), dict(sides="pa")])
 def test_sides_that_do_not_exist(inside, model, tmp_path, wrong):
     other = with_geometry(inside / "mine", tmp_path / "other", asdict(CHEST) | wrong)
@@ -199,6 +208,7 @@ def test_sides_that_do_not_exist(inside, model, tmp_path, wrong):
         load_model(path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_cube_holds_the_detector(model, tmp_path):
     near = asdict(CHEST) | dict(sdd_mm=1700.0)
     path = save_model(tmp_path / "near.safetensors", model.denoiser, model.meta | {"geometry": near})

@@ -62,6 +62,7 @@ def twice(tmp_path_factory) -> list[dict]:
     return [run(0), run(1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["phantoms", "split", "order", "losses", "values", "weights", "sample"])
 def test_the_same_to_the_bit(twice, what):
     assert twice[0][what] == twice[1][what] and twice[0][what]
@@ -75,6 +76,7 @@ def cpu() -> str:
     )
 
 
+@pytest.mark.slow
 def test_the_golden_run(twice):
     """Within a torch release the losses stay, to rounding on any CPU and to the bit on the kind of CPU they were
     noted on, since its units decide in which order sums are taken."""

@@ -90,7 +90,7 @@ SMALL = [  # three levels, for copies that are left out one after the other
     "MODEL.UNET.ATTENTION_LEVELS=[false, false, true]",
     "MODEL.UNET.CROSS_ATTENTION_LEVELS=[false, true, true]",
 ]
-PLANS = ("balanced", "seed3")
+PLANS = ("balanced", pytest.param("seed3", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module", params=PLANS)

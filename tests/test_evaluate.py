@@ -87,6 +87,7 @@ def changed(place, data, name, **keys):
     return copy
 
 
+@pytest.mark.slow
 def test_own_cases_by_all_methods(place):
     got = evaluate(place, "--json", "out/a.json", "--plot", "out/a.png", "--protocol", "psct")
     assert got.stderr == ""
@@ -132,6 +133,7 @@ def test_own_cases_by_all_methods(place):
     ) == ["a.json", "a.png"]
 
 
+@pytest.mark.slow
 def test_a_folder_with_cases_it_was_trained_on_the_same_twice(place, data):
     args = ["--data", data, "--methods", "mean", "sample", "--steps", "2", "--seed", "5"]
     first, again = (evaluate(place, *args, "--json", f"{n}.json") for n in ("b1", "b2"))
@@ -156,6 +158,7 @@ def test_a_folder_with_cases_it_was_trained_on_the_same_twice(place, data):
     )
 
 
+@pytest.mark.slow
 def test_views_of_two_patients_are_met_half_way(place, data):
     swapped = place / "swapped"
     shutil.copytree(data, swapped)
@@ -173,6 +176,7 @@ def test_views_of_two_patients_are_met_half_way(place, data):
     assert [c["consistency"] for c in figures(place / "c.json")["cases"].values()] == ["soft", "on"]
 
 
+@pytest.mark.slow
 def test_data_that_is_not_the_models(place, data, capfd, monkeypatch):
     cone = dict(kind="cone", sad_mm=541, sdd_mm=949, panel_mm=500)
     for name, keys, words in (
@@ -191,6 +195,7 @@ def test_data_that_is_not_the_models(place, data, capfd, monkeypatch):
     assert "geometry cone" in evaluate(place, "--data", "cone", code=2).stderr  # once as a process of its own
 
 
+@pytest.mark.slow
 def test_what_it_refuses(place, data, capfd, monkeypatch):
     (place / "empty/volumes").mkdir(parents=True)
     (place / "empty/drrs").mkdir()
@@ -214,6 +219,7 @@ def test_help_teaches(tmp_path):
     assert all(word in said for word in ("examples:", "consistent_mean", "x2ct", "4.29 dB", "--consistency"))
 
 
+@pytest.mark.slow
 def test_display_images_cannot_be_forced(place, data, capfd, monkeypatch):
     shown = changed(place, data, "shown", view_domain="display")
     sets = [*TINY, "EPOCHS=1", f"DATA.PT_DATA_DIR={shown / 'volumes'}", f"DATA.DRR_DIR={shown / 'drrs'}"]
@@ -225,6 +231,7 @@ def test_display_images_cannot_be_forced(place, data, capfd, monkeypatch):
     assert all(word in said for word in ("--consistency on", "line integrals", "display images"))
 
 
+@pytest.mark.slow
 def test_views_in_another_unit_are_not_forced(place, data):
     wrong = place / "metres"
     shutil.copytree(data, wrong)

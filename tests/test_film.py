@@ -68,7 +68,10 @@ def identify(pair, A, reference):
     return views, found
 
 
-@pytest.mark.parametrize("name", NOT_CHESTS)
+QUICK = {"hands", "films on a light box"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NOT_CHESTS])
 def test_drawn_pictures_are_not_taken_for_chests(name, reference):
     "The films that are drawn on, or turned, cause no such warning themselves."
     A, s = Projector(geometry("chest", CUBE), N, CUBE / N, 128), FilmSettings()
@@ -106,6 +109,7 @@ def benchmark(*args):
     return run_cmd([sys.executable, ROOT / "benchmarks" / "film" / "run.py", *args])
 
 
+@pytest.mark.slow
 def test_benchmark_fills_its_tables(place):
     got = benchmark(
         *("--ct", place / "ct", "--xray", place / "xray", "--calibrator", place / "calibrator.safetensors"),
@@ -122,6 +126,7 @@ def test_benchmark_fills_its_tables(place):
     assert pair["learned, height fitted"] <= pair["learned"] + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, words", [((), "there is nothing to do"), (("--ct", ".", "--chests", "nobody"), "has no nobody")]
 )

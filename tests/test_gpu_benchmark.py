@@ -50,6 +50,7 @@ def test_every_part_is_rehearsed(tmp_path, run):
     assert "| lidc256 |" in got.stdout
 
 
+@pytest.mark.slow
 def test_a_part_out_of_time_is_recorded_and_the_next_one_begins(tmp_path):
     got, result = rehearse(tmp_path, "--only", "numerics", "steps", "--limit", "0.01")
     assert got.returncode == 1 and [p["status"] for p in result["parts"].values()] == ["out of time (0.01 s)"] * 2
@@ -71,6 +72,7 @@ def test_limits_are_under_eight_minutes_and_bars_are_judged(run):
     assert [(b["bar"], b["met"]) for b in bars] == [(4.0, True), (8.0, False)]
 
 
+@pytest.mark.slow
 def test_a_missing_gpu_is_one_sentence(tmp_path):
     got, result = rehearse(tmp_path, device="cuda:7")
     assert got.returncode == 2 and result is None

@@ -1363,9 +1363,10 @@ def test_the_pickle_would_have_worked(tmp_path):
     assert (tmp_path / "pwned").is_dir()
 
 
-@pytest.mark.parametrize(
-    "place", ["study", "journal", "user attribute", "system attribute", "distribution", "id", "checksums", "image"]
-)
+PLACES = ["study", "journal", "user attribute", "system attribute", "distribution", "id", "checksums", "image"]
+
+
+@pytest.mark.parametrize("place", [p if p == "study" else pytest.param(p, marks=pytest.mark.slow) for p in PLACES])
 def test_a_pickle_in_a_study_is_never_opened(reader, good, place):
     "The study, what it stores, and what lies beside it."
     import optuna

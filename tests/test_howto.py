@@ -62,6 +62,7 @@ def changed(tmp_path_factory) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", RUN], input=checks, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [p.stem for p in PAGES if blocks(p, "python")])
 def test_the_change_of_a_page_works(name, changed):
     assert f"ok {name}\n" in changed.stdout, changed.stderr

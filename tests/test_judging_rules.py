@@ -4,6 +4,7 @@ untrained."""
 import json
 import math
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from diffx2ct.basics import UserError
 from diffx2ct.checkpoint import describe, load_model, save_model, write_with_checksum
 from diffx2ct.commands import SHARP_NOTE, visualize_options
 from diffx2ct.config import load_config
-from diffx2ct.data import Case, density, to_hu, to_unit
+from diffx2ct.data import Case, density, save_case, to_hu, to_unit, write_manifest
 from diffx2ct.diffusion import build_denoiser
 from diffx2ct.drr import geometry
 from diffx2ct.evaluate import check_same_data, evaluate, mean_intervals, score_volume, trained_on
@@ -39,7 +40,8 @@ from diffx2ct.uncertainty import (
     z_score,
 )
 
-reconstruction = sys.modules["diffx2ct.reconstruct"]  # `diffx2ct.reconstruct` is the verb
+# `diffx2ct.reconstruct` and `diffx2ct.uncertainty` are verbs
+reconstruction, uncertainty = (sys.modules[f"diffx2ct.{name}"] for name in ("reconstruct", "uncertainty"))
 WINDOW = (-1024.0, 1500.0)
 HU = WINDOW[1] - WINDOW[0]
 
@@ -59,6 +61,18 @@ def model(tmp_path_factory):
 def case(model):
     volume = to_unit(phantom(1, 16)[0], WINDOW)[None]
     return Case("somebody", volume, model.denoiser.A(density(volume[None], WINDOW))[0])
+
+
+@pytest.fixture(scope="module")
+def prepared(model, tmp_path_factory):
+    "A folder of two cases, as diffx2ct_prepare writes it."
+    folder, A = tmp_path_factory.mktemp("prepared"), model.denoiser.A
+    for k in (2, 3):
+        volume = to_unit(phantom(k, 16)[0], WINDOW)
+        views = A(density(volume[None, None], WINDOW))[0]
+        save_case(f"new{k}", volume, views, folder / "volumes", folder / "drrs")
+    write_manifest(folder / "drrs", asdict(A.geometry), 16, A.mm, 16, WINDOW, {"new2": {}, "new3": {}})
+    return folder
 
 
 # Reconstruction
@@ -196,6 +210,22 @@ def test_data_of_another_machine_is_refused(key, value, words, model, monkeypatc
         check_same_data(tmp_path, model)
 
 
+def test_an_evaluation_from_its_options_to_its_files(model, prepared, tmp_path, capfd):
+    where = ["--checkpoint_dir", str(model.path.parent), "--data", str(prepared)]
+    files = [tmp_path / "a.json", tmp_path / "a.png"]
+    evaluation.main([*where, "--methods", "mean", "expected", "--json", str(files[0]), "--plot", str(files[1])])
+    printed, kept = capfd.readouterr().out, json.loads(files[0].read_text())
+    assert list(kept["cases"]) == ["new2", "new3"] and kept["settings"]["methods"] == ["mean", "expected"]
+    for name, found in kept["cases"].items():
+        row = next(line for line in printed.splitlines() if line.startswith(name))
+        assert row.split()[1:] == [f"{found['scores'][m]['psnr']:.2f}" for m in ("mean", "expected")]
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    for options, words in ((["--methods", "magic"], "magic is unknown"), (["--cases", "nobody"], "no such case")):
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.main([*where, *options])
+        assert words in capfd.readouterr().err
+
+
 # Uncertainty
 
 
@@ -259,3 +289,17 @@ def test_what_was_fitted_holds_for_its_model_and_settings_only(model):
     finally:
         for file in path.parent.glob(CALIBRATION_FILE + "*"):
             file.unlink()
+
+
+def test_a_calibration_from_its_options_to_the_report_of_a_volume(model, case, prepared, tmp_path, capfd):
+    fitted = tmp_path / "fitted"
+    where = ["--checkpoint_dir", str(model.path.parent), "--data", str(prepared), "--k", "2", "--out", str(fitted)]
+    uncertainty.main(where)
+    assert "fitted on 2 cases, 2 samples each" in capfd.readouterr().out
+    c, model = model.config.DIFFUSION, load_model(fitted)
+    many = reconstruction.draw_samples(model, case.views, [0, 1], c)
+    maps, report = uncertainty.assess(model, case.views, many, c)
+    assert report["calibration"] == "calibrated on 2 held-out cases" and "lung volume" in report["report"]
+    assert set(report["signs"]) <= set(uncertainty.SCORES) and all(v.shape == (16, 16, 16) for v in maps.values())
+    torch.testing.assert_close(maps["mean"], many.mean(0)[0] * HU + WINDOW[0], atol=0.1, rtol=0)
+    assert (maps["spread_95"] >= 0).all() and (maps["coverage"] == 2).all()

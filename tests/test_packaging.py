@@ -167,6 +167,7 @@ def editable(tmp_path_factory):
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["..", ".", "data", "nbs"])
 def test_the_package_is_found_from_every_folder(editable, folder):
     "Also from the folder above the clone, where `diffx2ct` is the clone itself and `diffx2ct.data` its folder of data."

@@ -174,6 +174,7 @@ def test_nothing_of_the_header_leaves_it(cases):
             assert word not in p.read_bytes(), (p, word)
 
 
+@pytest.mark.slow
 def test_a_second_run_adds_and_keeps(cases):
     tmp, out, _ = cases
     before = files(out / "volumes")
@@ -188,6 +189,7 @@ def test_a_second_run_adds_and_keeps(cases):
     assert files(out / "volumes")[out / "volumes/lps.pt"] != before[out / "volumes/lps.pt"]
 
 
+@pytest.mark.slow
 def test_two_at_once_share_a_folder(tmp_path):
     "The second waits for the first; the folder then holds what both were given, and the manifest lists both."
     for name in "ab":
@@ -234,6 +236,7 @@ def test_settings_may_not_change(cases, args, word, capfd):
     assert files(out) == before
 
 
+@pytest.mark.slow
 def test_one_name_from_two_scans(cases):
     tmp, out, _ = cases
     (tmp / "again").mkdir(exist_ok=True)
@@ -357,6 +360,7 @@ def test_a_case_is_never_half_new(tmp_path, monkeypatch):
         save("b", new)
 
 
+@pytest.mark.slow
 def test_table_is_removed_or_kept(tmp_path):
     hu = patient((32, 48, 48))
     hu[:, 43, 2:46] = 0
@@ -383,6 +387,7 @@ def test_table_is_removed_or_kept(tmp_path):
     assert torch.load(tmp_path / "k/volumes/t.pt", weights_only=True).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_x2ct_tree_and_packed_array(tmp_path):
     cube = patient((16, 16, 16))
     for case in ("LIDC-1", "LIDC-2"):
@@ -487,16 +492,22 @@ def bad_scans(tmp):
     )
 
 
-@pytest.mark.parametrize("kind", bad_scans(Path()))
+BY_COMMAND = "missing", "short_nii", "gap", "short_slice"  # as processes of their own
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in BY_COMMAND else k for k in bad_scans(Path())]
+)
 def test_bad_scans_are_refused_in_one_sentence(tmp_path, kind, capfd):
     make, word = bad_scans(tmp_path)[kind]
     path = make()
     args = (path, "--out", tmp_path / "out", "--size", 16)
-    printed = run(*args, code=2) if kind in ("missing", "short_nii", "gap", "short_slice") else refused(capfd, *args)
+    printed = run(*args, code=2) if kind in BY_COMMAND else refused(capfd, *args)
     assert word in printed and path.name in printed and "Jane" not in printed
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_series_is_picked(tmp_path):
     img = sitk.DICOMOrient(image(patient()), "LPS")
     write_dicom(img, tmp_path / "p")
@@ -516,6 +527,7 @@ def test_help_teaches():
     assert "diffx2ct_prepare patient1.nii.gz" in printed and "--series" in printed and "diffx2ct_train --set" in printed
 
 
+@pytest.mark.slow
 @real
 def test_two_real_chests(tmp_path):
     run(CT / "lidc_idri_0001.nii.gz", CT / "lung_dx_a0001_dicom", "--out", tmp_path, "--size", 32, "--keep_names")
@@ -530,6 +542,7 @@ def test_two_real_chests(tmp_path):
         assert v.min() >= -1001 and (v[:, -2:] < -900).float().mean() > 0.5, case  # no table at the back
 
 
+@pytest.mark.slow
 @real
 def test_real_packed_array(tmp_path):
     printed = run(CT / "sts_ct_32.npz", "--out", tmp_path)

@@ -112,6 +112,7 @@ def test_a_rank_that_dies(place):
     assert states(place, "dies") == ["RUNNING"]
 
 
+@pytest.mark.slow
 def test_bad_input(place):
     "One sentence each."
     assert "BATCH_SIZE 4 cannot be shared by 5 processes" in go(place, "many", 5, code=2)
@@ -119,6 +120,7 @@ def test_bad_input(place):
     assert not (place / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_other_settings(place):
     "torchrun on two machines with different files is refused, naming the key and both values."
     with socket.socket() as s:

@@ -81,6 +81,7 @@ def test_a_folder_of_the_name_goes_first_and_that_is_said(weights, tmp_path, mon
     assert f"using the folder {own}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_absent_it_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFX2CT_WEIGHTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -157,6 +157,7 @@ def here(tmp_path, searched) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_search_from_nothing(searched):
     root, said = searched
     best = max(trials(root, "s"), key=lambda t: t.value)
@@ -193,6 +194,7 @@ def test_a_search_from_nothing(searched):
         good_picture(root / f"checkpoints/s/{name}.png")
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_and_more_trials_add_to_it(searched):
     root, before = searched[0], tensors(searched[0] / "checkpoints/s/trial_0")
     made = {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
@@ -207,6 +209,7 @@ def test_the_same_command_resumes_and_more_trials_add_to_it(searched):
     assert states(root, "s") == ["COMPLETE"] * 3 and tensors(root / "checkpoints/s/trial_0") == before
 
 
+@pytest.mark.slow
 def test_retrain_best(searched):
     root = searched[0]
     said = train(root, "--study_name", "s", "--retrain_best", "--n_trials", "2")
@@ -222,6 +225,7 @@ def links(root: Path) -> dict[str, str]:
     return {p.name: os.readlink(p) for p in (root / "checkpoints").iterdir() if p.is_symlink()}
 
 
+@pytest.mark.slow
 def test_links_are_of_one_study_and_best_always_leads_to_its_best(searched):
     root, before = searched[0], links(searched[0])
     assert {Path(target).parts[0] for target in before.values()} == {"s"} and len(before) == 4  # three trials and best
@@ -235,6 +239,7 @@ def test_links_are_of_one_study_and_best_always_leads_to_its_best(searched):
     go(root, "--checkpoint_dir", "checkpoints/best", "--samples", "0", command="diffx2ct_visualize")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sets, words",
     [
@@ -261,6 +266,7 @@ def test_a_study_goes_on_only_with_what_its_trials_were_made_with(searched, sets
     assert len(trials(root, "s")) == n and states(root, "s") == ["COMPLETE"] * n
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_only_paths_machines_and_sampling_differ(searched):
     root = searched[0]
     moved = root / "moved"
@@ -273,6 +279,7 @@ def test_a_study_goes_on_where_only_paths_machines_and_sampling_differ(searched)
     assert "best trial" in train(root, "--study_name", "s", *sum((["--set", s] for s in own), []))
 
 
+@pytest.mark.slow
 def test_nothing_is_on_stderr_but_progress_bars(here):
     "W&B as a user has it who has never logged in, or a key in the netrc file: no warning of a library."
     env = dict.fromkeys(("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "PYTHONWARNINGS")) | {"HOME": str(here / "home")}
@@ -291,6 +298,7 @@ def test_nothing_is_on_stderr_but_progress_bars(here):
     assert len(list(here.glob("wandb/offline-run-*"))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines, found", [("", False), ("machine elsewhere.org login a password b\n", False), (None, True)]
 )
@@ -311,6 +319,7 @@ def test_a_login_of_wandb_is_found_without_a_word(tmp_path, lines, found):
     assert run_cmd([sys.executable, "-c", code], cwd=tmp_path, **env).stdout.split()[-1] == "True"
 
 
+@pytest.mark.slow
 def test_kill_9_in_mid_trial_leaves_no_trace(here, searched):
     hook = at_file(here, "/trial_0/model_*", "os.kill(os.getpid(), signal.SIGKILL)")
     p = start(here, "--study_name", "s", "--n_trials", "1", **hook)
@@ -331,6 +340,7 @@ def test_kill_9_in_mid_trial_leaves_no_trace(here, searched):
     assert not list(here.rglob(".tmp-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_goes_on(here, searched, number):
     how = [
@@ -376,6 +386,7 @@ def test_two_processes_share_a_study(here):
     assert all(not ({f"trial {n}:" in err for _, err in said} == {True}) for n in range(3))  # each by one of them
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_pruned_and_the_search_goes_on(here):
     said = train(
         here,
@@ -405,6 +416,7 @@ def test_a_trial_that_diverges_is_pruned_and_the_search_goes_on(here):
         assert all(np.isfinite(v) for (v,) in db.execute("select value from trial_values"))
 
 
+@pytest.mark.slow
 def test_weights_that_are_lost_in_the_last_step_are_seen(here):
     said = train(
         here,
@@ -453,6 +465,7 @@ def rows_of(path: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_cone_beams_small_patches_and_wandb_offline_without_a_key(tmp_path):
     (tmp_path / "tiny.yml").write_text(TINY)
     sets = [
@@ -506,6 +519,7 @@ def test_cone_beams_small_patches_and_wandb_offline_without_a_key(tmp_path):
     assert set(np.unique(coverage)) == {0, 1, 2} and not (tmp_path / "wandb").exists()  # a cone misses corners
 
 
+@pytest.mark.slow
 def test_run_visualize_writes_beside_the_checkpoint(searched):
     root = searched[0]
     said = script(root, "run_visualize.sh", "--checkpoint_dir", "checkpoints/trial_0")
@@ -543,6 +557,7 @@ def test_run_visualize_writes_beside_the_checkpoint(searched):
     }  # nothing of the run before
 
 
+@pytest.mark.slow
 def test_own_scans_from_file_to_picture(tmp_path):
     for i in range(6):
         save_nifti(phantom(i, 32, 10.0)[0], 10.0, tmp_path / f"scans/p{i}.nii.gz")

@@ -147,6 +147,7 @@ def say(here, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_help_teaches():
     shown = run_cmd([sys.executable, "-c", "from diffx2ct.two_images import main; main(['--help'])"])
     assert (
@@ -559,8 +560,11 @@ PADDINGS = {  # bits, signed, value of the padded pixels, header
 }
 
 
-@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-@pytest.mark.parametrize("name", PADDINGS)
+QUICK = {"0", "-2000 of 12 bits", "a range"}
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", pytest.param("MONOCHROME2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PADDINGS])
 def test_padding_is_no_image(name, photometric, here, tmp_path):
     "The views are those of the same images with other values in the same padding; so are the notes."
     bits, signed, value, header = PADDINGS[name]

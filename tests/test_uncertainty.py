@@ -39,6 +39,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_bad_options_are_one_sentence(tmp_path, checkpoint):
     for options, words in (
         (["--k", "1"], "--k 1 must be 2 or more"),
