@@ -1,11 +1,14 @@
 """Run the checks and count them. Called by run_tests.sh, which sets the environment.
 
-Without words: everything. `quick`: without slow cells and tests, types and site. Names of chapters (02a), modules
-(diffusion) or test files (wiring): the chapter's cells and the tests of its module. Notebooks and test files run in
-processes forked from one that has imported the large packages, two at a time, so nobody waits for those imports."""
+Without words: everything. `quick`: without slow cells, chapters and tests, types and site. Names of chapters (02a),
+modules (diffusion) or test files (wiring): the chapter's cells and the tests of its module, slow ones too. Notebooks and
+test files run in processes forked from one that has imported the large packages and the modules of this one, two at a
+time, so nobody waits for those imports."""
 
+import gc
 import hashlib
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -95,6 +99,7 @@ class Job:
             return not test_nb(self.path.resolve(), skip_flags=skip, force_flags=force)[0]
         import pytest
 
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and they take two seconds to load
         select = [] if self.slow else ["-m", "not slow"]
         select += ["-k", self.keyword] if self.keyword else []
         how = ["-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={self.results}"]
@@ -140,6 +145,10 @@ def run_jobs(jobs: list[Job]):
     "Run all jobs, WORKERS at a time, each in a forked process; seconds are those of CPU."
     for name in LARGE.split():
         importlib.import_module(name)
+    for path in Path("diffx2ct").glob("[!_]*.py"):
+        with suppress(Exception):  # what uses a broken module reports it
+            importlib.import_module(f"diffx2ct.{path.stem}")
+    gc.freeze()  # what is here for good need not be looked through by every process
     running: dict[int, Job] = {}
     while jobs or running:
         while jobs and len(running) < WORKERS:
@@ -159,6 +168,12 @@ def run_jobs(jobs: list[Job]):
         time.sleep(0.02)
 
 
+def is_slow(notebook: Path) -> bool:
+    "Whether the whole chapter is slow: its first code cell has the flag."
+    first = next(c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code")
+    return "#| slow\n" in "".join(first["source"]) + "\n"
+
+
 def module_of(notebook: Path) -> str:
     "The module that a notebook exports."
     marker = '"#| default_exp '
@@ -168,7 +183,7 @@ def module_of(notebook: Path) -> str:
 def chosen(name: str) -> list[Job]:
     "The checks of a chapter, a module or a file of tests."
     if (tests := Path(f"tests/test_{name}.py")).is_file():
-        return [Job(tests)]
+        return [Job(tests, slow=True)]
     sys.path.insert(0, str(ROOT / "benchmarks/mutants"))
     import run as mutants  # its table lists which tests notice an error in which module
 
@@ -177,14 +192,14 @@ def chosen(name: str) -> list[Job]:
         module = module_of(p)
         if name in (p.stem, p.stem.split("_")[0], module):
             checks = [c.partition(" ") for c in mutants.CHECKS.get(module, []) if not c.endswith(".ipynb")]
-            return [Job(p), *(Job(Path(path), keyword) for path, _, keyword in checks)]
+            return [Job(p, slow=True), *(Job(Path(path), keyword, slow=True) for path, _, keyword in checks)]
     print(f"diffx2ct: {name} is not a chapter, a module or a file of tests; use a name such as 02a", file=sys.stderr)
     sys.exit(2)
 
 
 def all_jobs() -> list[Job]:
     "Every notebook and every file of tests, the largest first."
-    notebooks = [p for p in Path("nbs").glob("*.ipynb") if p.name[0] not in "_."]
+    notebooks = [p for p in Path("nbs").glob("*.ipynb") if p.name[0] not in "_." and not (quick and is_slow(p))]
     tests = list(Path("tests").glob("test_*.py"))
     return [Job(p, slow=not quick) for p in [*sorted(notebooks), *sorted(tests, key=lambda p: -p.stat().st_size)]]
 

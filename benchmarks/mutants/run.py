@@ -40,9 +40,9 @@ ALL, EACH = 0.85, 0.70  # share of bugs that must be noticed: of all, and of eac
 LARGE = (
     "numpy torch torch.distributed.tensor matplotlib.pyplot pytest nbdev.test monai.metrics diffusers SimpleITK optuna"
 )
-QUICK = "not slow and not browser and not cuda"
+HERE_ALONE = "not browser and not cuda"  # tests that run on any machine
 
-# Module -> checks, the quickest first: a test file with an expression for `pytest -k`, or a chapter without slow cells.
+# Module -> checks, the quickest first: a test file with an expression for `pytest -k`, or a chapter.
 CHECKS = {
     "drr": ["tests/test_wiring.py drr", "nbs/00a_drr.ipynb", "tests/test_wiring.py encoder"],
     "consistency": ["tests/test_wiring.py consisten", "nbs/00d_consistency.ipynb"],
@@ -176,7 +176,7 @@ def work(root: Path, check: str, told: int) -> int:  # exit code
     if check.endswith(".ipynb"):
         from nbdev.test import test_nb
 
-        passed, _ = test_nb(root / check, skip_flags=["slow", "cuda", "notest"])
+        passed, _ = test_nb(root / check, skip_flags=["cuda", "notest"])
         if not passed:
             os.write(told, check.encode())
         return int(not passed)
@@ -190,7 +190,7 @@ def work(root: Path, check: str, told: int) -> int:  # exit code
     path, _, expression = check.partition(" ")
     words = ["-k", expression] if expression else []
     code = pytest.main(
-        ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-m", QUICK, *words, path], plugins=[First()]
+        ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-m", HERE_ALONE, *words, path], plugins=[First()]
     )
     if code and code != 1:
         os.write(told, f"{path} does not run\n".encode())  # such as an import that fails
