@@ -89,7 +89,7 @@ def training_step(net, c) -> Callable[[list[tuple]], None]:
 
 def random_cases(
     n: int,
-    net,  # knows size, window and projector
+    net,  # has size, window and projector
 ) -> list:
     "Cases of random numbers: time and memory depend on shapes alone."
     import torch
@@ -102,7 +102,7 @@ def random_cases(
 
 def cpu_seconds(
     work: dict[str, Callable],  # name -> what is timed
-    repeats: int,  # rounds; each runs everything once, in an order of its own
+    repeats: int,  # rounds; each runs everything once, in a new random order
     before: Callable = lambda: None,  # done before each, not timed
 ) -> dict[str, float]:  # name -> median CPU seconds of this process
     """Time things side by side: rounds in which each has its turn, after one that is not counted; what else the
@@ -149,7 +149,7 @@ def postgres() -> Iterator[tuple[str, Callable]]:  # URL, and what stops the ser
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         raise UserError("there is no PostgreSQL server; install one (Debian: apt-get install postgresql)")
-    home = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short, as sockets want it
+    home = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short, as sockets require
     me = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # PostgreSQL does not run as root
     if me:
         shutil.chown(home, "postgres")

@@ -201,7 +201,7 @@ def read_pt(
             if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size:
                 raise ValueError("torch does not compress")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is wrong is said by us
+        warnings.simplefilter("ignore")  # our own error message follows
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except RuntimeError as e:

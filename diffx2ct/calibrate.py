@@ -43,7 +43,7 @@ class CalibratorConfig(Section):
         160,
     ]
     STEPS: Annotated[int, Field(ge=1, description="training steps")] = 4000
-    PATIENTS: Annotated[int, Field(ge=1, description="patients per step, each warped anew")] = 4
+    PATIENTS: Annotated[int, Field(ge=1, description="patients per step, each newly warped")] = 4
     FILMS: Annotated[int, Field(ge=1, description="film pairs per patient and step, each with its own settings")] = 2
     LEARNING_RATE: Annotated[float, Field(gt=0, description="peak, AdamW, between warm-up and cosine decay")] = 0.002
     SEED: Annotated[int, Field(ge=0, description="random seed of weights, patients and films")] = 0

@@ -213,7 +213,7 @@ class OptunaConfig(Section):
 
     N_TRIALS: Count = 4
     STORAGE: Annotated[str | None, Field(repr=False), PlainSerializer(redact_url)] = (
-        None  # dumped, shown or printed it says where, not who
+        None  # dumped, shown or printed without user and password
     )
     PRUNER: Literal["median", "hyperband", "none"] = "median"
     STARTUP_TRIALS: Annotated[int, Field(ge=0)] = 2
@@ -404,7 +404,7 @@ def validation_message(
 def set_key(
     c: Config,  # settings, changed in place
     key: str,  # dotted path, such as `TRAINING.LEARNING_RATE`
-    value: Any,  # anything YAML can say
+    value: Any,  # any YAML value
     source: str = "--set",  # named in the error
 ) -> Config:
     "Assign one dotted key, checked by the schema."
@@ -528,7 +528,7 @@ def load_config(
     return check_config(c)
 
 # %% ../nbs/00_config.ipynb #5b80f2e9
-def config_comments() -> dict[str, str]:  # dotted key -> what the file says of it, in its order
+def config_comments() -> dict[str, str]:  # dotted key -> its comment, in the order of the file
     "Comments of the shipped `config.yml`, by dotted key."
     said: dict[str, str] = {}
     path: list[tuple[int, str]] = []

@@ -56,7 +56,7 @@ def density(
 
 # %% ../nbs/00_data.ipynb #5c1e0a47
 CAUTION = "not for clinical use"  # on every picture and in every file that leaves the program
-GENERATED = "generated from two views: not a measurement"  # beside every generated volume
+GENERATED = "generated from two views: not a measurement"  # next to every generated volume
 AMBER = "#ffd24d"  # letters and cautions on black
 COLOUR_MAPS: dict[str, Any] = {
     "hu": "gray",  # Hounsfield units
@@ -172,7 +172,7 @@ def show_mpr(
     volumes: Mapping[str, Layer | Tensor],  # title -> layer, or (D, H, W) HU that no model generated
     window: tuple[float, float] = (-1000, 600),  # HU shown black and white
     at: tuple[int, int, int] | None = None,  # voxel the planes go through; default: the centre
-    views: Tensor | None = None,  # (2, P, P) AP and LAT, shown beside
+    views: Tensor | None = None,  # (2, P, P) AP and LAT, shown next to it
     path: str | Path | None = None,  # also save the picture there
     mm: float | None = None,  # voxel edge, for a scale bar; None: no bar
 ) -> plt.Figure:
@@ -241,7 +241,7 @@ def write_manifest(
     mm: float,  # voxel edge in mm
     pixels: int,  # detector pixels along an edge
     window: tuple[float, float],  # HU of 0 and 1
-    cases: dict[str, dict],  # case -> what is known of its source
+    cases: dict[str, dict],  # case -> facts about its source
     view_domain: str = "line_integral",  # or "display"
     **how,  # what was done to the scans, as `settings` of chapter 00b gives it
 ) -> Path:
@@ -341,7 +341,7 @@ def split_cases(
 def crop_origin(
     size: int,  # edge of the volume in voxels
     patch: int,  # edge of the crop in voxels
-    seed: tuple[int, ...],  # such as (SEED, epoch, index); the only source of chance
+    seed: tuple[int, ...],  # such as (SEED, epoch, index); the only random seed
 ) -> tuple[int, int, int]:  # voxel (d, h, w) where the crop begins
     "A random position, every one equally likely."
     rng = np.random.default_rng(seed)

@@ -204,9 +204,9 @@ def scale_bar(layer: NamedLayer) -> str:  # HTML
 # %% ../nbs/04e_drawing.ipynb #165230b8
 def resize_image(
     image,  # (h, w)
-    shape,  # (rows, columns) wanted
+    shape,  # (rows, columns) of the result
     smooth=True,  # bilinear, or else the nearest pixel
-    part=(slice(None), slice(None)),  # rows and columns of the result that are wanted
+    part=(slice(None), slice(None)),  # rows and columns of the result to return
 ):  # (rows, columns)
     "Resample a picture to another size with the same outer edges."
     rows, columns = ((np.arange(n)[p] + 0.5) * s / n - 0.5 for n, s, p in zip(shape, image.shape, part))

@@ -111,7 +111,7 @@ def curve(
 
 def smooth_line(
     points,  # (k, 3) a few points, mm
-    n: int = 12,  # points wanted
+    n: int = 12,  # points of the curve
 ):  # (n, 3)
     "Make a polyline along the smooth curve through `points`."
     p = np.asarray(points, float)
@@ -926,7 +926,7 @@ def phantom(
     seed: int,  # the patient, 0 or more
     size: int = 64,  # voxels along each edge
     mm: float | None = None,  # voxel edge; default: a cube of 320 mm
-) -> tuple[Tensor, Tensor, dict]:  # HU (D, H, W) float32, labels (D, H, W) uint8, and what is known of the patient
+) -> tuple[Tensor, Tensor, dict]:  # HU (D, H, W) float32, labels (D, H, W) uint8, and facts about the patient
     "Compute the CT of one invented patient; axes D head to feet, H front to back, W patient's right to left."
     if not (isinstance(seed, (int, np.integer)) and seed >= 0):
         raise UserError(f"phantom seed {seed!r} must be a whole number of 0 or more")

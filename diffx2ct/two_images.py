@@ -100,8 +100,8 @@ class View:
     grey: (
         Tensor  # (h, w) mm of water where `stored`, else grey values of an unknown tone curve, the larger the brighter
     )
-    mm: tuple[float, float] | None = None  # height and width of a pixel on the detector; None: the file does not say
-    enlarged: float | None = None  # size on the detector of 1 mm in the patient's middle; None: the file does not say
+    mm: tuple[float, float] | None = None  # height and width of a pixel on the detector; None: not stated
+    enlarged: float | None = None  # size on the detector of 1 mm in the patient's middle; None: not stated
     calibrated: bool = False  # `mm` was measured in the patient's middle, not on the detector
     stored: bool = False  # line integrals on the model's detector, as `diffx2ct_prepare` stores them
     done: list[str] = field(default_factory=list)  # to the grey values
@@ -109,9 +109,9 @@ class View:
     aspect: float = 1.0  # width of a pixel divided by its height, used where `mm` is None
     doubts: list[str] = field(default_factory=list)  # sentences for a warning
     role: str = ""  # AP or LAT, where the file was read as that view and would be turned otherwise as the other one
-    sided: bool = False  # the file says where its columns lead to, so it needs no mirroring
-    source: str = ""  # pa or ap: which side the source of a frontal film was at, where the file says so
-    told: float | None = None  # mm, what `measured` was told
+    sided: bool = False  # the file states where its columns lead to, so it is not mirrored
+    source: str = ""  # pa or ap: side of the source of a frontal film, where the file states it
+    told: float | None = None  # mm, edge that `measured` has set
 
     @property
     def covered(self) -> Tensor:  # (h, w) bool
@@ -399,7 +399,7 @@ OPPOSITE = dict(zip("LRAPFH", "RLPAHF"))
 
 def orient_to(
     view: View,
-    letters: list[str],  # where its columns and rows lead to, as its header says; may be incomplete
+    letters: list[str],  # where its columns and rows lead to, by its header; may be incomplete
     want: tuple[str, str],  # where they shall lead to
 ) -> bool:  # the axes were exchanged
     "Turn an image by the Patient Orientation of its header."
@@ -602,7 +602,7 @@ def mean_views(
     return ref if net.line_integrals else to_display(ref)[0]
 
 # %% ../nbs/05a_two_images.ipynb #b80fe359
-MIN_MARGINS = {"exchanged": 0.1, "inverted": 0.05, "mirrored": 0.03}  # margins below which an answer is a guess
+MIN_MARGINS = {"exchanged": 0.1, "inverted": 0.05, "mirrored": 0.03}  # margins below which an answer is uncertain
 MIN_LIKENESS = 0.5, 0.52  # likeness below which a frontal or a lateral film counts as something else
 SAME_VIEW_LIMIT = 0.05  # how much more two films must be like one view than like two
 SAME_PICTURE_LIMIT = 0.98  # correlation of ranks above which two pictures are one
@@ -614,7 +614,7 @@ class FilmOptions:
 
     facing: str | None = None  # left or right: where the patient looks in the lateral file
     bone: str | None = None  # bright or dark, in both files
-    keep_order: bool = False  # the first file is the frontal view, whatever it looks like
+    keep_order: bool = False  # the first file is the frontal view in any case
     frontal: str | None = None  # pa or ap: which side the source of the frontal film was at
 
 
@@ -745,7 +745,7 @@ def perspective_warning(
     view: View,  # frontal
     A: Projector,
     wish: FilmOptions,
-) -> str:  # "" where there is nothing to say
+) -> str:  # "" where there is no effect
     "State the effect of a frontal film whose source was at the other side than the model's."
     g, side = A.geometry, wish.frontal or view.source
     if g.kind == "parallel" or side not in ("ap", "pa") or side == g.frontal:
@@ -1027,7 +1027,7 @@ def choose_consistency(
     views: tuple[View, View],
     c: DiffusionConfig,  # of the model
     wish: str | None,  # --consistency
-) -> tuple[DiffusionConfig, str]:  # the settings to reconstruct with, and a line that says so
+) -> tuple[DiffusionConfig, str]:  # the settings to reconstruct with, and a line that states them
     "Choose the consistency that the kind of views allows."
     if net.line_integrals and all(v.stored for v in views):
         return c.model_copy(update=dict(CONSISTENCY=wish or c.CONSISTENCY)), ""

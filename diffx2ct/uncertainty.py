@@ -230,7 +230,7 @@ def denoising_error(
 def ood_scores(
     denoiser: Denoiser,
     views: Tensor,  # (2, P, P) of one case
-    many: Tensor,  # (K, 1, D, H, W) its samples, or one volume, which has no spread
+    many: Tensor,  # (K, 1, D, H, W) its samples, or one volume, without a standard deviation
     c: DiffusionConfig,
     patch: int | None = None,  # edge of the windows; None: the whole cube at once
     amp: torch.dtype | None = None,

@@ -448,7 +448,7 @@ def view(
     hu_range=(-1024, 1500),  # HU of 0 and 1 in a .pt unit volume
     pixels=400,  # side of each picture
     case=None,  # of a checkpoint: a `Case`, or the name of a held-out one; default: the first
-    samples=4,  # of a checkpoint: how many, for the slider and the spread
+    samples=4,  # of a checkpoint: how many, for the slider and the standard deviation
     labels={},  # {name: label in pictures}
 ) -> Viewer:
     "Show volumes in three linked planes."

@@ -139,7 +139,7 @@ def method_of(
 
 
 def known_names_first(names) -> list[str]:
-    return sorted(names, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))  # the known names first
+    return sorted(names, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))  # the standard names first
 
 # %% ../nbs/04f_volumes.ipynb #04f00007
 def read_volumes(
@@ -225,7 +225,7 @@ def phantom_case(
 
 def validation_cases(
     model: Model,
-    names: list[str] | None = None,  # cases wanted; default: the first `count`
+    names: list[str] | None = None,  # cases to reconstruct; default: the first `count`
     count: int = 1,
 ) -> list[Case]:
     "Open held-out cases by name, or the first ones; make phantoms for a model of the package."

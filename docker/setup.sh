@@ -82,7 +82,7 @@ setup() { # [dev]
     return
   fi
   (
-    trap 'ready "$@" || fail "the installation did not finish; mend what is said above and run the same command again"' EXIT
+    trap 'ready "$@" || fail "the installation did not finish; fix the error above and run the same command again"' EXIT
     if command -v flock >/dev/null; then flock 9; fi # a second first use waits here, and then finds all ready
     ready "$@" || install_into_venv "$@"
   ) 9>"$venv.lock"

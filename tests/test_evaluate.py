@@ -192,7 +192,7 @@ def test_data_that_is_not_the_models(place, data, capfd, monkeypatch):
         )
         assert all(w in said for w in (*words, "manifest.json", "checkpoint single")), said
         assert not (place / f"{name}.json").exists()
-    assert "geometry cone" in evaluate(place, "--data", "cone", code=2).stderr  # once as a process of its own
+    assert "geometry cone" in evaluate(place, "--data", "cone", code=2).stderr  # once as a separate process
 
 
 @pytest.mark.slow

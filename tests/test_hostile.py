@@ -60,7 +60,7 @@ SETS = [
 slow = pytest.mark.slow
 
 
-# the process that reads, and what is said of it
+# the process that reads inputs, and its outcome
 
 
 def network():

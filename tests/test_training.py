@@ -262,7 +262,7 @@ def test_a_study_goes_on_only_with_what_its_trials_were_made_with(searched, sets
     more = [x for item in sets for x in ("--set", item)]
     said = train(root, "--study_name", "s", "--n_trials", "9", *more, code=2)
     assert words in said and "study s" in said and "another --study_name" in said, said
-    assert said.count("diffx2ct:") == 1 and "Traceback" not in said  # beside a bar where phantoms are made
+    assert said.count("diffx2ct:") == 1 and "Traceback" not in said  # next to a bar where phantoms are made
     assert len(trials(root, "s")) == n and states(root, "s") == ["COMPLETE"] * n
 
 

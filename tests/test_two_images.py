@@ -411,7 +411,7 @@ def test_the_same_image_in_every_format(here, tmp_path):
             ("black and white were exchanged" in line) == (name in ("inverted", "CR1", "DX1")) for line in done
         ), (name, done)
         assert all(("MONOCHROME1" in line) == (name in ("CR1", "DX1")) for line in done), (name, done)
-    for name, pair in pairs.items():  # where files say their pixel size it is the scale
+    for name, pair in pairs.items():  # a pixel size stated by a file is the scale
         like = pairs["png16" if name in ("png8", "png16", "inverted", "gamma") else "nifti"]
         limit = 0.15 if name == "gamma" else 0.04  # bars are found in grey values, so a tone curve can move their edge
         assert (pair - like).norm() / like.norm() < limit, name

@@ -109,7 +109,7 @@ def test_a_rehearsal_fills_every_table_and_is_not_repeated(tmp_path, checkpoint)
         } and all(0 <= f["auc"][0] <= 1 for f in methods.values())
     assert (
         max(tables["lesions"]["lung, solid"][d]["truth"]["auc"][0] for d in ("24", "32")) > 0.7
-    )  # what was planted is there, even in voxels of 20 mm, as far as four plants can tell
+    )  # what was planted is there, even in voxels of 20 mm, as far as four plants can show
     assert tables["lies"]["views exchanged"]["cases"] == 4 and tables["reader"]["expected"]["cases"] == 4
     assert all(
         (tmp_path / "out" / f).stat().st_size > 1000

@@ -951,7 +951,7 @@ def test_diffusion_bases():
 
 def test_diffusion_mirror_images():
     flips = ["D", "H", "W"]
-    assert diffusion.valid_mirrors(geometry_of("near"), flips) == [(), (0,)]  # a cone knows near from far
+    assert diffusion.valid_mirrors(geometry_of("near"), flips) == [(), (0,)]  # in a cone, near and far differ
     assert diffusion.valid_mirrors(geometry_of("parallel"), ["H", "W"]) == [(), (1,), (2,), (1, 2)]
     A, x = drr.Projector(geometry_of("parallel"), 16, 20.0, 16), uniform(1, 1, 16, 16, 16)
     for axes in diffusion.valid_mirrors(A.geometry, flips):
@@ -1424,7 +1424,7 @@ def test_ranks_shares(three, monkeypatch):
 
 def test_ranks_first_total_and_same(three, monkeypatch):
     def arrive(told, value=None, error=None):
-        assert told == [None]  # rank 1 has nothing of its own
+        assert told == [None]  # rank 1 has no result
         told[0] = (value, error)
 
     monkeypatch.setattr(groups.dist, "broadcast_object_list", partial(arrive, value=5))
@@ -1646,7 +1646,7 @@ def test_lesions_measures_by_hand():
     seen[:, :, 10:] = 1
     assert set(lesions.outside_beams(v, seen).nonzero()[:, 2].tolist()) == set(
         range(2, 9)
-    )  # not what lies beside a beam
+    )  # not what lies outside a beam
     hu = torch.tensor([-1000.0, 40, -100, -800, -800, -1000, 40, 40, 600, 60, 50, 30, 30, 50])[v]
     hu[:, 14:16, 9:11] = torch.where(v[:, 14:16, 9:11] > 0, 600.0, -1000.0)  # the spine
     x = ((hu - WINDOW[0]) / 2524)[None]

@@ -122,7 +122,7 @@ def watch(
 
 
 def start(
-    folder: Path,  # working folder; what is said goes to `said` in it
+    folder: Path,  # working folder; output goes to `said` in it
     args: list[str],  # of diffx2ct_train
     prepare: Callable[[], None] = lambda: None,  # done in the new process first
     **env: str,
@@ -307,7 +307,7 @@ def kills(
                 running = os.WEXITED | os.WNOHANG | os.WNOWAIT
                 while time.monotonic() < until and os.waitid(os.P_PID, pid, running) is None:
                     time.sleep(0.002)
-                os.kill(pid, signal.SIGKILL)  # a process that has ended waits to be asked; then this does nothing
+                os.kill(pid, signal.SIGKILL)  # does nothing if the process has ended
             code = ended(pid)
             if code != -signal.SIGKILL:
                 break
@@ -514,7 +514,7 @@ def away(home: Path) -> dict:
     gone = start(there, args, WANDB_MODE="disabled")
     wait_until(lambda: any(there.glob("checkpoints/s/trial_0/model_*.safetensors")), [gone])
     other = start(here, args, WANDB_MODE="disabled")
-    wait_until(lambda: (here / "checkpoints/s/trial_1").exists(), [gone, other])  # it has begun one of its own
+    wait_until(lambda: (here / "checkpoints/s/trial_1").exists(), [gone, other])  # it has begun another
     os.kill(gone, signal.SIGKILL)
     killed, codes = time.time(), [ended(gone), ended(other)]
     trials, said = trials_of(home, storage), (here / "said").read_text(errors="replace")
