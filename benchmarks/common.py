@@ -1,5 +1,5 @@
-"""What the benchmarks share: settings, a case, interleaved timing, tables and results. Light to import, so that a
-process may start others without weighing on their memory."""
+"""Shared by the benchmarks: settings, a case, interleaved timing, tables and results. Light to import, so that a
+process can start others without using their memory."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def network(c):
 
 
 def training_step(net, c) -> Callable[[list[tuple]], None]:
-    "What trains one step on micro-batches of `Crops`."
+    "Return a function that trains one step on micro-batches of `Crops`."
     import torch
 
     import diffx2ct.train as T
@@ -183,7 +183,7 @@ def postgres() -> Iterator[tuple[str, Callable]]:  # URL, and what stops the ser
 
 
 def machine() -> dict:
-    "What a figure was measured on."
+    "Describe the machine."
     import torch
 
     name = (

@@ -25,7 +25,7 @@ def constant_depth(
     v: Tensor,  # (h, w) grey values in [0, 1]
     tolerance: float = 0.03,
 ) -> Tensor:  # (w,) pixels from the upper edge that are as the edge
-    "How deep from the upper edge each column is constant."
+    "Depth from the upper edge to which each column is constant."
     edge = v[0].median()
     same = ((v - edge).abs() < tolerance).float().cumprod(0)
     return same.sum(0)
@@ -80,7 +80,7 @@ def film_mask(
     grey: Tensor,  # (h, w) grey values of any scale
     image: Tensor | None = None,  # (h, w) bool: pixels that are image, not padding; None: all
 ) -> Tensor:  # (h, w) bool, True where the patient is shown
-    "Everything but padding, bars and letters; found at 256 rows, whatever the film has."
+    "Everything but padding, bars and letters; found at 256 rows for every film."
     shape, rows = grey.shape, min(256, grey.shape[0])
     image = torch.ones_like(grey, dtype=torch.bool) if image is None else image
     grey = torch.where(image, grey, grey[image].min())
@@ -109,7 +109,7 @@ def high_pass(
     seen: Tensor,  # (h, w) bool
     sigma: float,  # pixels
 ) -> Tensor:  # (h, w)
-    "What is finer than `sigma`; masked pixels do not count."
+    "Remove detail coarser than `sigma`; masked pixels do not count."
     m = seen.to(v)
     return v - blur(v * m, sigma) / blur(m, sigma).clamp(min=1e-3)
 
@@ -143,7 +143,7 @@ def correlation(
 # %% ../nbs/01b_align.ipynb #3a4daf35
 @dataclass(frozen=True)
 class Placement:
-    "Where a film lies on the detector of the model, and how like it is to a mean view."
+    "Position of a film on the detector of the model, and its likeness to a mean view."
 
     height: float  # of the film, in edges of the detector
     row: float  # of the film's centre, below the detector's centre, in edges of the detector
@@ -219,7 +219,7 @@ SHARPNESS = 30.0  # places and scales count by the exponential of so many times 
 
 @dataclass(frozen=True)
 class Recognised:
-    "What has to be done to two films, and by which margin."
+    "Corrections that two films need, with their margins."
 
     exchanged: bool  # the first film is the lateral one
     inverted: tuple[bool, bool]  # black and white exchanged, frontal and lateral film
@@ -262,7 +262,7 @@ def recognise(
     inverted: tuple[bool | None, bool | None] = (None, None),  # of the films in the order given
     mirrored: bool | None = None,
 ) -> Recognised:
-    "Whether two films are inverted, exchanged or mirrored."
+    "Find if two films are inverted, exchanged or mirrored."
     small = [masked_average(g, m, (96, max(8, round(96 * g.shape[1] / g.shape[0])))) for g, m in zip(films, masks)]
     table = [[peak_correlation(g, m, r) for r in reference] for g, m in small]  # film, view, sign
     score = lambda x, i, j: table[x][0][i] + table[1 - x][1][j] - MIXED_MARGIN * (i != j) - EXCHANGE_MARGIN * x
@@ -357,7 +357,7 @@ def align_pair(
     heights: tuple[float | None, float | None] = (None, None),  # of the films, where known; edges of the detector
     pixels: int | None = None,  # that `calibrate` reads along an edge; None: as the mean views
 ) -> tuple[Placement, Placement]:
-    "Where both films lie on the detector."
+    "Find the positions of both films on the detector."
     first, second = (
         match_view(f, m, r, turn, heights=PLACE_SCALES if h is None else (h,))
         for f, m, r, turn, h in zip(films, masks, reference, (False, mirrored), heights)

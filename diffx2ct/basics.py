@@ -170,7 +170,7 @@ def write_pt(
     thing: Any,  # tensors, numbers, text, lists and dicts of them
     path: Path,
 ) -> None:
-    "`torch.save` by way of a Python file, which tells why a write fails."
+    "`torch.save` to an open Python file, whose error states why a write fails."
     with open(path, "wb") as f:
         torch.save(thing, f)
 

@@ -299,7 +299,7 @@ FORMAT = 1
 
 
 class CalibratorHeader(Section):
-    "What a calibration file states about itself."
+    "Header of a calibration file."
 
     format: int
     config: CalibratorConfig
@@ -392,7 +392,7 @@ def mass_difference(
     y: Tensor,  # (2, P, P) mm of water
     seen: Tensor | None = None,  # (2, P, P); rows that either view shows to less than half of its width do not count
 ) -> float:  # 0 to 2; 2 if no row counts
-    "How differently the two views spread the body's weight from head to feet: sum of |difference of row shares|."
+    "Difference of the two views' weight per height: sum of |difference of row shares|."
     rows = y.sum(2)
     if seen is not None:
         width = seen.float().sum(2)

@@ -37,7 +37,7 @@ def step_values(
     rate: float,  # learning rate
     seconds: float,  # of the step
 ) -> dict[str, float]:
-    "Return what a step logs beside its losses."
+    "Return what a step logs besides its losses."
     voxels = c.TRAINING.GRADIENT_ACCUMULATION_STEPS * c.BATCH_SIZE * c.TRAINING.PATCH_SIZE**3
     memory = {f"memory/{k}": v for k, v in peak_memory().items()}
     return {"train/lr": rate, "epoch": epoch, "train/voxels_per_second": voxels / seconds} | memory

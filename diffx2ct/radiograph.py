@@ -323,6 +323,6 @@ def random_motion(
     breath_mm: float = 8.0,  # standard deviation of the diaphragm's shift
     cube_mm: float = 320.0,
 ) -> dict[str, float]:  # arguments of `move_patient`
-    "How a patient moves between the frontal and the lateral exposure."
+    "Movement of a patient between the frontal and the lateral exposure."
     turn, breath, nod = rng.normal(0, (turn, 2 * breath_mm / cube_mm, turn / 3))
     return dict(turn=float(turn), breath=float(breath), nod=float(nod))

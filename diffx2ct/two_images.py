@@ -119,7 +119,7 @@ class View:
         return torch.ones_like(self.grey, dtype=torch.bool) if self.image is None else self.image
 
     def leave_out(self, pixels: Tensor, what: str) -> None:  # (h, w) bool, and what they are
-        "Mark pixels as no image."
+        "Mark pixels as not image."
         if pixels.any():
             self.image = self.covered & ~pixels
             self.done.append(f"{pixels.float().mean():.2g} of its pixels are {what}, which is no image")
@@ -138,7 +138,7 @@ def one_channel(
     name: str,
     image: np.ndarray | None = None,  # (h, w) bool: the pixels to compare the colours of; None: all
 ) -> Tensor:  # (h, w)
-    "Grey values; colours that differ are no X-ray image."
+    "Return grey values; refuse a picture with colours."
     colours = a[..., None] if a.ndim == 2 else a[..., :3] if a.shape[-1] > 2 else a[..., :1]
     differ = (colours != colours[..., :1]).any(-1)
     if (differ if image is None else differ & image).any():
@@ -180,7 +180,7 @@ def opaque_pixels(image: Image.Image) -> np.ndarray | None:  # (h, w) bool; None
 
 
 def has_square_pixels(image: Image.Image) -> bool:
-    "False where the header says that pixels are not square."
+    "False where the header states that pixels are not square."
     size = image.info.get("dpi") or image.info.get("aspect") or (1, 1)
     if image.info.get("jfif_unit") == 0:
         size = image.info["jfif_density"]
@@ -226,7 +226,7 @@ def read_picture(path: Path) -> View:
 
 # %% ../nbs/05a_two_images.ipynb #2a3bf375
 def not_a_radiograph(name, what: str) -> UserError:
-    "The sentence for everything that is a scan."
+    "Error message for a file that is a scan."
     return UserError(
         f"{name} is {what}, no X-ray image; this command reads two X-ray images, and diffx2ct_prepare makes "
         "such views of a CT"
@@ -479,7 +479,7 @@ def read_view(
     path: str | Path,  # .pt, PNG, DICOM or NIfTI
     which: str,  # AP or LAT
 ) -> View:
-    "One X-ray image from a file; whatever is wrong with the file is one sentence."
+    "Read one X-ray image; any error of the file becomes one sentence."
     path = check_name(Path(path))
     if not path.is_file():
         raise UserError(
@@ -610,7 +610,7 @@ SAME_PICTURE_LIMIT = 0.98  # correlation of ranks above which two pictures are o
 
 @dataclass(frozen=True)
 class FilmOptions:
-    "What the user states about two films; None: to be found."
+    "Facts about two films that the user states; None: to be found."
 
     facing: str | None = None  # left or right: where the patient looks in the lateral file
     bone: str | None = None  # bright or dark, in both files
@@ -1050,7 +1050,7 @@ def check_same_geometry(
     path: Path,  # a stored view, `.pt`, in a folder of views or in a case of one
     model: Model,
 ) -> None:
-    "Refuse views whose manifest says another geometry than the model was trained with."
+    "Refuse views whose manifest states another geometry than the model was trained with."
     found = next(
         ((at, m) for at in (path.resolve().parent, path.resolve().parent.parent) if (m := read_manifest(at))), None
     )
@@ -1257,7 +1257,7 @@ def write_case(
     report: dict,  # of `assess`
     c: DiffusionConfig,  # reads CONSISTENCY
 ) -> None:
-    "Write all files of a case and say which."
+    "Write all files of a case and list them."
     net, written = model.denoiser, []
     hu = lambda x: to_hu(x[0].float().cpu(), net.window)
     note = lambda what: f"{what}, consistency {c.CONSISTENCY}, {CAUTION}"

@@ -404,7 +404,7 @@ def calibrate_uncertainty(
 # %% ../nbs/04b_uncertainty.ipynb #6ace0f01
 @dataclass(frozen=True)
 class Calibration:
-    "What the held-out cases of a model say about one way to reconstruct."
+    "Calibration of one way to reconstruct, from the held-out cases of a model."
 
     text: str  # if it is calibrated, or why it is not
     factors: Tensor = field(default_factory=gaussian_factors)  # (len(VOXEL_CLASSES), len(CONFIDENCE_LEVELS))

@@ -147,7 +147,7 @@ def read_volumes(
     mm=None,  # voxel side in mm, if the source has none
     hu_range=(-1024, 1500),  # HU of 0 and 1 in a unit volume
 ) -> tuple:  # {name: `Layer` of (D, H, W) float32}, voxel side in mm
-    "Read all volumes of `source`, known names first, each sample under its own name."
+    "Read all volumes of `source`, standard names first, each sample under its own name."
     if isinstance(source, Case):
         if source.volume is None:
             raise UserError(

@@ -39,7 +39,7 @@ def command(
     args: list,  # a command and its arguments; an installed command by its name, such as `diffx2ct_train`
     env: dict[str, str | None],  # variables set for this command; None takes one away
 ) -> dict:
-    "What `subprocess` is told of a command without standard input."
+    "Arguments of `subprocess` for a command without standard input."
     args = [str(a) for a in args]
     if (BIN / args[0]).exists():
         args[0] = str(BIN / args[0])
@@ -62,7 +62,7 @@ def start_cmd(
     cwd: Path | str | None = None,  # working folder
     **env: str | None,  # variables set for this command; None takes one away
 ) -> subprocess.Popen:
-    "Start a command in a process group of its own, as a terminal does; its output goes to pipes."
+    "Start a command in a separate process group, as a terminal does; its output goes to pipes."
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(**command(args, env), **pipes, cwd=cwd, start_new_session=True)
 
@@ -134,7 +134,7 @@ def write_slices(
 
 
 def real_data(name: str, what: str) -> Path:
-    "A folder of real data: `$DIFFX2CT_<NAME>_DIR`, or `../shared/<name>` beside the project; else the test skips."
+    "A folder of real data: `$DIFFX2CT_<NAME>_DIR`, or `../shared/<name>` next to the project; else the test skips."
     variable = f"DIFFX2CT_{name.upper()}_DIR"
     path = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
     if not path.is_dir():

@@ -28,7 +28,7 @@ INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_p
 
 
 class MixedDevices(RuntimeError):
-    "What torch raises on real GPUs: an operation was given tensors of two devices."
+    "Error that torch raises on real GPUs: an operation was given tensors of two devices."
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Copy:
 
 @cache
 def ours(file: str) -> bool:
-    "Whether a file is of the package."
+    "True if a file is of the package."
     return Path(file).parent.name == PACKAGE
 
 
@@ -99,7 +99,7 @@ class Devices(TorchFunctionMode):
         self.check = Check(self)
 
     def of(self, x: Tensor) -> torch.device:
-        "Where a tensor pretends to be."
+        "Return the pretended device of a tensor."
         if x.is_meta:
             return META
         found = self.places.get(x.untyped_storage()._cdata)
@@ -188,7 +188,7 @@ class Devices(TorchFunctionMode):
 
     @contextmanager
     def patches(self) -> Iterator[None]:
-        "What asks CUDA itself: how many devices there are, autocast, and the grouping of tensors by device."
+        "Replace the calls of CUDA itself: number of devices, autocast, and the grouping of tensors by device."
         init = torch.autocast.__init__
 
         def autocast(this, device_type, *args, **kwargs):
@@ -267,7 +267,7 @@ class Check(TorchDispatchMode):
         return out
 
     def common(self, name: str, tensors: list[Tensor], places: list[torch.device]) -> torch.device:
-        "Where an operation on tensors of several devices runs, if it may."
+        "Return the device on which an operation on several devices runs, if it may."
         joined = {  # a number on the CPU may join any device, and so may indices; a copy's source may be anywhere
             p
             for i, (t, p) in enumerate(zip(tensors, places, strict=True))

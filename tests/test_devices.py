@@ -56,7 +56,7 @@ def data_of(edge: int, g=geometry("parallel", 320)) -> TrainingData:
 
 
 def micro_batches(c, data: TrainingData, step: int = 0) -> list:
-    "What the training loop reads for a step."
+    "Read the crops of a step as the training loop does."
     crops = batches.Crops(data.train, batches.batch_plan(c, len(data.train), step), c, data.line_integrals, data.mm)
     return [crops[i] for i in range(len(crops))]
 

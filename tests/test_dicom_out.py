@@ -37,7 +37,7 @@ def call(name, *args):
 
 
 def test_one_study_has_one_time(case):
-    "What belongs to the study or the series is equal in all slices; what a reader needs is there."
+    "Fields of the study and the series are equal in all slices; the fields that readers need are present."
     slices = [pydicom.dcmread(f) for f in files(case)]
     assert len(slices) == N
     own = {"SOPInstanceUID", "InstanceNumber", "ImagePositionPatient", "PixelData"}  # of each slice

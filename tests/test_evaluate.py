@@ -48,7 +48,7 @@ def data(place):
 
 
 def evaluate(place, *args, code=0):
-    "Run the command in the working folder; its output and what it said on stderr."
+    "Run the command in the working folder; return its stdout and stderr."
     got = run_cmd(["diffx2ct_evaluate", "--checkpoint_dir", "checkpoints/tiny/single", *args], cwd=place)
     assert got.returncode == code and "Traceback" not in got.stderr, (got.returncode, got.stdout, got.stderr)
     if code == 2:
@@ -78,7 +78,7 @@ def timeless(result):
 
 
 def changed(place, data, name, **keys):
-    "A copy of the data whose manifest says something else; a key that is None takes the manifest away."
+    "A copy of the data whose manifest states something else; a key that is None removes the manifest."
     copy = place / name
     shutil.copytree(data, copy)
     path = copy / "drrs" / "manifest.json"

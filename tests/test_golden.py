@@ -2,7 +2,7 @@
 
 A new network ends in layers of zeros, so a run of a few steps sees little of what lies before them. Here every weight
 is drawn, and each setting that changes how the parts are joined has a case of its own. `python tests/test_golden.py`
-writes golden_outputs.json again; do that only where a change of the numbers is meant, and say why.
+writes golden_outputs.json again; do that only where a change of the numbers is meant, and state why.
 """
 
 import json
@@ -72,7 +72,7 @@ def summary(x: torch.Tensor, seed: int) -> list[float]:
 
 
 def numbers(name: str) -> dict[str, list[float]]:
-    "What a case gives: an expected volume, a sample, loss terms, gradients."
+    "Compute the numbers of a case: an expected volume, a sample, loss terms, gradients."
     torch.set_num_threads(1)
     c = load_config(sets=[*TINY, *CASES[name]])
     net = build_denoiser(c, geometry(c.DATA.GEOMETRY, 320), 20.0, True).eval()

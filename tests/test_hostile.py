@@ -3,7 +3,7 @@ a traceback, ten seconds, two gigabytes, a file outside the output folder, or co
 
 The commands run in one long-lived process with a limit on its memory and somebody who watches the clock. All inputs are
 written into a table with their outcomes: `table.md` in pytest's folder, or in `$DIFFX2CT_HOSTILE`;
-`$DIFFX2CT_HOSTILE_EXAMPLES` says how many random inputs Hypothesis makes of each kind."""
+`$DIFFX2CT_HOSTILE_EXAMPLES` sets how many random inputs Hypothesis makes of each kind."""
 
 import gzip
 import hashlib
@@ -73,7 +73,7 @@ def network():
 
 
 def serve(pipe):
-    "Run commands until the pipe is closed: (code, what was said, bytes of memory at most so far)."
+    "Run commands until the pipe is closed: (code, output, bytes of memory at most so far)."
     from diffx2ct import evaluate, scans, study, two_images, visualize
 
     net, _ = network()
@@ -163,7 +163,7 @@ class Reader:
             return f"no answer in {12 * SECONDS} s" if isinstance(e, TimeoutError) else f"died with {how}", "", ""
 
     def judge(self, kind, what, name, argv, content=b""):
-        "Run one command on one input, note the outcome, and say what is wrong with it, if anything."
+        "Run one command on one input, note the outcome, and return its fault, if any."
         shutil.rmtree(self.out, ignore_errors=True)
         before = self.files()
         code, out, err = self(name, argv)
@@ -1322,7 +1322,7 @@ def test_a_pickle_is_never_opened(reader, trial, kind):
 
 @slow
 def test_what_is_kept_beside_a_model_is_never_opened(reader, good):
-    "doubt.json, from which intervals are calibrated: damaged, it counts as absent, and the report says so."
+    "doubt.json, from which intervals are calibrated: damaged, it counts as absent, and the report states it."
     at, pwned, out = reader.at / "kept", reader.at / "pwned", reader.out / "c.nii.gz"
     shutil.copytree(good / "model", at)
     (at / CHECKSUM_FILE).unlink()
@@ -1368,7 +1368,7 @@ PLACES = ["study", "journal", "user attribute", "system attribute", "distributio
 
 @pytest.mark.parametrize("place", [p if p == "study" else pytest.param(p, marks=pytest.mark.slow) for p in PLACES])
 def test_a_pickle_in_a_study_is_never_opened(reader, good, place):
-    "The study, what it stores, and what lies beside it."
+    "The study, its contents, and the files next to it."
     import optuna
 
     here, pwned = reader.at / "here", reader.at / "pwned"
@@ -1431,7 +1431,7 @@ def test_a_pickle_in_a_study_is_never_opened(reader, good, place):
 
 
 def test_no_loader_that_runs_code():
-    "Every loader of the package is told not to run code."
+    "Every call of a loader in the package forbids code in the file."
     text = {p.name: p.read_text() for p in (ROOT / "diffx2ct").glob("*.py")}
     found = [
         (name, m[0])

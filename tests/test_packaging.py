@@ -1,4 +1,4 @@
-"What is written in several places agrees."
+"Values written in several places agree."
 
 import configparser
 import re
@@ -78,7 +78,7 @@ def test_every_command_is_a_function_of_the_package():
 @pytest.mark.parametrize("args", [["--help"], ["--no_such_option"]])
 @pytest.mark.parametrize("command", PROJECT["scripts"])
 def test_help_and_mistakes_load_nothing_heavy(command, args):
-    "What takes seconds to import is not imported to print a page."
+    "Help pages and mistakes need no slow imports."
     module, function = PROJECT["scripts"][command].split(":")
     code = f"""
 import sys, {module}

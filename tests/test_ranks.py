@@ -148,7 +148,7 @@ def database() -> str:
 
 
 def share_a_study(tmp_path: Path, storage: str):
-    """Two machines, which is to say two folders, work on one study: every trial is done once, and each folder holds
+    """Two machines (here two folders) work on one study: every trial is done once, and each folder holds
     its own."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""What a run tells W&B, read back from the offline file, and what it must not tell anybody: keys, passwords, the
+"""Values that a run logs to W&B, read back from the offline file, and those it must not log: keys, passwords, the
 header of a DICOM file."""
 
 import json

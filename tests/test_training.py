@@ -44,7 +44,7 @@ OPTUNA:
 
 
 def go(cwd: Path, *args, command="diffx2ct_train", code=0, **env) -> str:
-    "Run a command that must end with `code`; what it said on stdout, or on stderr where it failed."
+    "Run a command that must end with `code`; return its stdout, or stderr where it failed."
     p = run_cmd([command, *args], cwd=cwd, **env)
     assert p.returncode == code and "Traceback" not in p.stderr, (p.returncode, p.stdout, p.stderr)
     return p.stderr if code else p.stdout
@@ -55,7 +55,7 @@ def train(cwd: Path, *args, **how) -> str:
 
 
 def start(cwd: Path, *args, **env: str) -> subprocess.Popen:
-    "Start training in a process group of its own, as a terminal does."
+    "Start training in a separate process group, as a terminal does."
     return start_cmd(["diffx2ct_train", "--config", "tiny.yml", *args], cwd, **env)
 
 
@@ -127,7 +127,7 @@ def good_volume(path: Path, mm: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    "What the scripts need, in a folder with a space in its name."
+    "Make the files that the scripts need, in a folder with a space in its name."
     root = tmp_path_factory.mktemp("home").resolve() / "a project"
     for name in ("docker", "diffx2ct"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -440,7 +440,7 @@ def test_weights_that_are_lost_in_the_last_step_are_seen(here):
 
 
 def records(path: Path) -> list:
-    "What a W&B run file holds: blocks of 32 KiB hold records (checksum, length, kind) of protocol buffers."
+    "Read the records of a W&B run file: blocks of 32 KiB hold records (checksum, length, kind) of protocol buffers."
     from wandb.proto import wandb_internal_pb2 as pb
 
     raw, at, part, found = path.read_bytes(), 7, b"", []

@@ -273,7 +273,7 @@ def test_a_study_looks_for_the_highest_value():
 
 
 def test_the_training_state_is_written_before_the_model(data, monkeypatch):
-    "A model file vouches for the state beside it, so a kill between the two leaves the pair before."
+    "The training state is written before its model file, so a kill between the two leaves the earlier pair."
     c, folder, real = config(), Path("pairs"), checkpoint.write_with_checksum
     r, names = train.start_training(c, data, folder), []
     monkeypatch.setattr(

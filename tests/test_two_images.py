@@ -158,7 +158,7 @@ def test_help_teaches():
 
 
 def test_one_command_from_two_pictures_to_a_volume(here, tmp_path):
-    "As a process of its own, in another folder, and what it says."
+    "Run in a separate process, in another folder; return the output."
     made = run_cmd(
         [
             sys.executable,
@@ -605,7 +605,7 @@ def test_padding_of_the_other_kind_of_number(signed, vr, value, here, tmp_path):
 
 
 def test_headers_as_pydicom_reads_them(here, tmp_path):
-    "Fields that the standard forbids, or says to ignore."
+    "Fields that the standard forbids or requires to be ignored."
     pydicom = pytest.importorskip("pydicom")
     from pydicom.pixels import apply_modality_lut
 

@@ -1,4 +1,4 @@
-"""What a reader looks at: letters, cross-hair, samples, signs and colours, found again in the pixels. No browser, no
+"""Letters, cross-hair, samples, signs and colours are found again in the pixels. No browser, no
 model."""
 
 import base64

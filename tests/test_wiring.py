@@ -242,7 +242,7 @@ def test_stored(name):
 
 
 def test_the_stored_answers_differ_from_each_other():
-    "A setting without effect would give the same numbers twice; three identities of the mathematics are known to."
+    "A setting without effect would give the same numbers twice; three mathematical identities do."
     stored = json.loads(STORED.read_text())
     assert stored.keys() == ANSWERS.keys()
 
@@ -663,7 +663,7 @@ def test_unet_planar_levels_change_the_kernels(planar):
 
 
 def test_unet_skips_are_popped_in_reverse_order():
-    "What each block of the way up gets beside its input is the output of its twin on the way down, level by level."
+    "Each block of the way up also gets the output of its twin on the way down, level by level."
     net, pushed, popped = network(), [], []
     for name, stage in net.stages.items():
         if name.startswith("down"):
@@ -1077,7 +1077,7 @@ def test_diffusion_starts():
 
 @pytest.mark.parametrize("batch", [1, 3, None])
 def test_diffusion_windows_are_the_weighted_mean_of_their_answers(batch):
-    "Window by window, each with the condition of its own place."
+    "Window by window, each with the condition of its position."
     net, (volumes, views) = denoiser(), case()
     base, x, t = volumes * 0.9, noise(2, 1, 16, 16, 16), 0.4
     with torch.no_grad():
@@ -1094,7 +1094,7 @@ def test_diffusion_windows_are_the_weighted_mean_of_their_answers(batch):
 
 
 def test_diffusion_what_the_network_is_given():
-    "The state as a Wiener estimate, the base from -1 to 1, then what is known of the place."
+    "The input is a Wiener estimate of the residual, the prior from -1 to 1, then the maps of the position."
     net, seen = denoiser(), []
     c = net.condition(uniform(2, 1, 16, 16, 16), net.encode(case()[1]))
     hook = net.unet.first.register_forward_pre_hook(lambda m, args: seen.append(args[0]))

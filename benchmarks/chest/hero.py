@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/chest/hero.py checkpoints/best --out nbs/images/hero.png
     .venv/bin/python benchmarks/chest/hero.py checkpoints/best --ct chest.nii.gz
 
-Without --ct the patient is a phantom whose seed no training uses. The picture says that the volume is generated."""
+Without --ct the patient is a phantom whose seed no training uses. The picture states that the volume is generated."""
 
 import argparse
 import sys

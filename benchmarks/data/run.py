@@ -10,7 +10,7 @@ crops   cubes of half the edge out of volumes of --edge voxels, at random: `torc
         network that trains in the same process, since
         in an idle one the figures hang on whether the allocator happens to give its pages back; every way's crops are
         compared with the first way's
-views   where a case is changed its views are rendered anew: the share of a training step that takes, for both
+views   where a case is changed its views are rendered again: the share of a training step that takes, for both
         geometries, at --edge / 2 with the profile demo
         and at --edge with the profile lidc128 as shipped, batch 1; and the share of warping the volume, which half of
         the cases are spared

@@ -2,7 +2,7 @@
 
 python benchmarks/film/gvxr_primary.py chest.npy primary.npy
 
-Runs in an environment of its own with gvxr, xraylib, spekpy, scikit-image and numpy; it needs EGL but no screen. The
+Runs in a separate environment with gvxr, xraylib, spekpy, scikit-image and numpy; it needs EGL but no screen. The
 input is the density relative to water of a
 384 mm cube, (D, H, W), as run.py --write_density writes it. Each surface adds a step of density inside it. gvxr traces
 the rays of the preset `chest` through one

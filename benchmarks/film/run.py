@@ -1,4 +1,4 @@
-"""How far from line integrals are films, and what does that cost? Chests from CT, films of them, calibration,
+"""Measure the error of films as line integrals, and its cost. Chests from CT, films of them, calibration,
 reconstruction.
 
 python benchmarks/film/run.py --ct ../shared/ct --calibrator calibrator.safetensors --trained_on lidc_idri_0001
@@ -7,7 +7,7 @@ python benchmarks/film/run.py --xray ../shared/xray --calibrator calibrator.safe
 
 The films are rendered from 2 mm volumes, with settings outside the ranges that `FilmSettings` is randomised in, and
 then scaled down to the model's detector.
-With --gvxr there are also films whose primary beam another program has made (gvxr_primary.py says how).
+With --gvxr there are also films whose primary beam another program has made (see gvxr_primary.py).
 Each row gives the mean relative error of the line integrals; with a checkpoint also PSNR and SSIM of the volume
 (protocol `unit`, the method `expected`). Cases
 that the calibrator was trained on (--trained_on) are averaged in rows of their own. Without a checkpoint, quantile
@@ -191,7 +191,7 @@ def read_film(path: Path):
 
 
 def pair_row(folder: Path, name: str, reference, calibrator, pixels: int) -> dict:
-    "What is found about a real pair, and the difference of its weight per height."
+    "Recognise a real pair and compute the difference of its weight per height."
     from diffx2ct.align import align_pair, film_mask, place_pair, recognise
     from diffx2ct.calibrate import calibrate_films, mass_difference, match_quantiles
 

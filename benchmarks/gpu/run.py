@@ -13,7 +13,7 @@ split      a step of lidc256 cut into three runs, every cut a copy, all on this 
            bar: 5 % slower
 compile    the steps again with torch.compile: seconds to start, and per step
 
-A part is a process of its own with a time limit of its own. What fails or takes too long is recorded with what was
+Each part is a separate process with its own time limit. What fails or takes too long is recorded with what was
 measured before, and the next part begins.
 All goes into gpu.json; the exit code is 1 where a part failed or a check of numerics did not hold."""
 
@@ -38,7 +38,7 @@ SMALL = {"MODEL.SCALE": 0.0625, "BATCH_SIZE": 2}  # of a rehearsal
 
 
 class Part:
-    "What a part needs: the device, sizes, and rows that are written as soon as they are measured."
+    "Inputs and results of a part: the device, sizes, and rows that are written as soon as they are measured."
 
     def __init__(self, device: str, tiny: bool, file: Path):
         import torch
@@ -304,7 +304,7 @@ PARTS = dict(numerics=numerics, steps=steps, volumes=volumes, sampling=sampling,
 
 
 def card(device: str) -> dict:
-    "What the figures come from."
+    "Describe the device and the software."
     import torch
 
     d = torch.device(device)
@@ -323,7 +323,7 @@ def card(device: str) -> dict:
 
 
 def bars(parts: dict) -> list[dict]:
-    "The figures that were asked for in advance, as far as they were measured."
+    "The figures that were requested in advance, as far as they were measured."
     rows = {(name, r["name"]): r for name, p in parts.items() for r in p["rows"] if "error" not in r}
     found = []
     for part, row, key, bar in (
@@ -338,7 +338,7 @@ def bars(parts: dict) -> list[dict]:
 
 
 def run_part(name: str, a: argparse.Namespace) -> dict:
-    "A part in a process group of its own, ended when its time is up."
+    "Run a part in a separate process group; end it at its time limit."
     file = a.out / f"{name}.rows"
     file.unlink(missing_ok=True)
     limit, start = a.limit or LIMITS[name], time.monotonic()

@@ -185,7 +185,7 @@ def trials_of(folder: Path, storage: str | None = None) -> list:
 
 
 def facts(folder: Path) -> dict[str, dict]:
-    "What a search has left behind: aspect -> name -> value, to be equal to the last bit."
+    "Results of a search: aspect -> name -> value, to be equal to the last bit."
     import torch
 
     from diffx2ct.checkpoint import verify_checksum
@@ -532,7 +532,7 @@ def away(home: Path) -> dict:
 
 
 def sound(name: str, r: dict) -> bool:
-    "Whether nothing was lost."
+    "True if nothing was lost."
     if name == "away":
         return (
             r["states"] == ["FAIL", "COMPLETE", "COMPLETE"]

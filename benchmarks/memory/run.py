@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: by option, and by volume from 32^3 to a whole 256^3 at batch 1.
+"""Measure the memory of a training step: by option, and by volume from 32^3 to a whole 256^3 at batch 1.
 
 python benchmarks/memory/run.py                     every case that is not there yet, one at a time; then the tables
 python benchmarks/memory/run.py --only volume       cases whose name holds a word
@@ -11,7 +11,7 @@ volume    the network of the profile lidc256 as shipped, its crop the whole volu
 Each case is one training step (read, augment, render, forward, loss, backward, AdamW) in a process of its own. `peak`
 is the largest resident memory of that
 process less what it held before the network was built, so it contains weights, gradients and optimizer: 16 bytes a
-parameter, which the column beside it leaves out. `saved` is what autograd keeps for the backward
+parameter, which the next column leaves out. `saved` is what autograd keeps for the backward
 pass, by `SavedBytes` of chapter 02. A case is one file in results/; the 256^3 step takes minutes and 10 GB."""
 
 import argparse

@@ -8,7 +8,7 @@ python benchmarks/mutants/run.py --list                the bugs, nothing is run
 
 The project is copied to a temporary folder. A bug is planted in the chapter's export cell and in the exported module,
 the checks of its module (`CHECKS` below) run one after another until one fails, and the bug is taken out again. Each
-check runs in a process of its own, forked from one that has imported the large packages, and is ended after five times
+check runs in a separate process, forked from one that has imported the large packages, and is ended after five times
 as long as it takes without a bug. Results are kept in `results.json` after each bug, so that the same command goes on;
 `README.md` is written from them. Exit code 1 where fewer than 85 % of all bugs with a result, or fewer than 70 % of
 those of a module, were noticed; 2 where a text no longer stands exactly once, or a check fails without a bug."""
@@ -247,7 +247,7 @@ def mutants(only: list[str] | None = None) -> list[tuple[str, str, str, str, str
 
 
 def mark(old: str, new: str) -> str:
-    "Tells whether a result is of this edit."
+    "True if a result is of this edit."
     return hashlib.sha256(f"{old}\0{new}".encode()).hexdigest()[:12]
 
 

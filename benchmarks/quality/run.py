@@ -1,11 +1,11 @@
-"""Which method makes the best volume from two views, for the same patients and the same CPU time of training.
+"""Compare methods that make a volume from two views, for the same patients and the same CPU time of training.
 
 python benchmarks/quality/run.py                    every row that is not there yet, two at a time; then table and plot
 python benchmarks/quality/run.py --only sarcoma     rows whose name holds a word
 python benchmarks/quality/run.py --list             what there is and what is missing; trains nothing
 python benchmarks/quality/run.py --minutes 0.2 --out /tmp/q   a rehearsal
 
-Each row trains in a process of its own on one thread, from one seed, for a budget of CPU time that becomes a number of
+Each row trains in a separate process on one thread, from one seed, for a budget of CPU time that becomes a number of
 steps by timing a few of them
 first, by turns with steps of ours, and is scored with its last weights, never with the best of several, on patients it
 has not seen. A killed run goes on
@@ -167,7 +167,7 @@ ROUNDS = 12  # of which the last ten count
 
 
 def pacer(c, data, still: bool):
-    "A function that makes a training step of a throwaway network and says how many CPU seconds it took."
+    "Return a function that runs a training step of a throwaway network and returns its CPU seconds."
     import diffx2ct.batches as B
     from diffx2ct.diffusion import build_denoiser
 
@@ -463,7 +463,7 @@ def plot(out: Path) -> None:
 
 def pictures(out: Path, work: Path, ct: Path) -> None:
     """Truth, consistent mean, expected volume, one sample and the difference: a phantom, a sarcoma patient, and a
-    chest shown to the model that knows only phantoms."""
+    chest reconstructed by the model trained on phantoms only."""
     from diffx2ct.checkpoint import load_model, newest_model
     from diffx2ct.data import show_mpr, to_hu
     from diffx2ct.evaluate import AMP, open_cases
