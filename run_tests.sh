@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that CI runs. The last line says `N passed, N failed`; the exit code is 1 when anything failed.
+# Everything that CI runs. The last line is `N passed, N failed`; the exit code is 1 when anything failed.
 # Usage: ./run_tests.sh [quick | NAME...]
 #   quick   leaves out the cells, chapters and tests marked slow, the types and the site
 #   NAME    a chapter (02a), a module (diffusion) or a file of tests (wiring): all of its checks, and no others

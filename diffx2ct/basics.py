@@ -247,7 +247,7 @@ def load_tensor(
         )
     if got.numel() * got.element_size() > Path(path).stat().st_size:
         raise UserError(
-            f"{path} says its shape is {tuple(got.shape)} but does not hold as many values; prepare this "
+            f"{path} states the shape {tuple(got.shape)} but does not hold as many values; prepare this "
             "case again with diffx2ct_prepare"
         )
     if not got.isfinite().all():

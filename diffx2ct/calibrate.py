@@ -288,7 +288,7 @@ def resume(
             net.load_state_dict(held["net"])
             optimizer.load_state_dict(held["optimizer"])
     except Exception:
-        raise UserError(f"{path} is damaged or no calibration training; delete it to start again") from None
+        raise UserError(f"{path} is damaged or not a calibration training; delete it to start again") from None
     if config != c:
         changed = [k for k in CalibratorConfig.model_fields if getattr(config, k) != getattr(c, k)]
         raise UserError(f"{path} was trained with another {', '.join(changed)}; set it back, or delete the file")

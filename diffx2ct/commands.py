@@ -318,7 +318,7 @@ def visualize_options() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         default=4,
-        help="samples for the spread (and for mean_of_k), the first 4 are written for the viewer's slider; 0 for none; "
+        help="samples for the deviation (and mean_of_k), the first 4 are written for the viewer's slider; 0 for none; "
         "default: 4",
     )
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the settings")
@@ -345,10 +345,10 @@ def reconstruct_options() -> argparse.ArgumentParser:
         as PNG, DICOM (CR, DX), NIfTI (2D or one slice) or .pt.
 
 Images must be upright, with the patient's right at the left of AP. The order of the files, which of them are inverted,
-and where the patient faces in LAT are found, and said with a margin.
-Orientation tags (EXIF, Patient Orientation) are obeyed; padding, bars, letters and transparent pixels count as no
-image.
-Where a file says its pixel size, that is its scale; else scale and height are found.
+and where the patient faces in LAT are found, and printed with a margin.
+Orientation tags (EXIF, Patient Orientation) are obeyed; padding, bars, letters and transparent pixels do not
+count as image.
+A stated pixel size gives the scale; without it scale and height are found.
 Grey values may follow any tone curve: they become line integrals by the calibration network of the model, or, where it
 has none, by the values of its mean patient.
 Only .pt files, as diffx2ct_prepare stores them, are taken for line integrals.
@@ -361,14 +361,14 @@ What was done to each image is printed. Not for clinical use.""",
   diffx2ct_reconstruct data/drrs/p1/AP.pt data/drrs/p1/LAT.pt --checkpoint_dir checkpoints/best --out p1.nii.gz \
 --method consistent_mean
 
-Beside --out, or else beside the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel
-(where there is none, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json,
-whether there is reason to doubt it as a whole.
+Next to --out, or else next to the folder of --dicom, with its name: case_coverage.nii.gz, the beams through each voxel
+(without a beam, the volume is prior only), case_path_density.nii.gz, the rays through it, and case_trust.json,
+the out-of-distribution report.
 The third of these writes a series for a workstation, case_series_coverage.nii.gz, case_series_path_density.nii.gz and
-case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the spread is large,
-the views did not say what is there.
+case_series_trust.json, the fourth also case_mean, case_spread and case_spread_95 .nii.gz: where the standard
+deviation is large, the views do not determine the volume.
 The last is half of the 95 % interval in HU. For stored .pt views it is calibrated once diffx2ct_uncertainty has been
-run on the checkpoint; for pictures (consistency soft) it is not. The trust report has limits in both cases.""",
+run on the checkpoint; for pictures (consistency soft) it is not. The report has limits in both cases.""",
     )
     p.add_argument("ap", metavar="AP", help="frontal view")
     p.add_argument("lat", metavar="LAT", help="lateral view")
@@ -386,12 +386,10 @@ run on the checkpoint; for pictures (consistency soft) it is not. The trust repo
         type=int,
         default=0,
         metavar="K",
-        help="also write mean and spread of K samples beside the volume; default: 0",
+        help="also write mean and standard deviation of K samples; default: 0",
     )
     p.add_argument("--steps", type=int, help="steps of each sample; default: DIFFUSION.STEPS of the model's settings")
-    p.add_argument(
-        "--seed", type=int, default=0, help="the only source of chance, kept in the files' headers; default: 0"
-    )
+    p.add_argument("--seed", type=int, default=0, help="the only random seed, kept in the files' headers; default: 0")
     p.add_argument(
         "--consistency",
         choices=("on", "soft", "off"),
@@ -402,13 +400,13 @@ run on the checkpoint; for pictures (consistency soft) it is not. The trust repo
         type=float,
         nargs=2,
         metavar=("AP", "LAT"),
-        help="edge of a pixel on the detector in mm, instead of what the files say",
+        help="edge of a pixel on the detector in mm, instead of that in the files",
     )
     p.add_argument("--facing", choices=("left", "right"), help="where the patient looks in LAT; default: found")
     p.add_argument(
         "--frontal",
         choices=("pa", "ap"),
-        help="whether the frontal film was taken from behind (pa) or from the front (ap); default: what the file says",
+        help="whether the frontal film was taken from behind (pa) or from the front (ap); default: from the file",
     )
     p.add_argument("--bone", choices=("bright", "dark"), help="how bone looks in both pictures; default: found")
     p.add_argument("--keep_order", action="store_true", help="AP is the frontal view, even if it does not look so")

@@ -184,7 +184,7 @@ class Range(Section):
     def check(self):
         if self.choices is not None:
             if not self.choices or self.low is not None or self.high is not None:
-                raise ValueError("choices needs at least one value, and no low or high beside it")
+                raise ValueError("choices needs at least one value, without low or high")
         elif self.low is None or self.high is None:
             raise ValueError("needs low and high, or choices")
         elif self.low > self.high:
@@ -320,8 +320,7 @@ def check_config(
     )
     refuse(
         t.PHANTOM_EPOCHS and t.START_FROM,
-        "TRAINING.START_FROM and TRAINING.PHANTOM_EPOCHS both say where the weights begin; set one of them "
-        "to null or 0",
+        "TRAINING.START_FROM and TRAINING.PHANTOM_EPOCHS both set the initial weights; set one of them to null or 0",
     )
     refuse(
         t.AUGMENT.FILMS and not t.CALIBRATOR,
@@ -460,7 +459,7 @@ class YamlLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, RecursionError) as e:
             raise yaml.MarkedYAMLError(
-                problem=f"{str(node.value)[:40]} is no value ({e})", problem_mark=node.start_mark
+                problem=f"{str(node.value)[:40]} is not a valid value ({e})", problem_mark=node.start_mark
             ) from None
 
 # %% ../nbs/00_config.ipynb #6bdc28e9

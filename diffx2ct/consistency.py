@@ -93,7 +93,7 @@ def irreducible_residual(
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
 ) -> Tensor:  # (B,)
-    """Relative residual of the volume that explains the views best, whatever its HU.
+    """Relative residual of the volume that explains the views best, for any HU.
 
     Near 0 for every pair of cone-beam views, so it detects contradictions of parallel views only."""
     air = torch.full((len(y), 1, *(A.size,) * 3), (-1000 - window[0]) / (window[1] - window[0]), device=y.device)

@@ -124,7 +124,7 @@ def panels(
     rows: int,
     views: bool,  # room for two views at the right
 ) -> tuple[plt.Figure, list[list[plt.Axes]], list[plt.Axes]]:  # figure, rows of three axes, two axes or none
-    "Pictures in rows of three with a strip for words above each, and views as large as the rows beside them allow."
+    "Pictures in rows of three with a strip for words above each, and views as large as the rows next to them allow."
     high = rows * (CELL + STRIP) + GAP
     side = CELL if rows == 1 else min(high / 2 - STRIP - GAP, 1.6 * CELL)
     wide = 3 * (CELL + GAP) + views * (side + GAP) * (2 if rows == 1 else 1) + MARGIN
@@ -399,7 +399,7 @@ class CTPairs(torch.utils.data.Dataset):
         ):
             if tensor.shape != want:
                 raise UserError(
-                    f"{path} has shape {tuple(tensor.shape)}, but DATA.{key} asks for {want}; set "
+                    f"{path} has shape {tuple(tensor.shape)}, but DATA.{key} requires {want}; set "
                     f"DATA.{key} or prepare the data again"
                 )
         if volume.min() < -0.01 or volume.max() > 1.01:

@@ -71,7 +71,7 @@ def resolve_devices(
         raise UserError(f"DEVICES names a device twice: {', '.join(map(str, devices))}; name each once")
     if any(d.type == "cuda" and d not in gpus for d in devices):
         raise UserError(
-            f"DEVICES asks for {', '.join(map(str, devices))}, but this machine has "
+            f"DEVICES lists {', '.join(map(str, devices))}, but this machine has "
             f"{', '.join(map(str, gpus)) or 'no CUDA device'}; use --set DEVICES=auto to take what there is"
         )
     for d in devices:

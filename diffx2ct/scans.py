@@ -433,7 +433,7 @@ def check_data_file(
         data = path.parent / os.fsdecode(m[1])
         if b"/" in m[1] or b"\0" in m[1] or not data.is_file():
             raise UserError(
-                f"{path} names {os.fsdecode(m[1])!r} as the file of its voxels, which is no file beside it; "
+                f"{path} names {os.fsdecode(m[1])!r} as the file of its voxels, which is not a file next to it; "
                 "put it there, or save the scan as one file"
             )
         held += data.stat().st_size
@@ -535,7 +535,7 @@ def check_place(
     "Refuse voxels without a size or a position, and axes that are not at right angles."
     if not all(np.isfinite(v).all() for v in (spacing, origin, direction)) or min(spacing) <= 0:
         raise UserError(
-            f"{path} says its voxels are {' x '.join(f'{v:g}' for v in spacing)} mm, or lies nowhere; "
+            f"{path} states voxels of {' x '.join(f'{v:g}' for v in spacing)} mm or an invalid position; "
             "it is damaged, so convert the original again"
         )
     if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
@@ -553,7 +553,7 @@ def check_size(
     if len(size) != 3 and not (len(size) > 3 and set(size[3:]) == {1}):
         raise UserError(
             f"{path} has {len(size)} dimensions {tuple(size)}; one three-dimensional volume is needed, "
-            "so save one of its volumes to a file of its own"
+            "so save one of its volumes to a separate file"
         )
     if parts != 1:
         raise UserError(f"{path} has {parts} values per voxel; a CT has one")
@@ -566,7 +566,7 @@ def read_image(
     path: Path,  # NIfTI, NRRD or MetaImage
     affine: str | None = None,  # "sform" or "qform", where those of a NIfTI file contradict each other
 ) -> sitk.Image:  # three-dimensional, float32
-    "Read one volume file, whatever its unit."
+    "Read one volume file of any unit."
     check_file(path, affine)
     if file_suffix(path).startswith(".nii"):
         return nifti_image(path, affine)

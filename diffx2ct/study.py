@@ -336,7 +336,7 @@ def trial_settings(
     trial: optuna.trial.FrozenTrial,
     c: Config,
 ) -> Config:
-    "Return the settings with the values of a trial, whatever is searched now."
+    "Return the settings with the values of a trial, also if the search space has changed."
     c = c.model_copy(deep=True)
     for key, v in trial.params.items():
         set_key(c, key, json.loads(v) if isinstance(v, str) else v, f"trial {trial.number}")

@@ -122,7 +122,7 @@ class View:
         "Mark pixels as not image."
         if pixels.any():
             self.image = self.covered & ~pixels
-            self.done.append(f"{pixels.float().mean():.2g} of its pixels are {what}, which is no image")
+            self.done.append(f"{pixels.float().mean():.2g} of its pixels are {what}, which is not image")
 
     def turn(self, how: Callable[[Tensor], Tensor]) -> None:  # of the last two axes
         "Mirror or transpose the pixels."
@@ -203,18 +203,17 @@ def read_picture(path: Path) -> View:
             grey = image.mode in ("1", "L", "LA", "F", "RGB", "RGBA") or image.mode.startswith("I")
             a = np.asarray(image if grey else image.convert("RGB" if there is None else "RGBA"))
             if not has_square_pixels(image):
-                done.append("its header says that pixels are not square, they are taken to be, as viewers do")
+                done.append("its header states that pixels are not square; they are read as square, as viewers do")
     except UserError:
         raise
     except Exception:
         raise UserError(
-            f"{path} cannot be read to its end; it is truncated, damaged or no picture of a known kind, so "
-            "export it again"
+            f"{path} cannot be read to its end; it is truncated, damaged or not a PNG, JPEG or TIFF, so export it again"
         ) from None
     if pages > 1:
-        raise UserError(f"{path} holds {pages} pictures; export the one that is meant as a file of its own")
+        raise UserError(f"{path} holds {pages} pictures; export the right one as a separate file")
     if max(turned, left) > 1:
-        done.insert(0, f"turned as its EXIF orientation {max(turned, left)} says")
+        done.insert(0, f"turned by its EXIF orientation {max(turned, left)}")
     if deep:
         done.append("its 16 bits were read as 8")
     upright = UPRIGHT.get(left, lambda a: a)
@@ -228,7 +227,7 @@ def read_picture(path: Path) -> View:
 def not_a_radiograph(name, what: str) -> UserError:
     "Error message for a file that is a scan."
     return UserError(
-        f"{name} is {what}, no X-ray image; this command reads two X-ray images, and diffx2ct_prepare makes "
+        f"{name} is {what}, not an X-ray image; this command reads two X-ray images, and diffx2ct_prepare makes "
         "such views of a CT"
     )
 
@@ -261,7 +260,7 @@ def read_nifti_view(
     )
     if stated and head["dim"][0] > 2 and which and flat != (1 if which == "AP" else 2):
         view.doubts.append(
-            f"{path} says that it lies in {('an axial', 'a coronal', 'a sagittal')[flat]} plane, but the "
+            f"{path} states that it lies in {('an axial', 'a coronal', 'a sagittal')[flat]} plane, but the "
             f"{which} view is {'a coronal' if which == 'AP' else 'a sagittal'} one; check that its header "
             "is right and that the image is upright"
         )
@@ -302,7 +301,7 @@ class Radiograph:
         if all(map(math.isfinite, found)):
             return found
         raise UserError(
-            f"{self.path} says {self.text(key)[:64]!r} where its header needs numbers "
+            f"{self.path} states {self.text(key)[:64]!r} where its header needs numbers "
             f"(tag {str(pydicom.tag.Tag(key)).strip('()')}); export it again"
         )
 
@@ -316,9 +315,7 @@ def open_dicom(path: Path) -> Radiograph:
     if x.text("Modality") not in XRAY_MODALITIES:
         raise not_a_radiograph(path, f"of modality {x.text('Modality')[:16]}")
     if (x.numbers("NumberOfFrames") or [1])[0] > 1:
-        raise UserError(
-            f"{path} holds {x.text('NumberOfFrames')} frames; export the one that is meant as a file of its own"
-        )
+        raise UserError(f"{path} holds {x.text('NumberOfFrames')} frames; export the right one as a separate file")
     check_unpacked_size(path, ds.Rows * ds.Columns * 4)
     kind = x.text("PhotometricInterpretation")
     if kind in ("MONOCHROME1", "MONOCHROME2", ""):
@@ -407,13 +404,13 @@ def orient_to(
     along = [next((k for k, w in enumerate(want) if v and v in (w, OPPOSITE[w])), None) for v in to]
     if any(v in OPPOSITE and k is None for v, k in zip(to, along)):
         view.doubts.append(
-            f"{view.name} says that its columns and rows lead to {letters[0]} and {letters[-1]}, but those "
+            f"{view.name} states that its columns and rows lead to {letters[0]} and {letters[-1]}, but those "
             f"of this view lead to {want[0]} and {want[1]}; check that the two images are not exchanged"
         )
     transposed = along[0] == 1 != along[1] or along[1] == 0 != along[0]
     if transposed:
         view.turn(lambda a: a.mT)
-        view.done.append("its header says that columns lead to the head or the feet, so it was transposed")
+        view.done.append("its header states that columns lead to the head or the feet, so it was transposed")
         to = to[::-1]
     for axis, (letter, end) in enumerate(zip(to, want)):
         if letter == OPPOSITE[end]:
@@ -504,7 +501,7 @@ def read_view(
     if (low := view.grey[view.covered].min()) == view.grey[view.covered].max():
         raise UserError(
             f"{path} has the value {low:g} in every "
-            f"pixel{' (inside the window its header asks for)' if is_dicom(path) else ''}; there is nothing "
+            f"pixel{' (inside the window of its header)' if is_dicom(path) else ''}; there is nothing "
             "to see in it"
         )
     return view
@@ -796,7 +793,7 @@ def describe_scale(view: View, fitted: bool) -> str:
     if view.told:
         return f"pixels of {view.told:.3g} mm, by --pixel_mm"
     if view.mm:
-        return f"pixels of {view.mm[0]:.3g} x {view.mm[1]:.3g} mm, as the file says"
+        return f"pixels of {view.mm[0]:.3g} x {view.mm[1]:.3g} mm, from the file"
     aspect = f", with pixels {view.aspect:.3g} times as wide as high" if view.aspect != 1 else ""
     what = "likeness to the mean patient" + (" and the weight per height" if fitted else "")
     return f"no pixel size{aspect}, so its scale is found by {what}"
@@ -842,7 +839,7 @@ def body_warnings(
     out, names = [], (views[0].name, views[1].name)
     if weight.get("after", 0) > MASS_DIFFERENCE_LIMITS[learned]:
         out.append(
-            f"{names[0]} and {names[1]} spread the body differently from head to feet (gap "
+            f"{names[0]} and {names[1]} differ in weight per height (gap "
             f"{weight['after']:.2f}, limit {MASS_DIFFERENCE_LIMITS[learned]:g}); check that they are of "
             "one patient, at one scale, and begin and end at the same height"
         )
@@ -851,7 +848,7 @@ def body_warnings(
             if (share := truncated_share(y[1], seen[1], back)) > TRUNCATION_LIMIT:
                 out.append(
                     f"{names[1]} ends inside the body {words} in {share:.0%} of its rows (limit "
-                    f"{TRUNCATION_LIMIT:.0%}); what lies beyond is the model's guess"
+                    f"{TRUNCATION_LIMIT:.0%}); what lies beyond is the model's estimate"
                 )
     return out
 
@@ -1071,7 +1068,7 @@ def check_same_geometry(
     )
     if there != here:
         raise UserError(
-            f"{at / 'manifest.json'} says {there}, but {model.path} was trained with {here}; prepare the "
+            f"{at / 'manifest.json'} states {there}, but {model.path} was trained with {here}; prepare the "
             "views with the model's geometry"
         )
 
@@ -1179,7 +1176,7 @@ def check_options(
     )
     refuse(
         a.out and not a.out.endswith((".nii", ".nii.gz")),
-        f"--out {a.out} is no name for a NIfTI file; end it in .nii.gz, or use --dicom for a DICOM series",
+        f"--out {a.out} is not a name for a NIfTI file; end it in .nii.gz, or use --dicom for a DICOM series",
     )
     refuse(
         a.samples < 0 or a.samples == 1 or (a.steps or 1) < 1,
@@ -1187,7 +1184,7 @@ def check_options(
     )
     refuse(
         a.method == "mean_of_k" and not a.samples,
-        "--method mean_of_k is the mean of samples; say how many with --samples",
+        "--method mean_of_k is the mean of samples; set their number with --samples",
     )
     refuse(not 0 <= a.seed < 2**31, f"--seed {a.seed} must lie between 0 and {2**31 - 1}")
     refuse(min(a.pixel_mm or [1]) <= 0, "--pixel_mm is the edge of a pixel in mm; give numbers above 0")

@@ -182,7 +182,7 @@ BAD = {
     "devices that are not there": (
         nothing,
         [*TRAIN, *sets("DEVICES=[cuda:0, cuda:98, cuda:99]")],
-        "DEVICES asks for cuda:0, cuda:98, cuda:99",
+        "DEVICES lists cuda:0, cuda:98, cuda:99",
     ),
     "W&B mode unknown": (nothing, ["env", "WANDB_MODE=on", *TRAIN], "WANDB_MODE is 'on'"),
     "checkpoints is a file": (

@@ -25,7 +25,7 @@ def test_orthogonal_matrices_have_singular_values_near_one():
 
 
 def test_two_steps_are_those_of_the_equation():
-    "Nesterov momentum, decay by the learning rate, a step of 0.2 root mean square whatever the shape."
+    "Nesterov momentum, decay by the learning rate, a step of 0.2 root mean square for every shape."
     p, lr, decay, mu = nn.Parameter(drawn(6, 30)), 0.02, 0.1, 0.9
     optimizer, by_hand, m = Muon([dict(params=[p], muon=True)], lr, decay, mu), p.detach().clone(), torch.zeros(6, 30)
     for step in (1, 2):

@@ -698,7 +698,7 @@ def test_metaimage_units_and_scale(tmp_path, line):
 
 
 def test_a_new_series_of_a_patient_stays_with_that_patient(tmp_path):
-    "Whatever the order of its folders: the first name is kept, new series get the next number."
+    "In any order of the folders the first name is kept, new series get the next number."
     out = tmp_path / "out"
     for new in ("b", "a", "c"):
         series(tmp_path / "in/somebody" / new, body() + np.int16(ord(new)))

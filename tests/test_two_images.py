@@ -533,7 +533,7 @@ SYNTAXES = [
 @pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.parametrize("signed, bits", [(False, 12), (False, 16), (True, 12), (True, 15), (True, 16)])
 def test_monochrome1_is_turned_over_after_the_window(signed, bits, syntax, tmp_path):
-    "From the stored numbers, whatever ITK makes of them."
+    "Values come from the stored numbers, not from ITK."
     n = np.arange(32 * 32).reshape(32, 32) * 3 % 4001 - (2000 if signed else 0)
     scale = dict(RescaleSlope=2, RescaleIntercept=-50)
     window = dict(WindowCenter=int(n.mean()), WindowWidth=2001)
@@ -584,7 +584,7 @@ def test_padding_is_no_image(name, photometric, here, tmp_path):
         return views, calibrate_views(here.net, tuple(views))
 
     views, (y, done, _, _) = calibrated(value, **header)
-    assert (views[0].covered.numpy() == ~outside).all() and all("padding, which is no image" in line for line in done)
+    assert (views[0].covered.numpy() == ~outside).all() and all("padding, which is not image" in line for line in done)
     want = calibrated(17, PixelPaddingValue=17)[1][0]
     torch.testing.assert_close(y, want)
     taken = calibrated(value)[1][0]
@@ -821,7 +821,7 @@ def test_films_of_other_heights_and_of_half_a_pixel_size_are_taken(here, say, tm
     image.SetSpacing([N * MM / 96] * 2)
     sitk.WriteImage(image, str(tmp_path / "b.nii"))
     out, _ = say("--out", tmp_path / "c.nii", files=[tmp_path / "b.nii", here.pngs[1]])
-    assert "pixels of 3.33 x 3.33 mm, as the file says" in out and "its scale is found by likeness" in out
+    assert "pixels of 3.33 x 3.33 mm, from the file" in out and "its scale is found by likeness" in out
 
 
 def test_the_network_of_a_checkpoint_calibrates(here, tmp_path):
@@ -908,22 +908,22 @@ BAD = {  # name: (what stands for the AP image, or for both; options; words of t
     "a chest CT": (
         lambda h, t: nifti(np.zeros((16, 16, 16), np.int16), t / "ct.nii.gz"),
         [],
-        "ct.nii.gz is a volume of 16 x 16 x 16 voxels, no X-ray image",
+        "ct.nii.gz is a volume of 16 x 16 x 16 voxels, not an X-ray image",
     ),
-    "a film of CTs": (lambda h, t: nifti(np.zeros((4, 8, 8, 8), np.int16), t / "ct.nii.gz"), [], "no X-ray image"),
+    "a film of CTs": (lambda h, t: nifti(np.zeros((4, 8, 8, 8), np.int16), t / "ct.nii.gz"), [], "not an X-ray image"),
     "a CT slice": (
         lambda h, t: dicom(t / "ct", grey(h.y[0], 4000), sop=CT, modality="CT"),
         [],
-        "ct is of modality CT, no X-ray image",
+        "ct is of modality CT, not an X-ray image",
     ),
     "an MR slice": (
         lambda h, t: dicom(t / "mr", grey(h.y[0], 4000), modality="MR"),
         [],
-        "mr is of modality MR, no X-ray image",
+        "mr is of modality MR, not an X-ray image",
     ),
     "NaN": (lambda h, t: save_tensor(torch.full((N, N), torch.nan), t / "a.pt"), [], "a.pt holds NaN"),
     "black": (lambda h, t: png(np.zeros((64, 64)), t / "a.png"), [], "value 0 in every pixel"),
-    "two pages": (lambda h, t: pages(t), [], "pages.tiff holds 2 pictures; export the one that is meant"),
+    "two pages": (lambda h, t: pages(t), [], "pages.tiff holds 2 pictures; export the right one"),
     "transparent everywhere": (
         lambda h, t: clear(t, 0),
         [],
@@ -954,7 +954,7 @@ BAD = {  # name: (what stands for the AP image, or for both; options; words of t
     "another geometry": (
         lambda h, t: wrong_manifest(h, t / "drrs"),
         [],
-        "says cone beams, a detector of 500 mm and 16 x 16 pixels, SAD 541 and SDD 949 mm, but",
+        "states cone beams, a detector of 500 mm and 16 x 16 pixels, SAD 541 and SDD 949 mm, but",
     ),
     "another domain": (
         lambda h, t: wrong_manifest(h, t / "drrs", "parallel", "display"),
@@ -977,7 +977,7 @@ BAD = {  # name: (what stands for the AP image, or for both; options; words of t
             dicom(t / "a", grey(h.y[0], 4000), ImagerPixelSpacing=[0.25, 0.25]), b"0.25\\0.25", b"0.2x\\0.25"
         ),
         [],
-        "says '0.2x\\\\0.25' where its header needs numbers (tag 0018,1164)",
+        "states '0.2x\\\\0.25' where its header needs numbers (tag 0018,1164)",
     ),
     "pixels of nothing": (lambda h, t: h.pngs, ["--pixel_mm", "0", "1"], "--pixel_mm"),
     "seed below zero": (lambda h, t: h.pngs, ["--seed", "-1"], "--seed -1"),

@@ -140,7 +140,7 @@ def calibration(path: Path) -> list[str]:
     return [
         "## Uncertainty",
         "",
-        f"The spread of 2 to {most} samples is calibrated on {len(d['cases'])} cases with a known volume, "
+        f"The standard deviation of 2 to {most} samples is calibrated on {len(d['cases'])} cases with a known volume, "
         "per tissue and separately for voxels in no beam; `score_limits` of the report come from the same "
         "cases.",
         "",
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
             help="JSON of what no file states: use, data, preparation, licence, cost, limits (default: "
             "benchmarks/chest/card.json, where there is one)",
         )
-        p.add_argument("--out", help="default: MODEL_CARD.md beside the model and in the project folder")
+        p.add_argument("--out", help="default: MODEL_CARD.md next to the model and in the project folder")
         a = p.parse_args(argv)
         own = Path(__file__).parent
         files = [Path(f) for f in a.results] or sorted((own / "results").glob("*.json"))

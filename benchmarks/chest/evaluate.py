@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--data", metavar="DIR", help="folder that data.py has made, for the held-out real chests")
     p.add_argument("--phantoms", type=int, default=8, help="phantoms of seeds from 5000; default: 8")
     p.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, help="default: all")
-    p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ beside this script")
+    p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ next to this script")
     a = p.parse_args(argv)
     import json
 

@@ -232,7 +232,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--chests", nargs="*", metavar="CASE", help="names without suffix; default: all but sts_*")
     p.add_argument("--phantoms", type=int, default=16, help="in the mean views, where no model is given; default: 16")
     p.add_argument("--size", type=int, default=64, help="voxels and pixels without model and calibrator; default: 64")
-    p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ beside this script")
+    p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ next to this script")
     a = p.parse_args(argv)
     from diffx2ct.basics import UserError
     from diffx2ct.calibrate import check_detector, load_calibrator

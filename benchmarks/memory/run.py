@@ -143,8 +143,10 @@ def summary(out: Path) -> str:
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name holds all of these words")
-    p.add_argument("--out", type=Path, default=HERE / "results", help="results, one file a case (default: %(default)s)")
-    p.add_argument("--list", action="store_true", help="say what is there and what is missing")
+    p.add_argument(
+        "--out", type=Path, default=HERE / "results", help="results, one file per case (default: %(default)s)"
+    )
+    p.add_argument("--list", action="store_true", help="list the results that exist and those that are missing")
     p.add_argument("--case", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.case:

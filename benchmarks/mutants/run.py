@@ -221,7 +221,7 @@ def run(root: Path, check: str, limit: float) -> tuple[bool, str, float]:  # pas
         done, code = os.waitpid(pid, os.WNOHANG)
         status = code if done else time.sleep(0.05)
     with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # with whatever it has started
+        os.killpg(pid, signal.SIGKILL)  # with all processes it has started
     if status is None:
         os.waitpid(pid, 0)
     with os.fdopen(read, "rb") as f:

@@ -502,7 +502,9 @@ def main():
         default=os.environ.get("DIFFX2CT_CT_DIR") or HERE.parents[2] / "shared" / "ct",
         help="folder with sts_ct_64.npz and sts_ct_32.npz (default: $DIFFX2CT_CT_DIR)",
     )
-    p.add_argument("--out", type=Path, default=HERE / "results", help="results, one file a row (default: %(default)s)")
+    p.add_argument(
+        "--out", type=Path, default=HERE / "results", help="results, one file per row (default: %(default)s)"
+    )
     p.add_argument(
         "--work", type=Path, default=Path("data/quality"), help="data and checkpoints (default: %(default)s)"
     )
@@ -516,7 +518,7 @@ def main():
         help="change a setting of every row, for a rehearsal",
     )
     p.add_argument("--workers", type=int, default=2, help="rows at a time, one thread each (default: %(default)s)")
-    p.add_argument("--list", action="store_true", help="say what is there and what is missing")
+    p.add_argument("--list", action="store_true", help="list the results that exist and those that are missing")
     p.add_argument("--row", help=argparse.SUPPRESS)
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)

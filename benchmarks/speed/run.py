@@ -11,10 +11,10 @@ ours            the denoiser at width 32 with the channels 32, 64, 128, 256: the
                 the coarse network's answer and the
                 consistent mean, encoder, lifting, forward, projection onto the views, loss, backward, AdamW. Parameters
                 count the coarse network too
-original style  the same blocks, wired as the original was: full resolution, two blocks a level, cross-attention on
-three levels and nothing else to know the
-                views by, no planar level, no base, no projection
-MONAI           DiffusionModelUNet, two blocks a level, self- and cross-attention at the lowest level, squared error. It
+original style  the same blocks, wired as the original was: full resolution, two blocks per level, cross-attention on
+three levels and no other condition on the
+                views, no planar level, no base, no projection
+MONAI           DiffusionModelUNet, two blocks per level, self- and cross-attention at the lowest level, squared error. It
                 needs einops; where that is missing
                 the row is left out, saying so
 
