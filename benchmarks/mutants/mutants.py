@@ -127,6 +127,21 @@ MUTANTS = {
     "basics": [
         ("no fsync", "            os.fsync(f.fileno())\n", "            f.fileno()\n", "empty files after a power cut"),
         ("NaN passes", "if not got.isfinite().all():", "if got.isnan().all():", "training on NaN"),
+        ("control characters printed", "lambda m: repr(m[0])[1:-1]", "lambda m: m[0]", "a terminal that obeys a name"),
+        ("exit code 1", "            sys.exit(2)\n", "            sys.exit(1)\n", "scripts that see no bad input"),
+        (
+            "lock not waited for",
+            "                fcntl.flock(held, fcntl.LOCK_EX)\n",
+            "                pass\n",
+            "two runs in one folder",
+        ),
+        ("bomb of 8 GB", "200 * held", "200_000_000 * held", "a full memory"),
+        (
+            "archives that unpack to more",
+            "> Path(path).stat().st_size",
+            "> 10**9 * Path(path).stat().st_size",
+            "a full memory",
+        ),
     ],
     "config": [
         (
@@ -134,6 +149,21 @@ MUTANTS = {
             "merge(raw, profiles.get(name) or {})",
             "merge(profiles.get(name) or {}, raw)",
             "a profile without effect",
+        ),
+        ("search spaces merged", ' and k != "PARAMS"', "", "a profile's search space"),
+        ("password in the URL", "(?<=://).*@|", "", "a password in W&B"),
+        ("aliases are read", "if self.check_event(yaml.AliasEvent):", "if False:", "a full memory"),
+        (
+            "no suggestion for an unknown key",
+            "raise UserError(unknown_key(key, source))",
+            "raise UserError(key)",
+            "a message that does not help",
+        ),
+        (
+            "a mistyped key of the file passes",
+            'extra="forbid"',
+            'extra="ignore"',
+            "a setting without effect",
         ),
     ],
     "drr": [
