@@ -138,8 +138,8 @@ MUTANTS = {
         ("bomb of 8 GB", "200 * held", "200_000_000 * held", "a full memory"),
         (
             "archives that unpack to more",
-            "> Path(path).stat().st_size",
-            "> 10**9 * Path(path).stat().st_size",
+            "for i in z.infolist()) > Path",
+            "for i in z.infolist()) > 10**9 * Path",
             "a full memory",
         ),
     ],
