@@ -81,8 +81,8 @@ def render_views(
     "Return the views of a training step."
     a, net = c.TRAINING.AUGMENT, denoiser
     if calibrator and volumes is not None:
-        generators = [np.random.default_rng((d.seed, c.BATCH_SIZE, i)) for i in mine]
-        films = (film_views(*calibrator, x, net.A, net.window, g) for x, g in zip(volumes.to(views.device), generators))
+        randoms = [np.random.default_rng((d.seed, c.BATCH_SIZE, i)) for i in mine]
+        films = (film_views(*calibrator, x, net.A, net.window, r) for x, r in zip(volumes.to(views.device), randoms))
         return torch.stack(list(films))
     if volumes is not None:
         A = jitter_geometry(net.A, np.random.default_rng((d.seed, c.BATCH_SIZE)), a.GEOMETRY) if a.GEOMETRY else net.A
