@@ -297,6 +297,7 @@ def test_nothing_of_the_input_header_leaves_it(here, say, tmp_path):
         assert not f.is_file() or not any(word in f.read_bytes() for word in (b"QUIXOTE", b"MRN12345")), f
 
 
+@pytest.mark.slow
 def test_names_of_folders_and_files_leave_no_trace(here, say, tmp_path):
     "A patient's name as a folder or a file is in no output, packed or not."
     at = tmp_path / "QUIXOTE_DULCINEA_19700131"
@@ -319,6 +320,7 @@ def test_names_of_folders_and_files_leave_no_trace(here, say, tmp_path):
             assert not any(w in b for w in (b"quixote", b"dulcinea", b"19700131", b"mrn12345", bytes(tmp_path))), f
 
 
+@pytest.mark.slow
 def test_samples_mean_and_spread(here, say, tmp_path):
     read = lambda name: sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name))).astype(float)
     note = lambda name: sitk.ReadImage(str(tmp_path / name)).GetMetaData("descrip").strip()
@@ -359,6 +361,7 @@ def test_samples_mean_and_spread(here, say, tmp_path):
 # what goes in
 
 
+@pytest.mark.slow
 def test_the_same_image_in_every_format(here, tmp_path):
     "8 and 16 bits, bright and dark bone, PNG, NIfTI and DICOM: one calibrated pair."
     y, at = here.y, tmp_path
@@ -772,6 +775,7 @@ def test_a_model_of_display_images_takes_them_as_they_are(here, say, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_films_are_set_right_and_said_so(here, say, tmp_path):
     "Exchanged, mirrored and inverted films give the volume of the same films as they should be."
     plain, _ = say("--out", tmp_path / "a.nii")
