@@ -1,9 +1,9 @@
 """Run the checks and count them. Called by run_tests.sh, which sets the environment.
 
 Without words: everything. `quick`: without slow cells, chapters and tests, types and site. Names of chapters (02a),
-modules (diffusion) or test files (wiring): the chapter's cells and the tests of its module, slow ones too. Notebooks and
-test files run in processes forked from one that has imported the large packages and the modules of this one, two at a
-time, so nobody waits for those imports."""
+modules (diffusion) or test files (wiring): the chapter's cells and the tests of its module, slow ones too. Notebooks
+and test files run in processes forked from one that has imported the large packages and the modules of this one, two at
+a time, so nobody waits for those imports."""
 
 import gc
 import hashlib

@@ -57,3 +57,9 @@ def test_no_line_is_longer_than_120(path):
     for c in cells:
         if c["cell_type"] == "code":
             assert [x for x in "".join(c["source"]).split("\n") if len(x) > 120] == [], c["id"]
+
+
+def test_no_line_of_a_script_is_longer_than_120():
+    for path in [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/**/*.py"), *ROOT.glob(".ci/*"), *ROOT.glob("*.yml")]:
+        if path.is_file():
+            assert [x for x in path.read_text(encoding="utf-8").split("\n") if len(x) > 120] == [], path

@@ -82,11 +82,12 @@ def test_help_and_mistakes_load_nothing_heavy(command, args):
     module, function = PROJECT["scripts"][command].split(":")
     code = f"""
 import sys, {module}
+heavy = {{"torch", "numpy", "optuna", "wandb", "matplotlib", "diffx2ct.basics"}}
 sys.argv = [{command!r}, *{args!r}]
 try:
     {module}.{function}()
 except SystemExit as e:
-    print([e.code, sorted({{"torch", "numpy", "optuna", "wandb", "matplotlib", "diffx2ct.basics"}} & sys.modules.keys())])
+    print([e.code, sorted(heavy & sys.modules.keys())])
 """
     p = run_cmd([sys.executable, "-c", code])
     assert p.stdout.endswith(f"[{0 if args == ['--help'] else 2}, []]\n"), p.stderr

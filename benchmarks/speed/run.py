@@ -12,16 +12,13 @@ ours            the denoiser at width 32 with the channels 32, 64, 128, 256: the
                 consistent mean, encoder, lifting, forward, projection onto the views, loss, backward, AdamW. Parameters
                 count the coarse network too
 original style  the same blocks, wired as the original was: full resolution, two blocks per level, cross-attention on
-three levels and no other condition on the
-                views, no planar level, no base, no projection
-MONAI           DiffusionModelUNet, two blocks per level, self- and cross-attention at the lowest level, squared error. It
-                needs einops; where that is missing
-                the row is left out, saying so
+                three levels and no other condition on the views, no planar level, no base, no projection
+MONAI           DiffusionModelUNet, two blocks per level, self- and cross-attention at the lowest level, squared error.
+                It needs einops; where that is missing the row is left out, saying so
 
 Evaluation: the network once, its conditions known, as at each step of a sampler. All rows in turn, in bf16 autocast and
-in single precision, CPU seconds of one
-thread, medians of --repeats rounds. The bars: an evaluation of ours at most 1/6 and a step at most 1/4 of the
-original's kind."""
+in single precision, CPU seconds of one thread, medians of --repeats rounds. The bars: an evaluation of ours at most
+1/6 and a step at most 1/4 of the original's kind."""
 
 import argparse
 import sys
