@@ -33,7 +33,7 @@ SLIDER = 4  # largest number of samples on disk, for the slider of the viewer
 def run_case(
     model: Model,
     case: Case,
-    a: argparse.Namespace,  # options, see `parser`
+    a: argparse.Namespace,  # of `visualize_options`
     out: Path,  # folder to write
     limits: tuple[float, float],  # HU shown black and white
 ) -> dict:  # metrics; empty without a truth

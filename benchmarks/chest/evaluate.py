@@ -19,8 +19,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import one_thread, save, table
 
-METHODS = ("mean", "consistent_mean", "expected", "sharp", "sample", "mean_of_k")
-
 
 def case_rows(model, name: str, population: str, x, seed: int, methods, bounds: dict) -> list[dict]:
     "All figures of one patient."
@@ -100,6 +98,8 @@ def for_card(population: str, rows: list[dict], a: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str]) -> None:
+    from diffx2ct.commands import METHODS
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint_dir", required=True, metavar="DIR", help="a model")
     p.add_argument("--data", metavar="DIR", help="folder that data.py has made, for the held-out real chests")

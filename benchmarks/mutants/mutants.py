@@ -1403,8 +1403,8 @@ MUTANTS = {
         ),
         (
             "a renamed file as measured",
-            'header.GetMetaData("descrip").startswith(GENERATED)',
-            'header.GetMetaData("descrip").startswith(CAUTION)',
+            "read_note(item).startswith(GENERATED)",
+            "read_note(item).startswith(CAUTION)",
             "a synthetic CT without a word",
         ),
         (

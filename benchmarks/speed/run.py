@@ -168,7 +168,7 @@ def optimizers(edge: int, repeats: int) -> list[dict]:
         for name in ("adamw", "muon"):
             c, net, item = prepared({"TRAINING.OPTIMIZER": name}, size, "bf16")
             work[name, "step"] = partial(training_step(net, c), [item])
-            _, alone, _ = prepared({"TRAINING.OPTIMIZER": name}, size, "bf16")
+            alone = network(c)
             for p in alone.parameters():
                 p.grad = torch.randn_like(p)
             work[name, "optimizer"] = make_optimizer(alone, c).step
