@@ -36,13 +36,13 @@ from torch import Tensor
 
 from .align import place_pair
 from .basics import UserError, command
-from .checkpoint import Model, load_model, model_file
-from .commands import SHIPPED_MODEL, app_options, view_options
+from .checkpoint import Model, is_shipped, load_model, model_file
+from .commands import QUICK_MODEL, SHIPPED_MODEL, app_options, view_options
 from .data import CAUTION, GENERATED
 from .report import PAGE_COLOURS
 from .scans import file_suffix
 from .two_images import FoundFilms, View, mean_views, read_view, save_dicom
-from .verbs import Uncertainty, Views, locate_films, stored_views, uncertainty, view, views_for_model, views_of
+from .verbs import Uncertainty, Views, locate_films, stored_views, uncertainty, view, views_of
 from .viewer import package_text
 from .volumes import phantom_case, save_nifti
 
@@ -182,6 +182,14 @@ class Page(W.VBox):
         )
         self.height = W.FloatSlider(description="lateral film lower, mm", min=-80, max=80, step=1, **wide)
         self.size = W.FloatSlider(description="lateral film larger, %", min=-20, max=20, step=1, **wide)
+        self.kind = W.Dropdown(
+            description="volume",
+            options=[("128^3 voxels of 3 mm", SHIPPED_MODEL), ("64^3 voxels of 6 mm, quicker", QUICK_MODEL)],
+            value=model.path.parent.name if is_shipped(model.path) else None,
+            layout=W.Layout(width="330px", display=None if is_shipped(model.path) else "none"),
+            style={"description_width": "auto"},
+        )
+        self.head = W.HTML(PAGE_STYLE + heading(model))
         self.count = W.IntSlider(description="samples", min=2, max=16, value=samples, **wide)
         self.go = W.Button(description="reconstruct", button_style="primary", disabled=True)
         self.bar = W.IntProgress(min=0, max=1, layout=W.Layout(width="330px", display="none"))
@@ -212,7 +220,7 @@ def arrange(self: Page):
     "Lay out the parts."
     row = W.Layout(align_items="center", grid_gap="8px 14px", flex_flow="row wrap")
     self.children = [
-        W.HTML(PAGE_STYLE + heading(self.model)),
+        self.head,
         W.HTML("<h2>1 &nbsp; Films</h2>"),
         W.HBox([*self.uploads.values(), self.example], layout=row),
         self.words,
@@ -221,7 +229,7 @@ def arrange(self: Page):
         self.picture,
         self.corrections,
         W.HTML("<h2>3 &nbsp; Volume</h2>"),
-        W.HBox([self.count, self.go, self.bar], layout=row),
+        W.HBox([self.kind, self.count, self.go, self.bar], layout=row),
         self.report,
         self.files,
         self.shown,
@@ -237,6 +245,7 @@ def connect(self: Page):
     self.facing.observe(lambda change: self.held or self.step(self.look), "value")
     for slider in (self.height, self.size):
         slider.observe(lambda change: self.held or self.step(self.correct), "value")
+    self.kind.observe(lambda change: self.step(partial(self.take_model, change.new)), "value")
     self.example.on_click(lambda button: self.step(self.take_phantom))
     self.go.on_click(lambda button: self.step(self.run))
 
@@ -277,6 +286,16 @@ def take(self: Page, which: str, files):  # of a FileUpload
 
 
 @patch
+def take_model(self: Page, name: str):
+    "Use another model of the package, for the films that are there."
+    self.model = load_model(name, str(self.model.denoiser.mean.device))
+    self.head.value = PAGE_STYLE + heading(self.model)
+    self.forget()
+    if len(self.read) == 2:
+        self.look(found=True)
+
+
+@patch
 def take_phantom(self: Page):
     "Use the views of a phantom as two films with an unknown tone curve."
     self.forget()
@@ -302,7 +321,7 @@ def look(self: Page, found: bool = False):
     views = self.read["AP"], self.read["LAT"]
     stored = stored_views(views, self.model)
     if stored is not None:
-        self.views = views_for_model(self.model, stored)
+        self.views = stored
         self.notes.value = "stored views, taken as they are"
         return
     self.notes.value = "aligning the films ..."

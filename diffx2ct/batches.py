@@ -76,7 +76,7 @@ def training_stages(
     tuple[str, Config, TrainingData]
 ]:  # folder within the next stage's folder, settings, data; the run itself comes last
     "List the stages in order: phantoms, coarser networks, the run itself."
-    if c.TRAINING.COARSE_EPOCHS:
+    if any(c.TRAINING.COARSE_EPOCHS[-1:]):  # none, or 0: taken from START_FROM
         earlier = training_stages(coarse_config(c), downsampled(data))
         earlier[-1] = ("coarse", *earlier[-1][1:])
     elif c.TRAINING.PHANTOM_EPOCHS:

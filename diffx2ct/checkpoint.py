@@ -6,9 +6,10 @@
 __all__ = ['CHECKSUM_FILE', 'FORMAT', 'MODEL_PATTERN', 'TRAINING_PATTERN', 'CALIBRATOR', 'Weights', 'UPGRADES', 'read_checksums',
            'file_digest', 'write_checksums', 'write_with_checksum', 'verify_checksum', 'describe', 'save_model',
            'save_checkpoint', 'clean_folder', 'files_by_step', 'prune_checkpoints', 'Model', 'upgrade_2_to_3',
-           'upgrade_3_to_4', 'Cases', 'Header', 'read_header', 'newest_model', 'shipped_model', 'is_shipped',
-           'find_folder', 'model_file', 'model_card', 'read_weights', 'check_shapes', 'load_weights', 'calibrator_of',
-           'load_model', 'load_training', 'to_half_precision', 'strip_paths', 'save_shipped']
+           'upgrade_3_to_4', 'Cases', 'SharedCoarse', 'Header', 'read_header', 'newest_model', 'shipped_model',
+           'is_shipped', 'find_folder', 'model_file', 'model_card', 'read_weights', 'shared_coarse', 'weights_of_size',
+           'check_shapes', 'load_weights', 'calibrator_of', 'load_model', 'load_training', 'to_half_precision',
+           'strip_paths', 'save_shipped']
 
 # %% ../nbs/03b_checkpoint.ipynb #4ec87a1e
 import hashlib
@@ -19,22 +20,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import diffx2ct
 from .basics import UserError, read_pt, write_atomic, write_pt
-from .calibrate import Calibrator, CalibratorHeader, check_detector, load_calibrator
-from .commands import SHIPPED_MODEL
+from .calibrate import Calibrator, CalibratorHeader, check_detector, load_calibrator, save_calibrator
+from .commands import SHIPPED_MODELS
 from .config import Config, Positive, validation_message
 from .data import StoredGeometry
 from .diffusion import MEAN_VIEW_SCALE, NUM_BANDS, Denoiser, build_denoiser
-from .drr import geometry
+from .drr import Projector, geometry
 from .ranks import full_state, on_rank_zero, rank
 
 # %% ../nbs/03b_checkpoint.ipynb #2ce7839b
@@ -234,6 +235,13 @@ class Cases(BaseModel):
     valid: list[str]
 
 
+class SharedCoarse(BaseModel):
+    "Names the model of the package whose network is the coarse one of this model."
+
+    model: Annotated[str, StringConstraints(pattern=r"^\w+$")]  # its folder, next to this model's
+    sha256: str  # of its file
+
+
 class Header(BaseModel):
     "The part of a header that is needed to use its network; there may be more."
 
@@ -242,6 +250,7 @@ class Header(BaseModel):
     mm: Positive
     line_integrals: bool
     cases: Cases | None = None  # unknown in older files
+    coarse: SharedCoarse | None = None  # None: the file holds its coarse network, if it has one
 
 
 def read_header(
@@ -311,7 +320,7 @@ def find_folder(
                 file=sys.stderr,
             )
         return Path(folder)
-    if not shipped and str(folder) == SHIPPED_MODEL:
+    if not shipped and str(folder) in SHIPPED_MODELS:
         raise UserError(
             f"the model {folder} is not part of this installation, and there is no folder {folder} here; name a "
             "folder that run_training.sh has written"
@@ -378,7 +387,39 @@ def read_weights(
     weights = {k: v.float() if v.dtype in (torch.half, torch.bfloat16) else v for k, v in weights.items()}
     for old in range(meta["format"], FORMAT):
         weights = UPGRADES[old](weights, meta)
+    if other := shared_coarse(path, meta):
+        weights |= {f"coarse.{k}": v for k, v in read_weights(other, "ema").items()}
     return weights
+
+
+def shared_coarse(
+    path: Path,
+    meta: dict,  # its header
+) -> Path | None:  # None: the file is complete
+    "Return the model file whose network is the coarse one of this model: next to its folder, else of the package."
+    if not meta.get("coarse"):
+        return None
+    shared = SharedCoarse.model_validate(meta["coarse"])
+    folders = path.parent.parent / shared.model, shipped_model(shared.model)
+    for file in (folder / "best.safetensors" for folder in folders if folder):
+        if file.is_file() and file_digest(file) == shared.sha256:
+            return file
+    raise UserError(
+        f"{path} takes its coarse network from {folders[0]}/best.safetensors, which is missing or another file; "
+        "copy that folder too, or install diffx2ct again"
+    )
+
+
+def weights_of_size(
+    path: Path,
+    size: int,  # edge of the volume in voxels
+) -> Weights:  # empty if the model's volumes have half this edge or less
+    "Read the averaged weights of the network for volumes of this size: the model's own, or a coarse one in it."
+    edge, weights = read_header(path)["config"]["DATA"]["TARGET_VOLUME_SIZE"], read_weights(path, "ema")
+    while edge >= 2 * size and any(k.startswith("coarse.") for k in weights):
+        weights = {k.removeprefix("coarse."): v for k, v in weights.items() if k.startswith("coarse.")}
+        edge //= 2
+    return weights if size < 2 * edge else {}
 
 
 def check_shapes(
@@ -413,7 +454,7 @@ def calibrator_of(
 ) -> tuple[Calibrator | None, CalibratorHeader | None]:  # on the denoiser's device; None if there is none
     "Load the calibration network of a checkpoint and its header."
     path = folder / CALIBRATOR
-    if not path.exists():
+    if not path.is_file():
         return None, None
     calibrator, head = load_calibrator(path)
     check_detector(head, denoiser.A, path)
@@ -441,7 +482,9 @@ def load_model(
             f"{path} describes a network that cannot be built; it is damaged, use another checkpoint"
         ) from None
     denoiser = load_weights(make(), weights, path).to(device).eval()
-    return Model(denoiser, h.config, meta, path, *calibrator_of(path.parent, denoiser))
+    other = shared_coarse(path, meta)
+    beside = other if other and not (path.parent / CALIBRATOR).is_file() else path
+    return Model(denoiser, h.config, meta, path, *calibrator_of(beside.parent, denoiser))
 
 
 def load_training(
@@ -502,16 +545,24 @@ def save_shipped(
     source: str | Path,  # checkpoint folder or model file
     folder: str | Path,  # such as diffx2ct/weights/chest
     calibrator: str | Path | None = None,  # its file; None: the one in the model's folder, if there is one
+    coarse: str | None = None,  # model next to `folder` that is the coarse network of this one and is not stored twice
 ) -> int:  # bytes of the folder
     "Write a model for the package, with its calibrator and checksums, and print the size."
     path, folder = model_file(source), Path(folder)
     weights, meta = read_weights(path, "ema"), strip_paths(read_header(path) | dict(format=FORMAT))
+    if coarse:
+        other = folder.parent / coarse / "best.safetensors"
+        meta["coarse"] = dict(model=coarse, sha256=file_digest(other))
+        for k, v in read_weights(other, "ema").items():
+            if (own := weights.pop(f"coarse.{k}", None)) is None or not torch.equal(own, v):
+                raise UserError(f"the coarse network of {path} is not {other}; train with TRAINING.START_FROM={other}")
     tensors = {f"ema.{k}": v for k, v in to_half_precision(weights).items()}
     network = Path(calibrator) if calibrator else path.parent / CALIBRATOR
-    if calibrator or network.is_file():
-        load_calibrator(network)  # refuses a damaged one
-        content = network.read_bytes()
-        write_with_checksum(folder / CALIBRATOR, lambda p: p.write_bytes(content))
+    if calibrator or network.is_file() and not coarse:  # the coarse network's folder has it
+        net, head = load_calibrator(network)
+        edge = meta["mm"] * meta["config"]["DATA"]["TARGET_VOLUME_SIZE"]
+        A = Projector(geometry(head.geometry, edge), head.pixels, edge / head.pixels, head.pixels)
+        write_with_checksum(folder / CALIBRATOR, lambda p: save_calibrator(net, p, A, head.config, half=True))
     write_with_checksum(folder / "best.safetensors", lambda p: save_file(tensors, p, {"diffx2ct": json.dumps(meta)}))
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."}
     print(*(f"{size / 1e6:8.2f} MB  {name}" for name, size in sizes.items()), sep="\n")

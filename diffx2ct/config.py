@@ -115,7 +115,7 @@ class AugmentConfig(Section):
     "Random changes of training cases (chapter 00f)."
 
     SHARE: Ratio = 0.5
-    PASSES: Annotated[int, Field(ge=0)] = 40
+    PASSES: Annotated[int, Field(ge=0)] = 30
     ROTATE: Annotated[float, Field(ge=0, le=180)] = 10
     SCALE: Annotated[float, Field(ge=0, lt=1)] = 0.1
     SHIFT: Ratio = 0.05
@@ -136,7 +136,7 @@ class TrainingConfig(Section):
     START_FROM: str | None = None
     CALIBRATOR: str | None = None
     PATCH_SIZE: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    COARSE_EPOCHS: list[Count] = []
+    COARSE_EPOCHS: list[Annotated[int, Field(ge=0)]] = []
     PHANTOM_EPOCHS: Annotated[int, Field(ge=0)] = 0
     LOSS_PHASE_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] = [12, 1]
     LOSS_WEIGHTS: LossWeights = LossWeights()
@@ -298,6 +298,16 @@ def check_config(
         len(t.COARSE_EPOCHS) >= len(u.NUM_CHANNELS),
         f"TRAINING.COARSE_EPOCHS names {len(t.COARSE_EPOCHS)} coarser stages, but each needs a level of its "
         f"own and MODEL.UNET.NUM_CHANNELS has {len(u.NUM_CHANNELS)}; name fewer",
+    )
+    refuse(
+        0 in t.COARSE_EPOCHS and not t.START_FROM,
+        "TRAINING.COARSE_EPOCHS has a 0, which takes a coarser network from TRAINING.START_FROM as it is, but "
+        "START_FROM is null; name a model, or write the number of epochs",
+    )
+    refuse(
+        sorted(t.COARSE_EPOCHS, key=bool) != t.COARSE_EPOCHS,
+        f"TRAINING.COARSE_EPOCHS is {t.COARSE_EPOCHS}, but a network that is taken as it is has been trained with the "
+        "coarser ones before it; write 0 for those too",
     )
     fine = 2 ** len(t.COARSE_EPOCHS)
     for key, size, unit in (("TARGET_VOLUME_SIZE", d.TARGET_VOLUME_SIZE, 8), ("TARGET_DRR_SIZE", d.TARGET_DRR_SIZE, 1)):

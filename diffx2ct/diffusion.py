@@ -136,13 +136,12 @@ def coarse_config(
     c = c.model_copy(deep=True)
     d, t, u = c.DATA, c.TRAINING, c.MODEL.UNET
     epochs, *_ = t.COARSE_EPOCHS[::-1]
-    c.EPOCHS, c.BATCH_SIZE, t.COARSE_EPOCHS, t.LOSS_PHASE_EPOCHS, t.FULL_NOISE_RATIO, t.START_FROM = (
-        epochs,
+    c.EPOCHS, c.BATCH_SIZE, t.COARSE_EPOCHS, t.LOSS_PHASE_EPOCHS, t.FULL_NOISE_RATIO = (
+        max(1, epochs),  # 0: not trained
         2 * c.BATCH_SIZE,
         t.COARSE_EPOCHS[:-1],
         [epochs, 0],
         1.0,
-        None,
     )
     t.VALIDATION_FREQ, t.CHECKPOINT_FREQ = max(1, epochs // 4), max(1, epochs // 10)
     d.TARGET_VOLUME_SIZE, d.TARGET_DRR_SIZE = d.TARGET_VOLUME_SIZE // 2, d.TARGET_DRR_SIZE // 2
@@ -324,11 +323,13 @@ def prior(
         if self.coarse
         else self.mean.expand(len(views), -1, -1, -1, -1)
     )
-    return (
-        alternating_projections(start, views, self.A, self.window, 10, 1, damping=damping(consistency), momentum=True)
-        if self.base_kind == "consistent_mean"
-        else start
-    )
+    if self.base_kind != "consistent_mean":
+        return start
+    rounds = (
+        3 if self.coarse else 10
+    )  # the volume of a coarse network explains the views already at half the resolution
+    soft = damping(consistency)
+    return alternating_projections(start, views, self.A, self.window, rounds, 1, damping=soft, momentum=True)
 
 
 @patch

@@ -28,11 +28,11 @@ from .checkpoint import Model, load_model
 from .commands import METHODS, evaluate_options
 from .consistency import irreducible_residual, mass_litres, projection_residual
 from .data import Case, CTPairs, list_cases, patient_of, read_manifest, split_cases
-from .diffusion import AMP, Denoiser
+from .diffusion import Denoiser
 from .drr import geometry
 from .metrics import PROTOCOLS, band_power, bootstrap, metrics
 from .parallel import device_option
-from .reconstruct import available_methods, reconstruct, settings_for_views
+from .reconstruct import available_methods, reconstruct, run_settings, settings_for_views
 from .reporting import start_wandb, wandb_reporter
 
 # %% ../nbs/04a_evaluate.ipynb #6be6b604
@@ -252,11 +252,7 @@ def evaluate(
                 how, scores = settings_for_views(net, case.views, d, case.name), {}
                 for m in methods:
                     start = time.perf_counter()
-                    x = (
-                        reconstruct(net, case.views, m, how, k, seed, c.TRAINING.PATCH_SIZE, AMP[c.TRAINING.AMP])
-                        .float()
-                        .cpu()
-                    )
+                    x = reconstruct(net, case.views, m, how, k, seed, **run_settings(c)).float().cpu()
                     scores[m] = {
                         "seconds": time.perf_counter() - start,
                         **score_volume(x, case, net, protocol, c.DATA.AIR_THRESHOLD),

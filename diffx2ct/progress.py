@@ -17,9 +17,9 @@ from .basics import write_atomic
 from .cases import TrainingData
 from .checkpoint import load_model
 from .config import Config
-from .diffusion import AMP, Denoiser
+from .diffusion import Denoiser
 from .metrics import metrics, psnr
-from .reconstruct import available_methods, reconstruct, show_reconstruction
+from .reconstruct import available_methods, reconstruct, run_settings, show_reconstruction
 from .reporting import Reporter
 
 # %% ../nbs/03i_progress.ipynb #60825263
@@ -80,7 +80,7 @@ def validation_pictures(
         return {}
     drawn = {}
     for case in (data.valid[i] for i in range(min(most, len(data.valid)))):
-        x = reconstruct(ema, case.views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
+        x = reconstruct(ema, case.views, "expected", c.DIFFUSION, **run_settings(c))
         drawn[case.name] = show_reconstruction(x, case, ema.window, (c.DATA.VIS_WINDOW_MIN, c.DATA.VIS_WINDOW_MAX))
     return {"val/MPR": drawn}
 
@@ -92,10 +92,7 @@ def case_table(folder: Path, data: TrainingData, device: str | torch.device = "c
     baseline = "consistent_mean" if "consistent_mean" in available_methods(d) else "mean"
     for case in (data.valid[i] for i in range(len(data.valid))):
         x, low = (
-            reconstruct(d, case.views, m, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
-            .float()
-            .cpu()
-            for m in ("expected", baseline)
+            reconstruct(d, case.views, m, c.DIFFUSION, **run_settings(c)).float().cpu() for m in ("expected", baseline)
         )
         m = metrics(x[0], case.volume[0], d.window, air=c.DATA.AIR_THRESHOLD)
         rows.append(

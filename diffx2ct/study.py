@@ -68,7 +68,6 @@ from diffx2ct.checkpoint import (
 )
 from .commands import SHIPPED_MODEL, train_options
 from .config import SHIPPED, Config, check_config, explain, format_value, load_config, set_key
-from .diffusion import AMP
 from .drr import geometry
 from .parallel import resolve_devices
 from .progress import case_table
@@ -82,7 +81,7 @@ from diffx2ct.ranks import (
     rank,
     world_size,
 )
-from .reconstruct import available_methods, reconstruct, show_reconstruction
+from .reconstruct import available_methods, reconstruct, run_settings, show_reconstruction
 from .reporting import Reporter, folder_id, start_wandb, wandb_mode, wandb_reporter
 from .resume import Diverged, Early, flatten_keys, train_devices
 from .train import train_run, validate
@@ -826,7 +825,7 @@ def show_result(folder: Path, data: TrainingData, device: str = "cpu", most: int
     made = [
         (
             case,
-            reconstruct(d, case.views, "expected", c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP]),
+            reconstruct(d, case.views, "expected", c.DIFFUSION, **run_settings(c)),
         )
         for case in map(data.valid.__getitem__, range(min(most, len(data.valid))))
     ]
@@ -961,7 +960,7 @@ def train_alone(name: str, study: optuna.Study | None, c: Config, data: Training
         c.EPOCHS = max(1, round(c.EPOCHS * c.OPTUNA.RETRAIN_FACTOR))
         c.TRAINING.LOSS_PHASE_EPOCHS = [round(e * c.OPTUNA.RETRAIN_FACTOR) for e in c.TRAINING.LOSS_PHASE_EPOCHS]
         c.TRAINING.PHANTOM_EPOCHS = round(c.TRAINING.PHANTOM_EPOCHS * c.OPTUNA.RETRAIN_FACTOR)
-        c.TRAINING.COARSE_EPOCHS = [max(1, round(e * c.OPTUNA.RETRAIN_FACTOR)) for e in c.TRAINING.COARSE_EPOCHS]
+        c.TRAINING.COARSE_EPOCHS = [math.ceil(e * c.OPTUNA.RETRAIN_FACTOR) for e in c.TRAINING.COARSE_EPOCHS]
         if newest_model(folder):
             there = Config.model_validate(read_header(model_file(folder))["config"])
             if any(value_of_key(there, key) != value_of_key(c, key) for key in best.params):

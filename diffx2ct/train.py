@@ -31,7 +31,7 @@ from .metrics import psnr
 from .optimizer import make_optimizer
 from .progress import offset_reporter, plot_norms, step_values, validation_pictures
 from .ranks import all_reduce_sum, full_state, on_rank_zero, rank, rank_share, world_size, wrap_loss
-from .reconstruct import reconstruct
+from .reconstruct import reconstruct, run_settings
 from .reporting import Reporter
 from diffx2ct.resume import (
     Diverged,
@@ -202,7 +202,7 @@ def validate(
     n, total = len(data.valid), 0.0
     for i in range(rank(), math.ceil(n / world_size()) * world_size(), world_size()):
         case = data.valid[i % n]
-        x = reconstruct(ema, case.views, method, c.DIFFUSION, patch=c.TRAINING.PATCH_SIZE, amp=AMP[c.TRAINING.AMP])
+        x = reconstruct(ema, case.views, method, c.DIFFUSION, **run_settings(c))
         total += psnr(x.float().cpu(), case.volume) if i < n else 0.0
     return all_reduce_sum({"psnr": total})["psnr"] / n
 

@@ -69,7 +69,14 @@ from .diffusion import Denoiser
 from .drawing import NOTES, dtype_of, method_note
 from .drr import Projector, to_display
 from .parallel import device_option
-from .reconstruct import available_methods, draw_samples, finalize, reconstruct, settings_for_views
+from diffx2ct.reconstruct import (
+    available_methods,
+    draw_samples,
+    finalize,
+    reconstruct,
+    run_settings,
+    settings_for_views,
+)
 from diffx2ct.scans import (
     as_image,
     as_user_error,
@@ -88,7 +95,7 @@ from diffx2ct.scans import (
     suppress_stderr,
     whole_nifti,
 )
-from .uncertainty import assess, run_settings
+from .uncertainty import assess
 from .volumes import save_nifti
 
 # %% ../nbs/05a_two_images.ipynb #19d3d7b3
@@ -767,8 +774,9 @@ def choose_calibration(
     if not net.line_integrals:
         return "from black to white, as the model was trained", net.A.pixels, lambda x, m: torch.where(m, x, ref)
     if calibrator is not None:
-        pixels = head.pixels if head else net.A.pixels
-        return "calibrated by the network that belongs to the model", pixels, partial(calibrate_on_cpu, calibrator)
+        pixels, own = net.A.pixels, head.pixels if head else None
+        way = partial(calibrate_on_cpu, calibrator, pixels=own)
+        return "calibrated by the network that belongs to the model", max(pixels, own or pixels), way
 
     def matched(image, seen):
         out = ref.clone()
@@ -780,10 +788,10 @@ def choose_calibration(
     return "grey values matched to those of the mean patient", net.A.pixels, matched
 
 
-def calibrate_on_cpu(calibrator: Calibrator, image: Tensor, seen: Tensor) -> Tensor:
+def calibrate_on_cpu(calibrator: Calibrator, image: Tensor, seen: Tensor, pixels: int | None) -> Tensor:
     "Calibrate on the network's device and return to the CPU."
     device = next(calibrator.parameters()).device
-    return calibrate_films(calibrator, image.to(device), seen.to(device)).cpu()
+    return calibrate_films(calibrator, image.to(device), seen.to(device), pixels).cpu()
 
 
 def describe_scale(view: View, fitted: bool) -> str:
@@ -1229,7 +1237,7 @@ def main(argv: list[str]):
     for text in doubts:
         print(f"diffx2ct: warning: {one_line(text)}", file=sys.stderr)
     c = settings_for_views(net, y, c, f"{a.ap}, {a.lat}")
-    how = run_settings(model)
+    how = run_settings(model.config)
     many = draw_samples(net, y, list(range(a.seed, a.seed + a.samples)), c, **how) if a.samples else None
     mean = (
         finalize(net, many.mean(0, keepdim=True), y[None].to(many.device), c.CONSISTENCY)[0]

@@ -7,9 +7,8 @@ __all__ = ['TISSUES', 'TISSUE_EDGES_HU', 'VOXEL_CLASSES', 'MIN_DEVIATION_HU', 'C
            'NOISE_TIMES', 'CALIBRATION_FILE', 'BOUND_LEVEL', 'MAX_VOXELS', 'ensemble_statistics', 'voxel_classes',
            'z_score', 'conformal_factors', 'gaussian_factors', 'interval_coverage', 'plot_reliability', 'half_width',
            'rotate_patient', 'perturbation_tests', 'denoising_error', 'ood_scores', 'score_limits', 'ood_report',
-           'calibration_settings', 'run_settings', 'record_errors', 'measure_bounds', 'calibrate_uncertainty',
-           'Calibration', 'load_calibration', 'measure_report', 'assess', 'calibration_folder', 'write_calibration',
-           'main']
+           'calibration_settings', 'record_errors', 'measure_bounds', 'calibrate_uncertainty', 'Calibration',
+           'load_calibration', 'measure_report', 'assess', 'calibration_folder', 'write_calibration', 'main']
 
 # %% ../nbs/04b_uncertainty.ipynb #65614af6
 import json
@@ -20,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,7 +43,7 @@ from .commands import uncertainty_options
 from .config import DiffusionConfig
 from .consistency import RESIDUAL_LIMIT, irreducible_residual
 from .data import CAUTION, Case, CTPairs, density, to_hu
-from .diffusion import AMP, Denoiser
+from .diffusion import Denoiser
 from .drr import Projector, coverage, ray_density
 from .evaluate import open_cases, trained_on
 from .measures import MEASURES, conformal_bound, measure_chest
@@ -55,6 +53,7 @@ from diffx2ct.reconstruct import (
     draw_samples,
     finalize,
     reconstruct,
+    run_settings,
     seeded_noise,
     settings_for_views,
 )
@@ -313,11 +312,6 @@ def calibration_settings(c: DiffusionConfig) -> dict:
     return dict(sampler=c.SAMPLER, steps=c.STEPS, consistency=c.CONSISTENCY)
 
 
-def run_settings(model: Model) -> dict[str, Any]:  # patch, amp
-    "Edge of the windows and precision, by the settings of the model."
-    return dict(patch=min(model.config.TRAINING.PATCH_SIZE, model.denoiser.A.size), amp=AMP[model.config.TRAINING.AMP])
-
-
 def record_errors(
     apart: dict[str, list[float]],  # by the names of MEASURES; one error is added to each
     x: Tensor,  # (1, D, H, W) reconstructed unit volume
@@ -347,7 +341,7 @@ def calibrate_uncertainty(
 ) -> dict:  # content of `doubt.json`
     "Fit factors, thresholds and bounds of a model."
     net, c = model.denoiser, model.config.DIFFUSION
-    how = run_settings(model)
+    how = run_settings(model.config)
     seen, rows = coverage(net.A.geometry, net.A.size, net.A.mm)[0], {}
     apart: dict[str, list[float]] = {name: [] for name in MEASURES}  # errors of the measures of the expected volume
     film_apart: dict[str, list[float]] = {name: [] for name in MEASURES}  # the same from simulated films
@@ -447,7 +441,7 @@ def load_calibration(
 # %% ../nbs/04b_uncertainty.ipynb #681f08f6
 def measure_report(
     model: Model,
-    x: Tensor,  # (1, D, H, W) unit volume
+    x: Tensor,  # (1, D, H, W) expected volume, unit
     bounds: dict[str, float],  # of `load_calibration`
 ) -> tuple[dict[str, dict[str, float | None]], list[str]]:  # name -> value and bound; and a line for each
     "Report lung volume, cardiothoracic ratio and bend of the spine with their bounds."
@@ -475,11 +469,14 @@ def assess(
 ) -> tuple[
     dict[str, Tensor], dict
 ]:  # maps (D, H, W), in HU, beams or rays; and the report: signs (scores), limits, beyond, calibration, report
-    "Compute the maps and the report of one reconstruction."
-    net, calibration = model.denoiser, load_calibration(model, c, len(many))
-    found = ood_scores(net, views, many, c, **run_settings(model))
+    """Compute the maps and the report of one reconstruction.
+
+    The measures are those of the expected volume, for which the bounds have been fitted."""
+    net, calibration, how = model.denoiser, load_calibration(model, c, len(many)), run_settings(model.config)
+    found = ood_scores(net, views, many, c, **how)
     beyond, text = ood_report(found, calibration.limits)
-    measures, lines = measure_report(model, many.float().mean(0), calibration.bounds)
+    expected = reconstruct(net, views.to(net.mean.device), "expected", c, **how)
+    measures, lines = measure_report(model, expected, calibration.bounds)
     *before, caution = text.split("\n")
     text = "\n".join([*before, *lines, caution])
     seen, many = coverage(net.A.geometry, net.A.size, net.A.mm)[0], many.float().cpu()

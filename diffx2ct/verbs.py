@@ -27,20 +27,21 @@ from .drawing import LABELS, limits_of, method_label, volume_kind
 from .drr import Projector, to_display
 from .metrics import metrics
 from .phantom import phantom as make_phantom
-from .reconstruct import draw_samples, finalize, prepare_views, settings_for_views
+from .reconstruct import draw_samples, finalize, prepare_views, run_settings, settings_for_views
 from .reconstruct import reconstruct as reconstruct_views
 from .scans import as_tensor, find_scans, prepare_volume
 from diffx2ct.two_images import (
     FilmOptions,
     FoundFilms,
     View,
+    check_same_geometry,
     find_films,
     read_view,
     save_dicom,
     to_film,
     views_of_films,
 )
-from .uncertainty import assess, run_settings
+from .uncertainty import assess
 from .viewer import Viewer
 from .viewer import view as view_volumes
 from .volumes import UNSEEN, cubic, is_generated, phantom_case, read_volume, save_nifti
@@ -211,13 +212,15 @@ def stored_views(
     views: tuple[View, View],  # as `read_view` gives them
     model: Model,
 ) -> Views | None:  # None: both are films
-    "Take two stored views as they are; refuse a stored view with a film."
+    "Take two stored views as they are; refuse a stored view with a film, and one that the model cannot read."
     if views[0].stored != views[1].stored:
         raise UserError(f"{views[0].name} and {views[1].name} are a stored view and a film; give two of one kind")
     if not views[0].stored:
         return None
+    for v in views:
+        check_same_geometry(Path(v.name), model)
     grey = [to_film(v, model.denoiser.A).grey for v in views]
-    return Views(prepare_views(model.denoiser, torch.stack(grey)).cpu())
+    return Views(prepare_views(model.denoiser, torch.stack(grey), strict=True).cpu())
 
 
 def read_films(
@@ -291,7 +294,7 @@ def reconstruct(
     uncertainty; use `uncertainty`, which draws samples."""
     v = views_for_model(model, views)
     c = settings_for(model, v, steps)
-    unit = reconstruct_views(model.denoiser, v.values, method, c, k=k, seed=seed, **run_settings(model))
+    unit = reconstruct_views(model.denoiser, v.values, method, c, k=k, seed=seed, **run_settings(model.config))
     return to_ct(model, unit, method_label(method, k))
 
 # %% ../nbs/05b_python.ipynb #f0350b16
@@ -325,13 +328,13 @@ def uncertainty(
     v = views_for_model(model, views)
     c = settings_for(model, v, steps)
     expected = to_ct(
-        model, reconstruct_views(model.denoiser, v.values, "expected", c, **run_settings(model)), "expected"
+        model, reconstruct_views(model.denoiser, v.values, "expected", c, **run_settings(model.config)), "expected"
     )
     one_by_one = []
     for i in range(k):
         if progress:
             progress(i)
-        one_by_one.append(draw_samples(model.denoiser, v.values, [seed + i], c, **run_settings(model)))
+        one_by_one.append(draw_samples(model.denoiser, v.values, [seed + i], c, **run_settings(model.config)))
     if progress:
         progress(k)
     many = torch.cat(one_by_one)

@@ -26,9 +26,9 @@ from .drr import to_display
 from .evaluate import open_cases
 from .metrics import metrics as compare
 from .phantom import phantom
-from .reconstruct import draw_samples, reconstruct, settings_for_views
+from .reconstruct import draw_samples, reconstruct, run_settings, settings_for_views
 from .scans import as_image, as_tensor, bounding_box, orient, read_image, resample, suppress_stderr
-from .uncertainty import assess, run_settings
+from .uncertainty import assess
 
 # %% ../nbs/04f_volumes.ipynb #4602d714
 def save_nifti(
@@ -258,7 +258,7 @@ def reconstruct_case(
     "Reconstruct a case with a method and draw samples; without samples, return the reconstruction in their place."
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update={} if steps is None else {"STEPS": steps})
     c = settings_for_views(net, case.views, c, case.name)
-    how = run_settings(model)
+    how = run_settings(model.config)
     shown = reconstruct(net, case.views, method, c, max(count, 1), seed, **how).cpu()
     seeds = list(range(seed, seed + count))
     return shown, draw_samples(net, case.views, seeds, c, **how).cpu() if count else shown[None], c

@@ -175,7 +175,7 @@ def test_figures_are_those_of_the_protocol_and_of_the_body_that_are_asked_for(mo
 def test_the_settings_of_an_evaluation_reach_its_parts(model, case, monkeypatch):
     seen = {}
 
-    def reconstruct(net, views, method, c, k, seed, *_):
+    def reconstruct(net, views, method, c, k, seed, **_):
         seen.update(c=c, k=k, seed=seed)
         return net.mean[0]
 
