@@ -8,6 +8,7 @@ import random
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,11 @@ ORIGINAL = WIDTH32 | {  # the same in its style
     "MODEL.UNET.CROSS_ATTENTION_LEVELS": [False, True, True, True],
     "DIFFUSION.CONSISTENCY": "off",
 }
+
+
+def command_line(script: str) -> str:
+    "The command that was run; folders of this machine are DIR."
+    return " ".join([f"benchmarks/{script}", *("DIR" if Path(word).is_dir() else word for word in sys.argv[1:])])
 
 
 def one_thread(main: Callable[[list[str]], None]) -> None:

@@ -1,5 +1,5 @@
-"""Write MODEL_CARD.md of a trained model from its header, its doubt.json and result files. A value that was not
-measured has no row."""
+"""Write MODEL_CARD.md of the models of the package, or of another one, from header, doubt.json and result files.
+A value that was not measured has no row."""
 
 import argparse
 import json
@@ -204,37 +204,44 @@ def card(path: Path, results: list[Path], text: dict) -> str:
 def main(argv: list[str]) -> None:
     from diffx2ct.basics import UserError, command, write_atomic
     from diffx2ct.checkpoint import model_file
+    from diffx2ct.commands import SHIPPED_MODELS
 
     @command
     def body(argv):
         p = argparse.ArgumentParser(prog="card.py", description=__doc__)
         p.add_argument(
             "--checkpoint_dir",
-            default="chest",
-            help="a model of the package or a checkpoint folder (default: %(default)s)",
+            help="a model of the package or a checkpoint folder (default: the models of the package, and MODEL_CARD.md "
+            "of the project)",
         )
         p.add_argument(
             "results",
             nargs="*",
             help="files of diffx2ct_evaluate --json, or of title, columns and rows (default: all in "
-            "benchmarks/chest/results)",
+            "benchmarks/chest/results/<model>)",
         )
         p.add_argument(
             "--text",
-            help="JSON of what no file states: use, data, preparation, licence, cost, limits (default: "
-            "benchmarks/chest/card.json, where there is one)",
+            help="JSON of what no file states: use, data, preparation, licence, cost, limits; or such a block for each "
+            "model by its name (default: benchmarks/chest/card.json, where there is one)",
         )
-        p.add_argument("--out", help="default: MODEL_CARD.md next to the model and in the project folder")
+        p.add_argument("--out", help="default: MODEL_CARD.md next to the model")
         a = p.parse_args(argv)
         own = Path(__file__).parent
-        files = [Path(f) for f in a.results] or sorted((own / "results").glob("*.json"))
         text = Path(a.text or own / "card.json")
         if a.text and not text.is_file():
             raise UserError(f"--text {text} does not exist; name a JSON file")
-        path = model_file(a.checkpoint_dir)
-        made = card(path, files, read_json(text) if text.is_file() else {})
-        for out in [Path(a.out)] if a.out else [path.parent / "MODEL_CARD.md", ROOT / "MODEL_CARD.md"]:
-            print(write_atomic(out, lambda p: p.write_text(made, encoding="utf-8")))
+        said, made = read_json(text) if text.is_file() else {}, []
+        for name in [a.checkpoint_dir] if a.checkpoint_dir else SHIPPED_MODELS:
+            path = model_file(name)
+            files = [Path(f) for f in a.results] or sorted((own / "results" / path.parent.name).glob("*.json"))
+            made.append(card(path, files, said | said.get(path.parent.name, {})))
+            write(Path(a.out or path.parent / "MODEL_CARD.md"), made[-1])
+        if not a.checkpoint_dir:
+            write(ROOT / "MODEL_CARD.md", "\n".join(made))
+
+    def write(out: Path, words: str) -> None:
+        print(write_atomic(out, lambda p: p.write_text(words, encoding="utf-8")))
 
     body(argv)
 

@@ -1,12 +1,13 @@
 """Figures of the shipped chest model: every method, exact views and calibrated films, phantoms and real chests apart.
 
-python benchmarks/chest/evaluate.py --checkpoint_dir chest --data data/chest --out benchmarks/chest/results
-python benchmarks/chest/evaluate.py --checkpoint_dir chest --phantoms 40      \
-phantoms of new seeds alone, no data needed
+python benchmarks/chest/evaluate.py --checkpoint_dir chest64 --phantoms 16
+python benchmarks/chest/evaluate.py --checkpoint_dir chest64 --phantoms 40 --methods expected --table intervals
+python benchmarks/chest/evaluate.py --checkpoint_dir checkpoints/held_out/single --data data/chest64 --phantoms 0 \
+    --out benchmarks/chest/results/chest64
 
-Real chests are those of `--data` that the header names as held out. Films are simulated from the volume that is judged,
-with random settings
-(chapter 00g), and calibrated by the checkpoint's calibration network; benchmarks/film has films of another simulator.
+Phantoms are of seeds that no training uses. Real chests are those of `--data` that the header names as held out. Films
+are simulated from the volume that is judged, with random settings (chapter 00g), and calibrated by the checkpoint's
+calibration network; benchmarks/film has films of another simulator.
 PSNR and SSIM by protocol `unit`; errors of lung volume, cardiothoracic ratio and bend of the spine are absolute.
 `within` is the share of cases whose measure lies inside the interval that `doubt.json` states (aim: 0.9)."""
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import one_thread, save, table
+from common import command_line, one_thread, save, table
 
 
 def case_rows(model, name: str, population: str, x, seed: int, methods, bounds: dict) -> list[dict]:
@@ -68,7 +69,7 @@ def summary(rows: list[dict]) -> list[dict]:
     return out
 
 
-def for_card(population: str, rows: list[dict], a: argparse.Namespace) -> dict:
+def for_card(population: str, rows: list[dict], size: int) -> dict:
     "A table as card.py reads it."
     columns = {
         "PSNR, dB": ("psnr", 2),
@@ -91,9 +92,8 @@ def for_card(population: str, rows: list[dict], a: argparse.Namespace) -> dict:
         title=f"{population[0].upper()}{population[1:]}, {rows[0]['cases']} cases",
         columns=list(columns),
         rows=table_rows,
-        note="Protocol unit, 64^3; exact views, and simulated films read by the calibration network of the model.",
-        command=f"benchmarks/chest/evaluate.py --checkpoint_dir chest --phantoms {a.phantoms}"
-        + (" --data data/chest" if a.data else ""),
+        note=f"Protocol unit, {size}^3; exact views, and simulated films read by the calibration network of the model.",
+        command=command_line("chest/evaluate.py"),
     )
 
 
@@ -105,7 +105,8 @@ def main(argv: list[str]) -> None:
     p.add_argument("--data", metavar="DIR", help="folder that data.py has made, for the held-out real chests")
     p.add_argument("--phantoms", type=int, default=8, help="phantoms of seeds from 5000; default: 8")
     p.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, help="default: all")
-    p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ next to this script")
+    p.add_argument("--table", metavar="NAME", help="name of the file; default: the word of the population")
+    p.add_argument("--out", metavar="DIR", help="default: results/ and the name of the model, next to this script")
     a = p.parse_args(argv)
     import json
 
@@ -132,10 +133,13 @@ def main(argv: list[str]) -> None:
     for seed, (name, population, x) in enumerate(cases):
         rows += case_rows(model, name, population, x, seed, a.methods, bounds)
     found = summary(rows)
-    save(Path(a.out, "cases", "chest.json"), dict(step=model.meta.get("step"), summary=found, cases=rows))
+    out = Path(a.out or HERE / "results" / model.path.parent.name)
     for population in dict.fromkeys(r["population"] for r in found):
         some = [r for r in found if r["population"] == population]
-        save(Path(a.out, f"{population.split()[0]}.json"), for_card(population, some, a))
+        name = a.table or population.split()[0]
+        of = [r for r in rows if r["population"] == population]
+        save(out / "cases" / f"{name}.json", dict(step=model.meta.get("step"), summary=some, cases=of))
+        save(out / f"{name}.json", for_card(population, some, size))
     print(table(found))
 
 

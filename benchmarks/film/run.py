@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import one_thread, save, table
+from common import command_line, one_thread, save, table
 
 WINDOW = (-1024.0, 1500.0)
 FINE, FINE_MM = 192, 2.0  # voxels and edge of the volumes that films are rendered from
@@ -181,6 +181,21 @@ def averaged(cases: dict[str, list[dict]]) -> list[dict]:
     return sorted(out, key=lambda r: "learned" in r["row"])
 
 
+def for_card(rows: list[dict], cases: list[str]) -> dict:
+    "A table as benchmarks/chest/card.py reads it."
+    digits = {"error of the line integrals": ("error", 3), "PSNR, dB": ("PSNR, dB", 2), "SSIM": ("SSIM", 3)}
+    digits["lung volume, error %"] = ("lung volume, error %", 1)
+    return dict(
+        title=f"Films of another simulator (2 mm volumes, settings outside the training's), {', '.join(cases)}",
+        columns=list(digits),
+        rows={
+            r["row"]: {t: f"{r[key]:.{n}f}" for t, (key, n) in digits.items() if r.get(key) is not None} for r in rows
+        },
+        note="Protocol unit, method expected.",
+        command=command_line("film/run.py"),
+    )
+
+
 def read_film(path: Path):
     "Grey values of a picture."
     import numpy as np
@@ -232,6 +247,9 @@ def main(argv: list[str]) -> None:
     p.add_argument("--chests", nargs="*", metavar="CASE", help="names without suffix; default: all but sts_*")
     p.add_argument("--phantoms", type=int, default=16, help="in the mean views, where no model is given; default: 16")
     p.add_argument("--size", type=int, default=64, help="voxels and pixels without model and calibrator; default: 64")
+    p.add_argument(
+        "--card", metavar="FILE", help="write the table of the chests here too, for benchmarks/chest/card.py"
+    )
     p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ next to this script")
     a = p.parse_args(argv)
     from diffx2ct.basics import UserError
@@ -272,6 +290,8 @@ def main(argv: list[str]) -> None:
             primary = Path(a.gvxr, f"{c}.npy") if a.gvxr else None
             rows[c] = chest_rows(c, read_case(paths[c], A.size * A.mm), A, panel, reference, calibrator, model, primary)
         result["chests"] = rows
+        if a.card:
+            save(Path(a.card), for_card(averaged(rows), chosen))
         if model:
             from torch.nn.functional import interpolate
 

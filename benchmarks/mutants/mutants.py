@@ -591,7 +591,7 @@ MUTANTS = {
         ),
         (
             "base of one step",
-            "self.A, self.window, 10, 1, damping",
+            "self.A, self.window, rounds, 1, damping",
             "self.A, self.window, 1, 1, damping",
             "a worse base",
         ),
@@ -1620,8 +1620,8 @@ MUTANTS = {
         ),
         (
             "masked pixels count",
-            "image * seen * gain.clamp(-4, 4).exp() + offset",
-            "image * gain.clamp(-4, 4).exp() + offset",
+            "apply_fields(image * seen, *self.correction",
+            "apply_fields(image, *self.correction",
             "letters become bone",
         ),
         ("masked pixels are read", "[image * seen, seen, row,", "[image, seen, row,", "letters become bone"),

@@ -466,7 +466,8 @@ def pictures(out: Path, work: Path, ct: Path) -> None:
     chest reconstructed by the model trained on phantoms only."""
     from diffx2ct.checkpoint import load_model, newest_model
     from diffx2ct.data import show_mpr, to_hu
-    from diffx2ct.evaluate import AMP, open_cases
+    from diffx2ct.diffusion import AMP
+    from diffx2ct.evaluate import open_cases
     from diffx2ct.reconstruct import reconstruct
 
     for name, data, scan in (

@@ -27,8 +27,9 @@ from diffx2ct.augment import insert_lesion, lesion_shape
 from diffx2ct.basics import UserError, command, load_tensor, save_tensor, write_atomic
 from diffx2ct.checkpoint import file_digest, load_model
 from diffx2ct.data import density, show_mpr, to_hu
+from diffx2ct.diffusion import AMP
 from diffx2ct.drr import coverage
-from diffx2ct.evaluate import AMP, open_cases, trained_on
+from diffx2ct.evaluate import open_cases, trained_on
 from diffx2ct.lesions import (
     auc,
     lesion_centres,
