@@ -1247,7 +1247,8 @@ def main(argv: list[str]):
     shown = (
         mean if mean is not None and a.method == "mean_of_k" else reconstruct(net, y, a.method, c, seed=a.seed, **how)
     )
-    maps, report = assess(model, y, shown[None] if many is None else many, c)
+    known = shown if a.method == "expected" else None
+    maps, report = assess(model, y, shown[None] if many is None else many, c, known)
     report |= {"films": films} if films else {}
     print(report["report"], *([films["report"]] if films else []), report["calibration"], sep="\n")
     write_case(a, model, shown, mean, maps, report, c)

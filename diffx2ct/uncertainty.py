@@ -466,6 +466,7 @@ def assess(
     views: Tensor,  # (2, P, P) of one case
     many: Tensor,  # (K, 1, D, H, W) its samples, or one volume
     c: DiffusionConfig,  # the settings they were made with
+    expected: Tensor | None = None,  # (1, D, H, W) expected volume, unit; None: it is reconstructed
 ) -> tuple[
     dict[str, Tensor], dict
 ]:  # maps (D, H, W), in HU, beams or rays; and the report: signs (scores), limits, beyond, calibration, report
@@ -475,7 +476,8 @@ def assess(
     net, calibration, how = model.denoiser, load_calibration(model, c, len(many)), run_settings(model.config)
     found = ood_scores(net, views, many, c, **how)
     beyond, text = ood_report(found, calibration.limits)
-    expected = reconstruct(net, views.to(net.mean.device), "expected", c, **how)
+    if expected is None:
+        expected = reconstruct(net, views.to(net.mean.device), "expected", c, **how)
     measures, lines = measure_report(model, expected, calibration.bounds)
     *before, caution = text.split("\n")
     text = "\n".join([*before, *lines, caution])

@@ -327,18 +327,18 @@ def uncertainty(
         raise UserError(f"k is {k}, but a standard deviation needs 2 samples or more")
     v = views_for_model(model, views)
     c = settings_for(model, v, steps)
-    expected = to_ct(
-        model, reconstruct_views(model.denoiser, v.values, "expected", c, **run_settings(model.config)), "expected"
-    )
+    how = run_settings(model.config)
+    unit = reconstruct_views(model.denoiser, v.values, "expected", c, **how)
     one_by_one = []
     for i in range(k):
         if progress:
             progress(i)
-        one_by_one.append(draw_samples(model.denoiser, v.values, [seed + i], c, **run_settings(model.config)))
+        one_by_one.append(draw_samples(model.denoiser, v.values, [seed + i], c, **how))
     if progress:
         progress(k)
     many = torch.cat(one_by_one)
-    maps, report = assess(model, v.values, many, c)
+    maps, report = assess(model, v.values, many, c, unit)
+    expected = to_ct(model, unit, "expected")
     map_of = lambda key, name: CT(maps[key], model.denoiser.A.mm, name, generated=key != "coverage")
     y = v.values[None].to(many.device)
     done = finalize(model.denoiser, torch.cat([many, many.mean(0, keepdim=True)]), y, c.CONSISTENCY)

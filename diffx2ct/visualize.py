@@ -40,7 +40,7 @@ def run_case(
     "Reconstruct one case, write its folder and print a line."
     net, label = model.denoiser, method_label(a.method, max(a.samples, 1))
     shown, many, c = reconstruct_case(model, case, a.method, a.samples, a.steps, a.seed)
-    maps, report = assess(model, case.views, many, c)
+    maps, report = assess(model, case.views, many, c, shown if a.method == "expected" else None)
     volumes, again, figures = case_volumes(case, shown, maps, deepcopy(net.A).cpu(), net.window, a.protocol)
     if not net.line_integrals:
         again = to_display(again)[0]
