@@ -192,6 +192,13 @@ Cases the model was trained on are left out, by name; the others should be like 
     p.add_argument(
         "--k", type=int, default=8, help="samples of each case; factors are kept for 2 to K (default: %(default)s)"
     )
+    p.add_argument(
+        "--sampled",
+        type=int,
+        metavar="N",
+        help="draw samples of the first N cases only; the others, at a fraction of the time, count for the bounds of lung "
+        "volume, cardiothoracic ratio and bend of the spine (default: all)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the samples and of the voxels (default: %(default)s)")
     p.add_argument(
         "--out",

@@ -57,12 +57,11 @@ def project_onto_views(
     y: Tensor,  # (B, 2, P, P) views, mm of water
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
-    steps: int | None = None,  # conjugate-residual steps; default 2 parallel, 10 cone
+    steps: int = 2,  # conjugate-residual steps
     noise: float = 0.0,  # relative residual at which to stop
     damping: float = 0.0,  # 0: exact; 0.3: part of the way, and less where the views contradict each other
 ) -> Tensor:  # (B, 1, D, H, W)
     "Project a volume onto the set of volumes that explain the views; differentiable."
-    steps = steps or (2 if A.geometry.kind == "parallel" else 10)
     r = y - A(density(x, window))
     z = solve_views(A, r, steps, noise * y.flatten(1).norm(dim=1), damping)
     return x + A.adjoint(z) * (1000 / (window[1] - window[0]))
@@ -74,7 +73,7 @@ def alternating_projections(
     A: Projector,
     window: tuple[float, float],  # (HU_MIN, HU_MAX)
     rounds: int = 30,  # alternations
-    steps: int | None = None,  # conjugate-residual steps in each; default 2
+    steps: int = 2,  # conjugate-residual steps in each
     noise: float = 0.0,  # relative residual at which to stop
     damping: float = 0.0,
     momentum: bool = False,  # the accelerated scheme
@@ -84,7 +83,7 @@ def alternating_projections(
     for _ in range(rounds):
         new = (1 + math.sqrt(1 + 4 * k * k)) / 2
         ahead = (k - 1) / new * (x - last) if momentum else 0.0
-        last, x, k = x, project_onto_views(x + ahead, y, A, window, steps or 2, noise, damping).clamp(0, 1), new
+        last, x, k = x, project_onto_views(x + ahead, y, A, window, steps, noise, damping).clamp(0, 1), new
     return x
 
 # %% ../nbs/00d_consistency.ipynb #854ca719

@@ -261,12 +261,11 @@ def enforce_consistency(
     x: Tensor,  # (B, 1, D, H, W) unit volume of the whole cube
     views: Tensor,  # (B, 2, P, P)
     consistency: str,  # on, soft or off
-    steps: int | None = None,  # conjugate-residual steps
 ) -> Tensor:
     "Project a volume onto its views (chapter 00d); display images leave it as it is."
     if consistency == "off" or not self.line_integrals:
         return x
-    return project_onto_views(x, views, self.A, self.window, steps, damping=damping(consistency))
+    return project_onto_views(x, views, self.A, self.window, damping=damping(consistency))
 
 # %% ../nbs/02a_diffusion.ipynb #11247804
 @patch

@@ -176,7 +176,8 @@ def finalize(
         views.expand(len(x), -1, -1, -1),
         denoiser.A,
         denoiser.window,
-        rounds=1 if consistency == "soft" else 10,
+        rounds=1 if consistency == "soft" else 6,
+        momentum=True,
         damping=damping(consistency),
     )
 
@@ -218,7 +219,7 @@ def reconstruct(
         return finalize(denoiser, x, v, c.CONSISTENCY)[0]
     seeds = list(range(seed, seed + (k if method == "mean_of_k" else 1)))
     many = draw_samples(denoiser, v[0], seeds, c, patch, amp, SHARP_START if method == "sharp" else 1.0)
-    return finalize(denoiser, many.mean(0, keepdim=True), v, c.CONSISTENCY)[0]
+    return many[0] if len(many) == 1 else finalize(denoiser, many.mean(0, keepdim=True), v, c.CONSISTENCY)[0]
 
 # %% ../nbs/02b_reconstruct.ipynb #f5a168ff
 def settings_for_views(

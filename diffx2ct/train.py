@@ -148,7 +148,7 @@ class Loss(nn.Module):
         x = net.to_volume(residual.float(), base)
         if truth.shape[-1] == net.A.size:  # a crop cannot be projected
             consistency = "soft" if films and c.DIFFUSION.CONSISTENCY == "on" else c.DIFFUSION.CONSISTENCY
-            x = net.enforce_consistency(x, views, consistency, 2 if net.A.geometry.kind == "parallel" else 4)
+            x = net.enforce_consistency(x, views, consistency)
         counts = 1.0 if planted is None else 1 + (c.TRAINING.AUGMENT.NODULE_WEIGHT - 1) * planted.to(device)
         scale = total_rms(net.scales) * net.diffusion.output_sensitivity(t)
         terms = loss_terms(x, truth, scale, weights, net.A, counts)

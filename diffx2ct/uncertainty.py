@@ -338,6 +338,7 @@ def calibrate_uncertainty(
     cases: CTPairs | Sequence[Case],  # held out, with their volumes
     k: int = 8,  # samples of each
     seed: int = 0,  # of the first sample, and of the voxels
+    sampled: int | None = None,  # draw samples of the first cases only; the others count for the bounds of the measures
 ) -> dict:  # content of `doubt.json`
     "Fit factors, thresholds and bounds of a model."
     net, c = model.denoiser, model.config.DIFFUSION
@@ -345,7 +346,7 @@ def calibrate_uncertainty(
     seen, rows = coverage(net.A.geometry, net.A.size, net.A.mm)[0], {}
     apart: dict[str, list[float]] = {name: [] for name in MEASURES}  # errors of the measures of the expected volume
     film_apart: dict[str, list[float]] = {name: [] for name in MEASURES}  # the same from simulated films
-    film_rows, soft = [], c.model_copy(update=dict(CONSISTENCY="soft"))
+    film_rows, soft, measured = [], c.model_copy(update=dict(CONSISTENCY="soft")), 0
     found: dict[int, list] = {n: [] for n in range(2, k + 1)}  # samples -> distances and classes of each case
     pick = torch.randperm(seen.numel(), generator=torch.Generator().manual_seed(seed))[:MAX_VOXELS]
     for case in tqdm(
@@ -353,16 +354,21 @@ def calibrate_uncertainty(
     ):
         if settings_for_views(net, case.views, c, case.name) is not c:
             continue
-        many = draw_samples(net, case.views, list(range(seed, seed + k)), c, **how).float()
-        rows[case.name], many = ood_scores(net, case.views, many, c, **how), many.cpu()
+        measured += 1
+        draw = sampled is None or measured <= sampled
         expected = reconstruct(net, case.views, "expected", c, **how)
         record_errors(apart, expected, case.volume, net)
         if model.calibrator and model.calibrator_header:
-            rng = np.random.default_rng([seed, len(rows)])
+            rng = np.random.default_rng([seed, measured])
             y = film_views(model.calibrator, model.calibrator_header, case.volume, net.A, net.window, rng)
             x = reconstruct(net, y, "expected", soft, **how)
-            film_rows.append(ood_scores(net, y, x[None], soft, **how))
             record_errors(film_apart, x, case.volume, net)
+            if draw:
+                film_rows.append(ood_scores(net, y, x[None], soft, **how))
+        if not draw:
+            continue
+        many = draw_samples(net, case.views, list(range(seed, seed + k)), c, **how).float()
+        rows[case.name], many = ood_scores(net, case.views, many, c, **how), many.cpu()
         for n, parts in found.items():
             mean, deviation = many[:n].mean(0), many[:n].std(0)
             parts.append(
@@ -385,6 +391,7 @@ def calibrate_uncertainty(
         model=file_digest(model.path),
         step=model.meta.get("step"),
         cases=list(rows),
+        measured=measured,
         seed=seed,
         **calibration_settings(c),
         levels=list(CONFIDENCE_LEVELS),
@@ -537,8 +544,8 @@ def write_calibration(
 def main(argv: list[str]) -> None:
     "Entry point of `diffx2ct_uncertainty`."
     a = uncertainty_options().parse_args(argv)
-    if a.k < 2 or a.seed < 0:
-        raise UserError("--k counts from 2 and --seed from 0; give larger numbers")
+    if a.k < 2 or a.seed < 0 or (a.sampled is not None and a.sampled < 2):
+        raise UserError("--k and --sampled count from 2 and --seed from 0; give larger numbers")
     model = load_model(a.checkpoint_dir, str(device_option(a.device)))
     out = calibration_folder(model, a.out, a.checkpoint_dir)
     cases = open_cases(model, a.data)
@@ -554,11 +561,11 @@ def main(argv: list[str]) -> None:
             f"({', '.join(learnt[:3])}{' ...' * (len(learnt) > 3)})",
             file=sys.stderr,
         )
-    d = calibrate_uncertainty(model, cases, a.k, a.seed) | dict(data=a.data or "its own held-out cases")
+    d = calibrate_uncertainty(model, cases, a.k, a.seed, a.sampled) | dict(data=a.data or "its own held-out cases")
     path = write_calibration(model, out, d)
     q = torch.tensor(d["factors"][a.k])
     print(
-        f"fitted on {len(d['cases'])} cases, {a.k} samples each; half width of the 95 % interval in standard "
+        f"fitted on {len(d['cases'])} cases, {a.k} samples each, bounds on {d['measured']}; half width of the 95 % interval in standard "
         "deviations: "
         + ", ".join(f"{t} {v:.1f}" for t, v in zip(TISSUES, q[:, -1].tolist()))
         + " (1.96 without calibration)"

@@ -392,7 +392,7 @@ def test_consistency_default_steps_and_the_stop():
     A, cases = drr.Projector(geometry_of("near"), 8, 40.0, 8), uniform(2, 1, 8, 8, 8)
     y, start = A(density(cases, WINDOW)), torch.full((2, 1, 8, 8, 8), 0.2)
     assert torch.equal(
-        consistency.project_onto_views(start, y, A, WINDOW), consistency.project_onto_views(start, y, A, WINDOW, 10)
+        consistency.project_onto_views(start, y, A, WINDOW), consistency.project_onto_views(start, y, A, WINDOW, 2)
     )
     one, all_of = (
         consistency.projection_residual(
@@ -403,11 +403,6 @@ def test_consistency_default_steps_and_the_stop():
     assert (
         (all_of <= 0.05).all() and (all_of < one).any() and (all_of > 1e-3).all()
     )  # it stops at the noise, not at zero
-    P = drr.Projector(geometry_of("parallel"), 8, 40.0, 8)
-    y = P(density(cases, WINDOW))
-    assert torch.equal(
-        consistency.project_onto_views(start, y, P, WINDOW), consistency.project_onto_views(start, y, P, WINDOW, 2)
-    )
 
 
 @pytest.mark.parametrize("momentum", [False, True])
