@@ -286,10 +286,10 @@ MUTANTS = {
             "a published figure",
         ),
         (
-            "cone as few steps as parallel",
-            "(2 if A.geometry.kind ==",
-            "(2 if A.geometry.kind !=",
-            "cone beams are not met",
+            "one step",
+            "    steps: int = 2,  # conjugate-residual steps\n",
+            "    steps: int = 1,  # conjugate-residual steps\n",
+            "parallel beams are not met",
         ),
     ],
     "measures": [
@@ -302,10 +302,12 @@ MUTANTS = {
         ),
         (
             "heart of the upper rows",
-            "[len(rows) // 2 :] - 1",
-            "[: len(rows) // 2] - 1",
+            "rows[len(rows) // 2 :]",
+            "rows[: len(rows) // 2]",
             "the great vessels are measured",
         ),
+        ("spine of a rib", "0.25 * np.median(found[lungs])", "0.0", "a slice without a spine bends it by 100 mm"),
+        ("edge at a voxel", "/ (profile[i] - after))", "/ profile[i])", "edges between voxels"),
         ("chest of one voxel", "(columns[-1] - columns[0] + 1)", "(columns[-1] + 1)", "a ratio of the picture"),
         ("bone of the front", "(rows[0] + rows[-1]) // 2 :]", ": (rows[0] + rows[-1]) // 2]", "the breastbone"),
         ("no correction for few cases", "(len(e) + 1) * level", "len(e) * level", "too narrow an interval"),
@@ -1026,7 +1028,7 @@ MUTANTS = {
             "manual_seed(seed)",
             "fresh noise equals the start",
         ),
-        ("soft in ten rounds", 'rounds=1 if consistency == "soft" else 10', "rounds=10", "soft is nearly on"),
+        ("soft in six rounds", 'rounds=1 if consistency == "soft" else 6', "rounds=6", "soft is nearly on"),
         (
             "expected from noise",
             "(torch.zeros_like(base), 1.0)",

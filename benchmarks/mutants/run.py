@@ -119,7 +119,7 @@ CHECKS = {
 
 def chapter_of(root: Path, module: str) -> Path:
     "The notebook a module is exported from."
-    text = (root / f"diffx2ct/{module}.py").read_text()
+    text = (root / f"diffx2ct/{module}.py").read_text(encoding="utf-8")
     return root / re.search(r"File to edit: \.\./(\S+\.ipynb)", text)[1]
 
 
@@ -131,8 +131,8 @@ def planted(
 ) -> dict[Path, str]:  # file -> its text with the bug
     "The edit in the module and in its chapter; an error where the text does not stand exactly once in each."
     path = root / f"diffx2ct/{module}.py"
-    text, chapter = path.read_text(), chapter_of(root, module)
-    book = json.loads(chapter.read_text())
+    text, chapter = path.read_text(encoding="utf-8"), chapter_of(root, module)
+    book = json.loads(chapter.read_text(encoding="utf-8"))
     cells = [c for c in book["cells"] if c["cell_type"] == "code" and re.match(r"#\|\s*export", "".join(c["source"]))]
     found = {module + ".py": text.count(old), chapter.name: sum("".join(c["source"]).count(old) for c in cells)}
     if set(found.values()) != {1}:
@@ -149,14 +149,14 @@ def put(files: dict[Path, str]) -> None:
     "Write files, each time with a later date, so that no compiled file of an earlier text is taken for theirs."
     now = next(clock)
     for p, text in files.items():
-        p.write_text(text)
+        p.write_text(text, encoding="utf-8")
         os.utime(p, (now, now))
 
 
 @contextmanager
 def edited(files: dict[Path, str]):
     "Files with another text, for a while."
-    before = {p: p.read_text() for p in files}
+    before = {p: p.read_text(encoding="utf-8") for p in files}
     try:
         put(files)
         yield
@@ -303,7 +303,7 @@ def main() -> int:
         for module, name, *_, why, _ in chosen:
             print(f"{module:12} {name:40} {why}")
         return 0
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results = {k: r for k, r in results.items() if k in {f"{m[0]}/{m[1]}" for m in mutants()}}
     for name in os.environ.keys() & {"RANK", "WORLD_SIZE", "IN_TEST"}:
         del os.environ[name]
@@ -334,7 +334,9 @@ def main() -> int:
                 if check not in limits:
                     passed, what, seconds = run(root, check, 3600)
                     if not passed:
-                        print(f"ERROR    {what} fails without a bug:\n{(root / 'check.log').read_text()[-3000:]}")
+                        print(
+                            f"ERROR    {what} fails without a bug:\n{(root / 'check.log').read_text(encoding='utf-8')[-3000:]}"
+                        )
                         return 2
                     limits[check] = max(60, 5 * seconds)
                 with edited(files):
@@ -347,7 +349,7 @@ def main() -> int:
             RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
             print(f"{found['status']:8} {module}: {name} ({found['seconds']:.0f} s) {found['by']}", flush=True)
     text, met = table(results)
-    TABLE.write_text(text)
+    TABLE.write_text(text, encoding="utf-8")
     print(text)
     return 2 if broken else int(not met)
 
