@@ -141,8 +141,8 @@ def calibration(path: Path) -> list[str]:
         "## Uncertainty",
         "",
         f"The standard deviation of 2 to {most} samples is calibrated on {len(d['cases'])} cases with a known volume, "
-        "per tissue and separately for voxels in no beam; `score_limits` of the report come from the same "
-        "cases.",
+        "per tissue and separately for voxels in no beam; the thresholds of the report come from the same cases, the "
+        f"bounds of lung volume, cardiothoracic ratio and bend of the spine from {d.get('measured', len(d['cases']))}.",
         "",
     ]
 

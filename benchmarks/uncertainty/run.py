@@ -61,6 +61,9 @@ from diffx2ct.uncertainty import (
 )
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from common import command_line, save
+
 DIAMETERS = (32, 24, 16, 10, 6)  # mm
 # lesions: site, density in HU, spikes
 LESIONS = {
@@ -433,6 +436,28 @@ def area(v: list[float]) -> str:
     return f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]"
 
 
+def for_card(lesions: dict, mm: float) -> dict:
+    "Detectability by size, as benchmarks/chest/card.py reads it."
+    table = {}
+    for kind, sizes in lesions.items():
+        for diameter, found in sizes.items():
+            table[f"{kind}, {diameter} mm"] = {
+                "lesions": found["expected"]["plants"],
+                "AUC, truth": area(found["truth"]["auc"]),
+                "AUC, consistent mean": area(found["consistent_mean"]["auc"]),
+                "AUC, expected": area(found["expected"]["auc"]),
+                "recovered contrast, expected, %": f"{100 * found['expected']['contrast']:.0f}",
+            }
+    return dict(
+        title="Planted lesions by size",
+        columns=list(next(iter(table.values()))),
+        rows=table,
+        note=f"Voxels of {mm:g} mm. An observer compares the reconstruction with the lesion to the one without, by the "
+        "mean at the known place; AUC 0.5 is chance, with 95 % bootstrap interval.",
+        command=command_line("uncertainty/run.py"),
+    )
+
+
 def tables(t: dict) -> str:
     "Write all tables in Markdown."
     said, percent = [], lambda v: " / ".join(f"{x:.1%}" for x in v)
@@ -656,6 +681,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0, help="of samples, spots and spikes (default: %(default)s)")
     p.add_argument("--minutes", type=float, default=math.inf, help="start no row after this time")
+    p.add_argument("--card", type=Path, metavar="FILE", help="write lesions by size here, for benchmarks/chest/card.py")
     p.add_argument("--list", action="store_true", help="list finished and missing rows")
     return p
 
@@ -723,6 +749,8 @@ def main(argv: list[str]) -> None:
     write_atomic(
         a.out / f"{a.name}_tables.json", lambda p: p.write_text(json.dumps(dict(settings=facts) | t, indent=1))
     )
+    if a.card and t["lesions"]:
+        save(a.card, for_card(t["lesions"], b.mm))
     text = tables(t)
     write_atomic(a.out / f"{a.name}.md", lambda p: p.write_text(text + "\n"))
     curves(t, a.out, a.name)
