@@ -196,8 +196,8 @@ Cases the model was trained on are left out, by name; the others should be like 
         "--sampled",
         type=int,
         metavar="N",
-        help="draw samples of the first N cases only; the others, at a fraction of the time, count for the bounds of lung "
-        "volume, cardiothoracic ratio and bend of the spine (default: all)",
+        help="draw samples of the first N cases only; the others count for the bounds of lung volume, cardiothoracic "
+        "ratio and bend of the spine, at a fraction of the time (default: all)",
     )
     p.add_argument("--seed", type=int, default=0, help="of the samples and of the voxels (default: %(default)s)")
     p.add_argument(

@@ -565,8 +565,8 @@ def main(argv: list[str]) -> None:
     path = write_calibration(model, out, d)
     q = torch.tensor(d["factors"][a.k])
     print(
-        f"fitted on {len(d['cases'])} cases, {a.k} samples each, bounds on {d['measured']}; half width of the 95 % interval in standard "
-        "deviations: "
+        f"fitted on {len(d['cases'])} cases, {a.k} samples each, bounds on {d['measured']}; half width of the 95 % "
+        "interval in standard deviations: "
         + ", ".join(f"{t} {v:.1f}" for t, v in zip(TISSUES, q[:, -1].tolist()))
         + " (1.96 without calibration)"
     )

@@ -334,9 +334,8 @@ def main() -> int:
                 if check not in limits:
                     passed, what, seconds = run(root, check, 3600)
                     if not passed:
-                        print(
-                            f"ERROR    {what} fails without a bug:\n{(root / 'check.log').read_text(encoding='utf-8')[-3000:]}"
-                        )
+                        log = (root / "check.log").read_text(encoding="utf-8")
+                        print(f"ERROR    {what} fails without a bug:\n{log[-3000:]}")
                         return 2
                     limits[check] = max(60, 5 * seconds)
                 with edited(files):
