@@ -1,7 +1,7 @@
 """Figures of the shipped chest model: every method, exact views and calibrated films, phantoms and real chests apart.
 
 python benchmarks/chest/evaluate.py --checkpoint_dir chest64 --phantoms 16
-python benchmarks/chest/evaluate.py --checkpoint_dir chest64 --phantoms 40 --methods expected --table intervals
+python benchmarks/chest/evaluate.py --checkpoint_dir chest64 --phantoms 80 --methods expected --table intervals
 python benchmarks/chest/evaluate.py --checkpoint_dir checkpoints/held_out/single --data data/chest64 --phantoms 0 \
     --out benchmarks/chest/results/chest64
 
