@@ -341,11 +341,11 @@ def uncertainty(
     expected = to_ct(model, unit, "expected")
     map_of = lambda key, name: CT(maps[key], model.denoiser.A.mm, name, generated=key != "coverage")
     y = v.values[None].to(many.device)
-    done = finalize(model.denoiser, torch.cat([many, many.mean(0, keepdim=True)]), y, c.CONSISTENCY)
-    drawn = [to_ct(model, unit, f"sample {i}") for i, unit in enumerate(done[:-1], 1)]
+    mean = finalize(model.denoiser, many.mean(0, keepdim=True), y, c.CONSISTENCY)[0]
+    drawn = [to_ct(model, unit, f"sample {i}") for i, unit in enumerate(many, 1)]
     return Uncertainty(
         expected,
-        to_ct(model, done[-1], f"mean of {k}"),
+        to_ct(model, mean, f"mean of {k}"),
         drawn,
         map_of("spread", "deviation"),
         map_of("spread_95", "half of the 95 % interval"),
