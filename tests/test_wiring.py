@@ -403,6 +403,11 @@ def test_consistency_default_steps_and_the_stop():
     assert (
         (all_of <= 0.05).all() and (all_of < one).any() and (all_of > 1e-3).all()
     )  # it stops at the noise, not at zero
+    P = drr.Projector(geometry_of("parallel"), 8, 40.0, 8)
+    y = P(density(cases, WINDOW))
+    assert torch.equal(
+        consistency.project_onto_views(start, y, P, WINDOW), consistency.project_onto_views(start, y, P, WINDOW, 2)
+    )
 
 
 @pytest.mark.parametrize("momentum", [False, True])

@@ -452,8 +452,8 @@ def for_card(lesions: dict, mm: float) -> dict:
         title="Planted lesions by size",
         columns=list(next(iter(table.values()))),
         rows=table,
-        note=f"Voxels of {mm:g} mm. An observer compares the reconstruction with the lesion to the one without, by the "
-        "mean at the known place; AUC 0.5 is chance, with 95 % bootstrap interval.",
+        note=f"Voxels of {mm:g} mm. AUC of a matched filter (ball minus shell) at the known place: reconstructions "
+        "with the lesion against those without; 0.5 is chance, in brackets the 95 % bootstrap interval.",
         command=command_line("uncertainty/run.py"),
     )
 
