@@ -140,6 +140,7 @@ def draw_samples(
     patch: int | None = None,  # edge of the windows; None: the checkpoint's own, of a denoiser the whole cube
     amp: torch.dtype | None = None,
     start: float = 1.0,  # noise level at the start; below 1 noise is added to the expected volume
+    progress: Callable[[int], Any] | None = None,  # called with the number of samples that are done, from 0 on
 ) -> Tensor:  # (len(seeds), 1, D, H, W) unit volumes
     "Volumes that explain the views, one per seed."
     denoiser, c, patch = unpack_model(model, c, patch)
@@ -153,12 +154,17 @@ def draw_samples(
     zero, level, out = torch.zeros_like(base), base.new_full((1,), start), []
     clean = denoise(zero, 1.0) if start < 1 else zero  # at t = 1 no signal is left
     times = [start * t for t in sampling_times(c.STEPS)]
-    for seed in tqdm(seeds, desc="sampling", unit="sample", leave=False, disable=None if len(seeds) > 1 else True):
+    hidden = True if progress or len(seeds) == 1 else None
+    for seed in tqdm(seeds, desc="sampling", unit="sample", leave=False, disable=hidden):
+        if progress:
+            progress(len(out))
         noise = seeded_noise(base.shape[1:], seed).to(base)
         x_t = denoiser.diffusion.add_noise(clean, noise, level)
         fresh = torch.Generator().manual_seed(seed + 2**31)
         state = SAMPLERS[c.SAMPLER](denoise, x_t, times, denoiser.diffusion, fresh)
         out.append(denoiser.to_volume(state, base))
+    if progress:
+        progress(len(out))
     return finalize(denoiser, torch.cat(out), views, c.CONSISTENCY)
 
 
@@ -168,7 +174,7 @@ def finalize(
     views: Tensor,  # (1 or B, 2, P, P)
     consistency: str,  # on, soft or off
 ) -> Tensor:  # (B, 1, D, H, W) in [0, 1]
-    "Project onto the HU range and the views, alternating; `soft` is one damped step towards the views."
+    "Project onto the HU range and the views, alternating; `soft` takes two damped rounds, `on` six."
     if consistency == "off" or not denoiser.line_integrals:
         return x.clamp(0, 1)
     return alternating_projections(
@@ -176,7 +182,7 @@ def finalize(
         views.expand(len(x), -1, -1, -1),
         denoiser.A,
         denoiser.window,
-        rounds=1 if consistency == "soft" else 6,
+        rounds=2 if consistency == "soft" else 6,
         momentum=True,
         damping=damping(consistency),
     )

@@ -803,8 +803,10 @@ def describe_scale(view: View, fitted: bool) -> str:
     if view.mm:
         return f"pixels of {view.mm[0]:.3g} x {view.mm[1]:.3g} mm, from the file"
     aspect = f", with pixels {view.aspect:.3g} times as wide as high" if view.aspect != 1 else ""
-    what = "likeness to the mean patient" + (" and the weight per height" if fitted else "")
-    return f"no pixel size{aspect}, so its scale is found by {what}"
+    clues = "the size of the detector" + (", " if fitted else " and ") + "likeness to the mean patient"
+    return (
+        f"no pixel size{aspect}, so its scale is guessed from {clues}{' and the weight per height' if fitted else ''}"
+    )
 
 # %% ../nbs/05a_two_images.ipynb #6563e7ba
 def describe_films(
@@ -928,7 +930,7 @@ def place_films(
     "Find where two films lie on the model's detector."
     grey, seen, heights = [f.grey for f in films], [f.seen for f in films], (films[0].height, films[1].height)
     if any(v.stored for v in views):
-        at = lambda f, r, turn: match_view(f.grey, f.seen, r, turn, **({"heights": (f.height,)} if f.height else {}))
+        at = lambda f, r, turn: match_view(f.grey, f.seen, r, turn, f.height)
         both = zip(views, films, ref, (False, mirrored))
         first, second = (Placement(1, 0, 0) if v.stored else at(f, r, turn) for v, f, r, turn in both)
         return (first, second), {}

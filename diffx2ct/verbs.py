@@ -329,14 +329,7 @@ def uncertainty(
     c = settings_for(model, v, steps)
     how = run_settings(model.config)
     unit = reconstruct_views(model.denoiser, v.values, "expected", c, **how)
-    one_by_one = []
-    for i in range(k):
-        if progress:
-            progress(i)
-        one_by_one.append(draw_samples(model.denoiser, v.values, [seed + i], c, **how))
-    if progress:
-        progress(k)
-    many = torch.cat(one_by_one)
+    many = draw_samples(model.denoiser, v.values, list(range(seed, seed + k)), c, progress=progress, **how)
     maps, report = assess(model, v.values, many, c, unit)
     expected = to_ct(model, unit, "expected")
     map_of = lambda key, name: CT(maps[key], model.denoiser.A.mm, name, generated=key != "coverage")
