@@ -6,8 +6,8 @@
 __all__ = ['SCALES', 'GRID', 'PAD', 'SHARES', 'SCALE_COST', 'BEYOND_COST', 'CENTRE_COST', 'EXCHANGE_MARGIN', 'MIXED_MARGIN',
            'SHARPNESS', 'Calibrate', 'constant_depth', 'straight_bar', 'find_bars', 'find_letters', 'film_mask',
            'rank_image', 'high_pass', 'slide', 'correlation', 'Placement', 'masked_average', 'correlations',
-           'whole_height', 'place_cost', 'match_view', 'Recognised', 'peak_correlation', 'facing', 'recognise',
-           'resample_to_detector', 'to_unit_film', 'place_pair', 'fit_height', 'align_pair']
+           'whole_height', 'film_centres', 'place_cost', 'match_view', 'Recognised', 'peak_correlation', 'peak_score',
+           'facing', 'recognise', 'resample_to_detector', 'to_unit_film', 'place_pair', 'fit_height', 'align_pair']
 
 # %% ../nbs/01b_align.ipynb #8598cddb
 import math
@@ -206,6 +206,15 @@ def whole_height(
     return shape[0] / max(shape)
 
 
+def film_centres(
+    shape: Sequence[int],  # of a correlation
+    pixels: Sequence[int],  # rows and columns of the film on the grid
+) -> tuple[Tensor, Tensor]:  # rows and columns, edges of the detector from its centre
+    "Where the film's centre is at each shift."
+    rows, columns = ((torch.arange(n) - PAD + p / 2) / GRID - 0.5 for n, p in zip(shape, pixels))
+    return rows, columns
+
+
 def place_cost(
     rows: Tensor,  # (r,) places of the film's centre below the detector's centre, edges of the detector
     columns: Tensor,  # (c,) the same to the right
@@ -230,11 +239,12 @@ def match_view(
 ) -> Placement:
     "The likeliest scale and shift of a film: like the mean view, and not far from the whole detector."
     whole, known = whole_height(grey.shape), height is not None
-    best, top = Placement(height if known else whole, 0, 0, mirrored), -math.inf
+    heights = [share * whole for share in SHARES] if height is None else [height]
+    best, top = Placement(whole if height is None else height, 0, 0, mirrored), -math.inf
     grey, seen = (v.flip(1) if mirrored else v for v in (grey, seen))
-    for h in [height] if known else [share * whole for share in SHARES]:
+    for h in heights:
         for pixels, likeness in correlations(grey, seen, view, [h]):
-            rows, columns = ((torch.arange(n) - PAD + p / 2) / GRID - 0.5 for n, p in zip(likeness.shape, pixels))
+            rows, columns = film_centres(likeness.shape, pixels)
             score = likeness - place_cost(rows, columns, h, grey.shape, known)
             if score.max() > top:
                 top, (i, j) = score.max().item(), divmod(int(score.argmax()), len(columns))
@@ -270,6 +280,22 @@ def peak_correlation(
     return max(c.max().item() for c in maps), max(-c.min().item() for c in maps)
 
 
+def peak_score(
+    grey: Tensor,  # (h, w) film
+    seen: Tensor,  # (h, w) bool
+    view: Tensor,  # (P, P) mean view
+) -> tuple[float, float]:  # as it is, and inverted
+    "Greatest likeness to a mean view less the cost of the place, mirrored or not."
+    best, whole = [-math.inf, -math.inf], whole_height(grey.shape)
+    for g, m in ((grey, seen), (grey.flip(1), seen.flip(1))):
+        for share in SHARES:
+            for pixels, likeness in correlations(g, m, view, [share * whole]):
+                rows, columns = film_centres(likeness.shape, pixels)
+                cost = place_cost(rows, columns, share * whole, grey.shape, False)
+                best = [max(b, (sign * likeness - cost).max().item()) for b, sign in zip(best, (1, -1))]
+    return best[0], best[1]
+
+
 def facing(
     grey: Tensor,  # (h, w) film, bone bright
     seen: Tensor,  # (h, w) bool
@@ -294,8 +320,9 @@ def recognise(
 ) -> Recognised:
     "Find if two films are inverted, exchanged or mirrored."
     small = [masked_average(g, m, (96, max(8, round(96 * g.shape[1] / g.shape[0])))) for g, m in zip(films, masks)]
-    table = [[peak_correlation(g, m, r) for r in reference] for g, m in small]  # film, view, sign
-    score = lambda x, i, j: table[x][0][i] + table[1 - x][1][j] - MIXED_MARGIN * (i != j) - EXCHANGE_MARGIN * x
+    of_pairs = lambda measure: [[measure(g, m, r) for r in reference] for g, m in small]  # film, view, sign
+    scores, table = of_pairs(peak_score), of_pairs(peak_correlation)
+    score = lambda x, i, j: scores[x][0][i] + scores[1 - x][1][j] - MIXED_MARGIN * (i != j) - EXCHANGE_MARGIN * x
     choices = [(x, i, j) for x in (0, 1) for i in (0, 1) for j in (0, 1)]
     known = lambda x, i, j: all(
         k is None or k == v for k, v in zip((exchanged, inverted[x], inverted[1 - x]), (x, i, j))
@@ -366,7 +393,7 @@ def fit_height(
     def cost(place):
         image, seen = place_pair(films, masks, (places[0], place), pixels)
         far = abs(place.row - places[1].row) + abs(place.height / places[1].height - 1)
-        return mass_difference(calibrate(image, seen), seen) + 0.3 * far
+        return mass_difference(calibrate(image, seen), seen) + 0.1 * far
 
     best, least = places[1], cost(places[1])
     for step in (0.04, 0.02, 0.01):  # edges of the detector, and share of the scale

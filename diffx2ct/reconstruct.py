@@ -151,7 +151,8 @@ def draw_samples(
     views = prepare_views(denoiser, views, strict=denoiser is not model)[None]
     base = denoiser.prior(views, c.CONSISTENCY, amp)
     denoise = consistent_denoiser(denoiser, views, base, patch, c, amp)
-    zero, level, out = torch.zeros_like(base), base.new_full((1,), start), []
+    zero, level = torch.zeros_like(base), base.new_full((1,), start)
+    out: list[Tensor] = []
     clean = denoise(zero, 1.0) if start < 1 else zero  # at t = 1 no signal is left
     times = [start * t for t in sampling_times(c.STEPS)]
     hidden = True if progress or len(seeds) == 1 else None

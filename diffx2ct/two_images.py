@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['EXIF_ORIENTATION', 'UPRIGHT', 'XRAY_MODALITIES', 'OPPOSITE', 'VIEW_LETTERS', 'ROWS', 'MIN_MARGINS', 'MIN_LIKENESS',
-           'SAME_VIEW_LIMIT', 'SAME_PICTURE_LIMIT', 'MASS_DIFFERENCE_LIMITS', 'TRUNCATION_LIMIT', 'HEART_MM', 'NARROW',
-           'WARNING', 'View', 'one_channel', 'orientation_of', 'opaque_pixels', 'has_square_pixels', 'read_picture',
-           'not_a_radiograph', 'read_nifti_view', 'Radiograph', 'open_dicom', 'apply_window', 'read_window',
-           'display_values', 'outside_shutter', 'orient_to', 'read_pixel_size', 'read_xray', 'read_file', 'read_view',
-           'read_as', 'Film', 'size_on_panel', 'to_film', 'fractional_ranks', 'match', 'mean_views', 'FilmOptions',
-           'known_answers', 'identify_films', 'same_picture', 'recognition_warnings', 'truncated_share',
-           'perspective_warning', 'choose_calibration', 'calibrate_on_cpu', 'describe_scale', 'describe_films',
-           'body_warnings', 'size_warning', 'film_report', 'place_films', 'FoundFilms', 'find_films', 'views_of_films',
-           'calibrate_views', 'choose_consistency', 'check_same_geometry', 'new_uid', 'save_dicom', 'check_options',
-           'main', 'write_case']
+           'SAME_VIEW_LIMIT', 'SAME_PICTURE_LIMIT', 'MASS_DIFFERENCE_LIMITS', 'TRUNCATION_LIMIT', 'HEART_MM',
+           'GUESSED_SCALE', 'NARROW', 'WARNING', 'View', 'one_channel', 'orientation_of', 'opaque_pixels',
+           'has_square_pixels', 'read_picture', 'not_a_radiograph', 'read_nifti_view', 'Radiograph', 'open_dicom',
+           'apply_window', 'read_window', 'display_values', 'outside_shutter', 'orient_to', 'read_pixel_size',
+           'read_xray', 'read_file', 'read_view', 'read_as', 'Film', 'size_on_panel', 'to_film', 'fractional_ranks',
+           'match', 'mean_views', 'FilmOptions', 'known_answers', 'identify_films', 'same_picture',
+           'recognition_warnings', 'truncated_share', 'perspective_warning', 'choose_calibration', 'calibrate_on_cpu',
+           'describe_scale', 'describe_films', 'body_warnings', 'size_warning', 'film_report', 'place_films',
+           'FoundFilms', 'find_films', 'views_of_films', 'calibrate_views', 'choose_consistency', 'check_same_geometry',
+           'new_uid', 'save_dicom', 'check_options', 'main', 'write_case']
 
 # %% ../nbs/05a_two_images.ipynb #9219d129
 import argparse
@@ -879,6 +879,11 @@ def size_warning(
     )
 
 
+GUESSED_SCALE = (
+    "; intervals of lung volume and bend hold only if the guessed scale is right: 5 % of scale are 16 % of volume"
+)
+
+
 def film_report(
     views: tuple[View, View],
     found: Recognised,
@@ -901,6 +906,7 @@ def film_report(
             if weight
             else ""
         )
+        + (GUESSED_SCALE if any(s.startswith("no pixel size") for s in scale) else "")
     )
     return dict(
         exchanged=found.exchanged,

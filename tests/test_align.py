@@ -47,7 +47,7 @@ def test_a_bar_is_found_at_each_edge(edge):
 
 def test_films_that_are_as_like_either_way_are_not_exchanged(monkeypatch):
     "The margin speaks for the order that the user gave."
-    monkeypatch.setattr(align, "peak_correlation", lambda g, m, r: (0.5, -0.5))
+    monkeypatch.setattr(align, "peak_score", lambda g, m, r: (0.5, -0.5))
     seen = torch.ones(64, 64, dtype=torch.bool)
     assert not recognise(list(patches()), (seen, seen), patches()).exchanged
 

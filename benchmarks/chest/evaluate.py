@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import command_line, one_thread, save, table
 
 
-def case_rows(model, name: str, population: str, x, seed: int, methods, bounds: dict) -> list[dict]:
+def case_rows(model, name: str, population: str, x, seed: int, methods, bounds: dict, pairs: int) -> list[dict]:
     "All figures of one patient."
     import numpy as np
 
@@ -32,12 +32,12 @@ def case_rows(model, name: str, population: str, x, seed: int, methods, bounds: 
     from diffx2ct.reconstruct import reconstruct
 
     net, c = model.denoiser, model.config.DIFFUSION
-    views = {"exact": net.A(density(x[None], net.window))[0]}
-    if model.calibrator:
-        rng = np.random.default_rng([seed, 7])
-        views["films"] = film_views(model.calibrator, model.calibrator_header, x, net.A, net.window, rng)
+    views = [("exact", net.A(density(x[None], net.window))[0])]
+    for pair in range(pairs if model.calibrator else 0):
+        rng = np.random.default_rng([seed, 7, pair] if pair else [seed, 7])
+        views.append(("films", film_views(model.calibrator, model.calibrator_header, x, net.A, net.window, rng)))
     truth, rows = measure_chest(to_hu(x[0], net.window), net.A.mm), []
-    for kind, y in views.items():
+    for kind, y in views:
         settings = c if kind == "exact" else c.model_copy(update=dict(CONSISTENCY="soft"))
         for method in methods:
             got = reconstruct(net, y, method, settings, seed=seed).float().cpu()
@@ -59,7 +59,7 @@ def summary(rows: list[dict]) -> list[dict]:
     out = []
     for key in dict.fromkeys((r["population"], r["views"], r["method"]) for r in rows):
         some = [r for r in rows if (r["population"], r["views"], r["method"]) == key]
-        row = {"population": key[0], "cases": len(some), "views": key[1], "method": key[2]}
+        row = {"population": key[0], "cases": len({r["case"] for r in some}), "views": key[1], "method": key[2]}
         for name in ("psnr", "ssim", *(k for k in rows[0] if k.endswith(" error"))):
             values = [float(r[name]) for r in some if math.isfinite(r[name])]
             row[name] = sum(values) / len(values) if values else None
@@ -69,7 +69,7 @@ def summary(rows: list[dict]) -> list[dict]:
     return out
 
 
-def for_card(population: str, rows: list[dict], size: int) -> dict:
+def for_card(population: str, rows: list[dict], size: int, pairs: int) -> dict:
     "A table as card.py reads it."
     columns = {
         "PSNR, dB": ("psnr", 2),
@@ -92,7 +92,8 @@ def for_card(population: str, rows: list[dict], size: int) -> dict:
         title=f"{population[0].upper()}{population[1:]}, {rows[0]['cases']} cases",
         columns=list(columns),
         rows=table_rows,
-        note=f"Protocol unit, {size}^3; exact views, and simulated films read by the calibration network of the model.",
+        note=f"Protocol unit, {size}^3; exact views, and simulated films read by the calibration network of the model"
+        + (f" (mean of {pairs} pairs with different settings)." if pairs > 1 else "."),
         command=command_line("chest/evaluate.py"),
     )
 
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--data", metavar="DIR", help="folder that data.py has made, for the held-out real chests")
     p.add_argument("--phantoms", type=int, default=8, help="phantoms of seeds from 5000; default: 8")
     p.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, help="default: all")
+    p.add_argument("--pairs", type=int, default=1, help="pairs of films of each patient; default: 1")
     p.add_argument("--table", metavar="NAME", help="name of the file; default: the word of the population")
     p.add_argument("--out", metavar="DIR", help="default: results/ and the name of the model, next to this script")
     a = p.parse_args(argv)
@@ -131,7 +133,7 @@ def main(argv: list[str]) -> None:
             cases.append((name, "real chests, held out", x))
     rows = []
     for seed, (name, population, x) in enumerate(cases):
-        rows += case_rows(model, name, population, x, seed, a.methods, bounds)
+        rows += case_rows(model, name, population, x, seed, a.methods, bounds, a.pairs)
     found = summary(rows)
     out = Path(a.out or HERE / "results" / model.path.parent.name)
     for population in dict.fromkeys(r["population"] for r in found):
@@ -139,7 +141,7 @@ def main(argv: list[str]) -> None:
         name = a.table or population.split()[0]
         of = [r for r in rows if r["population"] == population]
         save(out / "cases" / f"{name}.json", dict(step=model.meta.get("step"), summary=some, cases=of))
-        save(out / f"{name}.json", for_card(population, some, size))
+        save(out / f"{name}.json", for_card(population, some, size, a.pairs))
     print(table(found))
 
 

@@ -93,6 +93,23 @@ def case_rows(model, name: str, x, seed: int) -> list[dict]:
     return rows
 
 
+def recognised(model, films) -> int:
+    "Count the variants of a pair that are recognised, of eight: exchanged, inverted, mirrored or not."
+    from itertools import product
+
+    from diffx2ct.align import recognise
+    from diffx2ct.two_images import View, mean_views, to_film
+
+    net, right = model.denoiser, 0
+    for exchanged, dark, mirrored in product((False, True), repeat=3):
+        pair = [films[0], films[1].flip(1) if mirrored else films[1]]
+        pair = [1 - v if dark else v for v in pair]
+        found = [to_film(View("film", v.clone()), net.A) for v in (pair[::-1] if exchanged else pair)]
+        r = recognise([f.grey for f in found], [f.seen for f in found], mean_views(net))
+        right += (r.exchanged, r.inverted, r.mirrored) == (exchanged, (dark, dark), mirrored)
+    return right
+
+
 def summary(rows: list[dict]) -> list[dict]:
     "Means over patients."
     out = []
@@ -111,6 +128,8 @@ def main(argv: list[str]) -> None:
     p.add_argument("--phantoms", type=int, default=5, help="phantoms of seeds from 5000; default: %(default)s")
     p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ next to this script")
     a = p.parse_args(argv)
+    from tqdm import tqdm
+
     import diffx2ct.scans as scans
     from diffx2ct.checkpoint import load_model
     from diffx2ct.data import to_unit
@@ -131,8 +150,13 @@ def main(argv: list[str]) -> None:
         for row in case_rows(model, name, to_unit(hu, net.window)[None], seed)
     ]
     found = summary(rows)
-    save(Path(a.out, "place.json"), dict(command=command_line("film/place.py"), summary=found, cases=rows))
-    print(table(found))
+    right = {
+        name: recognised(model, films_of(to_unit(hu, net.window)[None], net.A, net.window, seed))
+        for seed, (name, hu) in enumerate(tqdm(cases.items(), desc="recognising", unit="pair"))
+    }
+    result = dict(command=command_line("film/place.py"), summary=found, cases=rows, recognised_of_8=right)
+    save(Path(a.out, "place.json"), result)
+    print(table(found), f"\nrecognised: {sum(right.values())} of {8 * len(right)} variants of whole films")
 
 
 if __name__ == "__main__":
