@@ -1,5 +1,6 @@
 "Rules of alignment, each by a small case worked out by hand."
 
+import math
 from dataclasses import astuple
 
 import pytest
@@ -77,6 +78,36 @@ def test_each_film_is_laid_on_its_own_view():
     first, second = align_pair(films, seen, views)
     for got, want in ((first, (56 / 64, 4 / 64, 0)), (second, (1, 0, 3 / 64))):
         assert astuple(got)[:3] == pytest.approx(want, abs=0.06) and got.likeness > 0.8, (got, want)
+
+
+def test_the_whole_detector_costs_nothing_and_every_other_place_does():
+    here, away = torch.zeros(1), torch.tensor([0.25])
+    assert align.place_cost(here, here, 1.0, (64, 64), False).item() == 0
+    assert align.place_cost(here, here, 0.8, (64, 80), False).item() == 0  # the longer edge is the detector's
+    assert align.place_cost(here, here, 0.5, (64, 64), False).item() == pytest.approx(align.SCALE_COST * math.log(2))
+    assert align.place_cost(here, here, 0.5, (64, 64), True).item() == 0  # a known scale costs nothing
+    inside = align.place_cost(away, here, 0.5, (64, 64), True).item()
+    assert inside == pytest.approx(0.25 * align.CENTRE_COST)  # a half film has room
+    beyond = align.place_cost(here, away, 1.0, (64, 64), True).item()
+    assert beyond == pytest.approx(inside + (0.25 - 0.5 / align.GRID) * align.BEYOND_COST)
+
+
+@pytest.mark.parametrize("elsewhere, moves", [(0.6, False), (0.95, True)])
+def test_a_film_is_the_whole_detector_unless_another_place_is_much_more_like(monkeypatch, elsewhere, moves):
+    def correlations(grey, seen, view, heights):
+        pixels = round(align.GRID * heights[0])
+        likeness = torch.zeros(align.GRID + 2 * align.PAD - pixels + 1, align.GRID + 2 * align.PAD - pixels + 1)
+        if pixels == align.GRID:
+            likeness[align.PAD, align.PAD] = 0.5
+        if pixels == round(0.8 * align.GRID):
+            likeness[align.PAD + 3, align.PAD + 3] = elsewhere
+        return [((pixels, pixels), likeness)]
+
+    monkeypatch.setattr(align, "correlations", correlations)
+    film = torch.zeros(64, 64)
+    found = align.match_view(film, film == 0, film)
+    assert (found.height, found.row, found.column) == ((0.8, 0, 0) if moves else (1, 0, 0))
+    assert found.likeness == pytest.approx(elsewhere if moves else 0.5)
 
 
 def test_height_and_scale_of_the_lateral_film_are_fitted():

@@ -825,7 +825,9 @@ def test_films_of_other_heights_and_of_half_a_pixel_size_are_taken(here, say, tm
     image.SetSpacing([N * MM / 96] * 2)
     sitk.WriteImage(image, str(tmp_path / "b.nii"))
     out, _ = say("--out", tmp_path / "c.nii", files=[tmp_path / "b.nii", here.pngs[1]])
-    assert "pixels of 3.33 x 3.33 mm, from the file" in out and "its scale is guessed from the size of the detector" in out
+    assert (
+        "pixels of 3.33 x 3.33 mm, from the file" in out and "its scale is guessed from the size of the detector" in out
+    )
 
 
 def test_the_network_of_a_checkpoint_calibrates(here, tmp_path):
