@@ -6,8 +6,9 @@
 __all__ = ['SCALES', 'GRID', 'PAD', 'SHARES', 'SCALE_COST', 'BEYOND_COST', 'CENTRE_COST', 'EXCHANGE_MARGIN', 'MIXED_MARGIN',
            'SHARPNESS', 'Calibrate', 'constant_depth', 'straight_bar', 'find_bars', 'find_letters', 'film_mask',
            'rank_image', 'high_pass', 'slide', 'correlation', 'Placement', 'masked_average', 'correlations',
-           'whole_height', 'film_centres', 'place_cost', 'match_view', 'Recognised', 'peak_correlation', 'peak_score',
-           'facing', 'recognise', 'resample_to_detector', 'to_unit_film', 'place_pair', 'fit_height', 'align_pair']
+           'whole_height', 'place_cost', 'likely_places', 'match_view', 'Recognised', 'both_ways', 'peak_correlation',
+           'peak_score', 'facing', 'recognise', 'resample_to_detector', 'to_unit_film', 'place_pair', 'fit_height',
+           'align_pair']
 
 # %% ../nbs/01b_align.ipynb #8598cddb
 import math
@@ -177,19 +178,19 @@ def correlations(
     heights: Sequence[float] = SCALES,
     whole: float = 0.5,  # weight of the correlation without removal of coarse structure
     fine: Sequence[int] = (8,),  # what is wider than these parts of the detector counts as coarse; the mean of all
-) -> list[tuple[tuple[int, int], Tensor]]:  # per height: pixels of the film on the grid, correlation for every shift
+) -> list[tuple[float, tuple[int, int], Tensor]]:  # height, pixels of the film on the grid, correlation for every shift
     "Correlation of a film with a mean view at every scale and shift; a negative film has the negative correlation."
     r = F.interpolate(view[None, None], (GRID, GRID), mode="area")[0, 0]
     everywhere = torch.ones_like(r, dtype=torch.bool)
     r, out = rank_image(r, everywhere), []
-    detail = lambda f, m, part: correlation(high_pass(f, m, GRID / part), m, high_pass(r, everywhere, GRID / part), PAD)
+    details = [(part, high_pass(r, everywhere, GRID / part)) for part in fine]
     for height in heights:
         shape = round(GRID * height), max(4, round(GRID * height * grey.shape[1] / grey.shape[0]))
         if max(shape) <= GRID + 2 * PAD:
             small, m = masked_average(grey, seen, shape)
             f = rank_image(small, m)
-            sharp = torch.stack([detail(f, m, part) for part in fine]).mean(0)
-            out.append((shape, (1 - whole) * sharp + (whole * correlation(f, m, r, PAD) if whole else 0)))
+            sharp = torch.stack([correlation(high_pass(f, m, GRID / part), m, d, PAD) for part, d in details]).mean(0)
+            out.append((height, shape, (1 - whole) * sharp + (whole * correlation(f, m, r, PAD) if whole else 0)))
     return out
 
 # %% ../nbs/01b_align.ipynb #1b0c7e12
@@ -204,15 +205,6 @@ def whole_height(
 ) -> float:  # edges of the detector
     "Height of a film whose longer edge is that of the detector."
     return shape[0] / max(shape)
-
-
-def film_centres(
-    shape: Sequence[int],  # of a correlation
-    pixels: Sequence[int],  # rows and columns of the film on the grid
-) -> tuple[Tensor, Tensor]:  # rows and columns, edges of the detector from its centre
-    "Where the film's centre is at each shift."
-    rows, columns = ((torch.arange(n) - PAD + p / 2) / GRID - 0.5 for n, p in zip(shape, pixels))
-    return rows, columns
 
 
 def place_cost(
@@ -230,6 +222,21 @@ def place_cost(
     return scale + BEYOND_COST * beyond + CENTRE_COST * (down + away)
 
 
+def likely_places(
+    grey: Tensor,  # (h, w) film, bone bright
+    seen: Tensor,  # (h, w) bool
+    view: Tensor,  # (P, P) mean view
+    height: float | None = None,  # of the film, edges of the detector; None: not known
+) -> list[tuple[float, Tensor, Tensor, Tensor, Tensor]]:  # height, rows, columns, likeness (r, c), its cost (r, c)
+    "All places of a film at every scale."
+    heights, out = [share * whole_height(grey.shape) for share in SHARES] if height is None else [height], []
+    for h, pixels, likeness in correlations(grey, seen, view, heights):
+        rows, columns = ((torch.arange(n) - PAD + p / 2) / GRID - 0.5 for n, p in zip(likeness.shape, pixels))
+        cost = place_cost(rows, columns, h, grey.shape, height is not None)
+        out.append((h, rows, columns, likeness, cost))
+    return out
+
+
 def match_view(
     grey: Tensor,  # (h, w) film, bone bright
     seen: Tensor,  # (h, w) bool
@@ -238,17 +245,13 @@ def match_view(
     height: float | None = None,  # of the film, edges of the detector; None: not known
 ) -> Placement:
     "The likeliest scale and shift of a film: like the mean view, and not far from the whole detector."
-    whole, known = whole_height(grey.shape), height is not None
-    heights = [share * whole for share in SHARES] if height is None else [height]
-    best, top = Placement(whole if height is None else height, 0, 0, mirrored), -math.inf
+    best, top = Placement(whole_height(grey.shape) if height is None else height, 0, 0, mirrored), -math.inf
     grey, seen = (v.flip(1) if mirrored else v for v in (grey, seen))
-    for h in heights:
-        for pixels, likeness in correlations(grey, seen, view, [h]):
-            rows, columns = film_centres(likeness.shape, pixels)
-            score = likeness - place_cost(rows, columns, h, grey.shape, known)
-            if score.max() > top:
-                top, (i, j) = score.max().item(), divmod(int(score.argmax()), len(columns))
-                best = Placement(h, rows[i].item(), columns[j].item(), mirrored, likeness[i, j].item())
+    for h, rows, columns, likeness, cost in likely_places(grey, seen, view, height):
+        score = likeness - cost
+        if score.max() > top:
+            top, (i, j) = score.max().item(), divmod(int(score.argmax()), len(columns))
+            best = Placement(h, rows[i].item(), columns[j].item(), mirrored, likeness[i, j].item())
     return best
 
 # %% ../nbs/01b_align.ipynb #719677a3
@@ -269,14 +272,21 @@ class Recognised:
     twice: float  # likeness of both films to one mean view less likeness of the answer; above 0: one view given twice
 
 
+def both_ways(
+    grey: Tensor,  # (h, w) film
+    seen: Tensor,  # (h, w) bool
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    "A film as it is and mirrored."
+    return (grey, seen), (grey.flip(1), seen.flip(1))
+
+
 def peak_correlation(
     grey: Tensor,  # (h, w) film
     seen: Tensor,  # (h, w) bool
     view: Tensor,  # (P, P) mean view
 ) -> tuple[float, float]:  # as it is, and inverted
     "Greatest correlation with a mean view, mirrored or not."
-    both = (grey, seen), (grey.flip(1), seen.flip(1))
-    maps = [c for g, m in both for _, c in correlations(g, m, view)]
+    maps = [c for g, m in both_ways(grey, seen) for *_, c in correlations(g, m, view)]
     return max(c.max().item() for c in maps), max(-c.min().item() for c in maps)
 
 
@@ -286,14 +296,9 @@ def peak_score(
     view: Tensor,  # (P, P) mean view
 ) -> tuple[float, float]:  # as it is, and inverted
     "Greatest likeness to a mean view less the cost of the place, mirrored or not."
-    best, whole = [-math.inf, -math.inf], whole_height(grey.shape)
-    for g, m in ((grey, seen), (grey.flip(1), seen.flip(1))):
-        for share in SHARES:
-            for pixels, likeness in correlations(g, m, view, [share * whole]):
-                rows, columns = film_centres(likeness.shape, pixels)
-                cost = place_cost(rows, columns, share * whole, grey.shape, False)
-                best = [max(b, (sign * likeness - cost).max().item()) for b, sign in zip(best, (1, -1))]
-    return best[0], best[1]
+    places = [place[-2:] for g, m in both_ways(grey, seen) for place in likely_places(g, m, view)]
+    as_it_is, inverted = (max((sign * c - cost).max().item() for c, cost in places) for sign in (1, -1))
+    return as_it_is, inverted
 
 
 def facing(
@@ -304,8 +309,8 @@ def facing(
     "Fine structure alone, at three scales and at all places, with the mask and without."
     out = []
     for m in (seen, torch.ones_like(seen)):
-        for g, k in ((grey, m), (grey.flip(1), m.flip(1))):
-            maps = [c.flatten() for _, c in correlations(g, k, view, whole=0, fine=(4, 8, 16))]
+        for g, k in both_ways(grey, m):
+            maps = [c.flatten() for *_, c in correlations(g, k, view, whole=0, fine=(4, 8, 16))]
             out.append(torch.logsumexp(SHARPNESS * torch.cat(maps), 0).item() / SHARPNESS)
     return (out[0] - out[1] + out[2] - out[3]) / 2
 
@@ -333,8 +338,8 @@ def recognise(
     turned = facing(-g if dark[1] else g, m, reference[1])
     own = table[x][0][dark[0]], table[1 - x][1][dark[1]]
     front, k = small[x]
-    sides = (front, k), (front.flip(1), k.flip(1))
-    maps = [c for v, s in sides for _, c in correlations(-v if dark[0] else v, s, reference[0], whole=0, fine=(8, 16))]
+    sides = both_ways(-front if dark[0] else front, k)
+    maps = [c for v, s in sides for *_, c in correlations(v, s, reference[0], whole=0, fine=(8, 16))]
     lungs = max(c.max().item() for c in maps)
     same = max(table[0][v][i] + table[1][v][i] for v in (0, 1) for i in (0, 1))
     margins = dict(exchanged=gap(0), frontal=gap(1), lateral=gap(2), mirrored=abs(turned))

@@ -94,16 +94,16 @@ def test_the_whole_detector_costs_nothing_and_every_other_place_does():
 
 @pytest.mark.parametrize("elsewhere, moves", [(0.6, False), (0.95, True)])
 def test_a_film_is_the_whole_detector_unless_another_place_is_much_more_like(monkeypatch, elsewhere, moves):
-    def correlations(grey, seen, view, heights):
-        pixels = round(align.GRID * heights[0])
+    def at(height):
+        pixels = round(align.GRID * height)
         likeness = torch.zeros(align.GRID + 2 * align.PAD - pixels + 1, align.GRID + 2 * align.PAD - pixels + 1)
         if pixels == align.GRID:
             likeness[align.PAD, align.PAD] = 0.5
         if pixels == round(0.8 * align.GRID):
             likeness[align.PAD + 3, align.PAD + 3] = elsewhere
-        return [((pixels, pixels), likeness)]
+        return height, (pixels, pixels), likeness
 
-    monkeypatch.setattr(align, "correlations", correlations)
+    monkeypatch.setattr(align, "correlations", lambda grey, seen, view, heights: [at(h) for h in heights])
     film = torch.zeros(64, 64)
     found = align.match_view(film, film == 0, film)
     assert (found.height, found.row, found.column) == ((0.8, 0, 0) if moves else (1, 0, 0))

@@ -34,7 +34,7 @@ def case_rows(model, name: str, population: str, x, seed: int, methods, bounds: 
     net, c = model.denoiser, model.config.DIFFUSION
     views = [("exact", net.A(density(x[None], net.window))[0])]
     for pair in range(pairs if model.calibrator else 0):
-        rng = np.random.default_rng([seed, 7, pair] if pair else [seed, 7])
+        rng = np.random.default_rng([seed, 7, pair])
         views.append(("films", film_views(model.calibrator, model.calibrator_header, x, net.A, net.window, rng)))
     truth, rows = measure_chest(to_hu(x[0], net.window), net.A.mm), []
     for kind, y in views:

@@ -10,7 +10,6 @@ Error: of the line integrals, relative. PSNR: protocol `unit`, method `expected`
 are fit for this comparison only, not for a verdict on the model."""
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
@@ -50,8 +49,11 @@ def films_of(x, A, window, seed: int):  # (1, D, H, W) at twice the model's reso
     return film_pair(water, bone, fine, (first, second), torch.Generator().manual_seed(seed))
 
 
-def case_rows(model, name: str, x, seed: int) -> list[dict]:
+def case_rows(model, name: str, x, films, seed: int) -> list[dict]:
     "All rows of one patient."
+    from dataclasses import replace
+    from unittest.mock import patch
+
     import numpy as np
     import torch.nn.functional as F
 
@@ -59,35 +61,29 @@ def case_rows(model, name: str, x, seed: int) -> list[dict]:
     from diffx2ct.calibrate import relative_error
     from diffx2ct.data import density
     from diffx2ct.metrics import psnr
-    from diffx2ct.reconstruct import run_settings
+    from diffx2ct.reconstruct import reconstruct, run_settings
     from diffx2ct.two_images import FilmOptions, View, find_films, views_of_films
 
-    reconstruct = importlib.import_module("diffx2ct.reconstruct").reconstruct
     net, c = model.denoiser, model.config.DIFFUSION.model_copy(update=dict(CONSISTENCY="soft"))
     truth, wish = F.avg_pool3d(x.float(), 2), FilmOptions(facing="left", bone="bright", keep_order=True)
     y, rows = net.A(density(truth[None], net.window))[0], []
-    films = films_of(x, net.A, net.window, seed)
-    usual = {name: getattr(align, name) for name in COSTS}
     for k, (kind, most) in enumerate(CUTS.items()):
         rng = np.random.default_rng([seed, k])
         parts, places = zip(*(cut(film, most, rng) for film in films))
         for known in (True, False):
             row = {"case": name, "film": kind, "pixel size": "known" if known else "not known"}
-            for way in ("true", "found", "likeness alone"):
-                views = View("frontal", parts[0]), View("lateral", parts[1])
-                for view in views if known else ():
-                    view.measured(net.A.geometry.panel_mm / films.shape[-1])
-                for cost in COSTS:
-                    setattr(align, cost, 0.0 if way == "likeness alone" else usual[cost])
-                found = find_films(net, views, model.calibrator, model.calibrator_header, wish)
-                if way == "true":
-                    found.places = places
-                made = views_of_films(net, found, wish)[0]
+            views = View("frontal", parts[0]), View("lateral", parts[1])
+            for view in views if known else ():
+                view.measured(net.A.geometry.panel_mm / films.shape[-1])
+            found = find_films(net, views, model.calibrator, model.calibrator_header, wish)
+            with patch.multiple(align, **dict.fromkeys(COSTS, 0.0)):
+                alike = find_films(net, views, model.calibrator, model.calibrator_header, wish)
+            ways = {"true": replace(found, places=places), "found": found, "likeness alone": alike}
+            for way, placed in ways.items():
+                made = views_of_films(net, placed, wish)[0]
                 volume = reconstruct(net, made, "expected", c, **run_settings(model.config)).float()
                 row |= {f"error, {way}": relative_error(made[None], y[None]).item()}
                 row |= {f"PSNR, {way}": psnr(volume.cpu(), truth)}
-            for cost in COSTS:
-                setattr(align, cost, usual[cost])
             rows.append(row)
             print(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()), flush=True)
     return rows
@@ -101,11 +97,12 @@ def recognised(model, films) -> int:
     from diffx2ct.two_images import View, mean_views, to_film
 
     net, right = model.denoiser, 0
+    reference = mean_views(net)
     for exchanged, dark, mirrored in product((False, True), repeat=3):
         pair = [films[0], films[1].flip(1) if mirrored else films[1]]
         pair = [1 - v if dark else v for v in pair]
         found = [to_film(View("film", v.clone()), net.A) for v in (pair[::-1] if exchanged else pair)]
-        r = recognise([f.grey for f in found], [f.seen for f in found], mean_views(net))
+        r = recognise([f.grey for f in found], [f.seen for f in found], reference)
         right += (r.exchanged, r.inverted, r.mirrored) == (exchanged, (dark, dark), mirrored)
     return right
 
@@ -128,8 +125,6 @@ def main(argv: list[str]) -> None:
     p.add_argument("--phantoms", type=int, default=5, help="phantoms of seeds from 5000; default: %(default)s")
     p.add_argument("--out", default=str(HERE / "results"), metavar="DIR", help="default: results/ next to this script")
     a = p.parse_args(argv)
-    from tqdm import tqdm
-
     import diffx2ct.scans as scans
     from diffx2ct.checkpoint import load_model
     from diffx2ct.data import to_unit
@@ -144,16 +139,13 @@ def main(argv: list[str]) -> None:
         if name in (a.chests or [name]) and not file.name.startswith((".", "sts_", "README")):
             cases[name] = scans.to_cube(scans.find_scans([file])[0].read(), size, mm)[0]
     cases |= {f"phantom {k}": phantom(k, size, mm)[0] for k in range(5000, 5000 + a.phantoms)}
-    rows = [
-        row
-        for seed, (name, hu) in enumerate(cases.items())
-        for row in case_rows(model, name, to_unit(hu, net.window)[None], seed)
-    ]
+    rows, right = [], {}
+    for seed, (name, hu) in enumerate(cases.items()):
+        x = to_unit(hu, net.window)[None]
+        films = films_of(x, net.A, net.window, seed)
+        rows += case_rows(model, name, x, films, seed)
+        right[name] = recognised(model, films)
     found = summary(rows)
-    right = {
-        name: recognised(model, films_of(to_unit(hu, net.window)[None], net.A, net.window, seed))
-        for seed, (name, hu) in enumerate(tqdm(cases.items(), desc="recognising", unit="pair"))
-    }
     result = dict(command=command_line("film/place.py"), summary=found, cases=rows, recognised_of_8=right)
     save(Path(a.out, "place.json"), result)
     print(table(found), f"\nrecognised: {sum(right.values())} of {8 * len(right)} variants of whole films")
